@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all that a fresh machine with Python 3.11 needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint experiments bench clean
+
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+# The whole story on embedded data: pretrain, adapt, fine-tune, evaluate, compare.
+demo: $(INSTALLED)
+	$(RUN) -m diffusion_t5x.experiments demo
+
+# The same comparison over three task families and both architectures.
+experiments: $(INSTALLED)
+	$(RUN) -m diffusion_t5x.experiments embedded
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+
+test: lint
+	$(RUN) -m pytest
+
+# Overhead of the runtime over the bare compiled step.
+bench: $(INSTALLED)
+	$(RUN) -m benchmarks.runtime_overhead
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

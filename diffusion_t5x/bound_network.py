@@ -1,0 +1,40 @@
+"""What the mathematics sees of a network: functions over arrays, its parameters already bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Cache = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundNetwork:
+    """A network with its parameters and a batch of prefixes bound.
+
+    Attributes:
+      batch_size: number of prefixes, `batch` below.
+      forward: `(canvas [batch, length] int32, rng or None) -> hidden [batch, length, embed]`, one
+        full pass under the objective's attention pattern. Under a causal pattern the hidden state
+        at a position has seen the prefix and the tokens *before* that position, and predicts it;
+        under a bidirectional one it has seen the whole canvas. `rng` is for dropout.
+      logits: `hidden [..., embed] -> logits [..., vocab]`, float32.
+      prefill: `(max_length, repeats) -> (cache, hidden [batch * repeats, embed])` reads the prefix
+        once into a key-value cache with room for `max_length` more tokens, each row then repeated
+        `repeats` times; the hidden state predicts the first target token.
+      step: `(cache, tokens [batch] int32) -> (cache, hidden [batch, embed])` appends one token to
+        every row; the hidden state predicts the next one.
+      repeat: `n -> BoundNetwork` with every prefix repeated `n` times in place, so that row
+        `i * n + j` is sample `j` of prefix `i`.
+    """
+
+    batch_size: int
+    forward: Callable[[Array, Array | None], Array]
+    logits: Callable[[Array], Array]
+    prefill: Callable[[int, int], tuple[Cache, Array]]
+    step: Callable[[Cache, Array], tuple[Cache, Array]]
+    repeat: Callable[[int], BoundNetwork]

@@ -1,0 +1,99 @@
+"""What `train`, `eval` and `infer` share: T5X's flags, gin, and the processes of a pod slice."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+GIN_FLAG = "--gin."
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that T5X's commands have, under the same names, and `--dry_run`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--gin.NAME=VALUE binds one gin macro or parameter, after all files.",
+    )
+    add = parser.add_argument
+    add("--gin_file", action="append", default=[], help="gin file; repeat for several")
+    add("--gin_bindings", action="append", default=[], help="NAME = VALUE; repeat for several")
+    add("--gin_search_paths", default="", help="comma-separated directories of gin files")
+    add("--tfds_data_dir", help="directory of TFDS data sets, instead of the tasks' own")
+    add("--seqio_additional_cache_dirs", default="", help="comma-separated SeqIO caches")
+    add("--coordinator_address", help="host:port of process 0, where several processes run")
+    add("--process_count", type=int, help="number of processes")
+    add("--process_index", type=int, help="index of this process")
+    add("--dry_run", action="store_true", help="build and compile everything, then stop")
+    return parser
+
+
+def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
+    """Turns each `--gin.NAME=VALUE` into `--gin_bindings=NAME=VALUE`."""
+    return [
+        f"--gin_bindings={arg[len(GIN_FLAG) :]}" if arg.startswith(GIN_FLAG) else arg
+        for arg in argv
+    ]
+
+
+def run(function: str, description: str, argv: Sequence[str] | None = None) -> Any:
+    """Parses flags and gin files, then calls the gin-configured `function`.
+
+    Args:
+      function: dotted path of the function to call, e.g. 'diffusion_t5x.trainer.train'.
+      description: first lines of `--help`.
+      argv: the arguments after the program's name; None for this process's.
+
+    Returns:
+      What the function returns.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser(description).parse_args(rewrite_gin_flags(argv))
+    _quiet_tensorflow()
+    import gin
+
+    from diffusion_t5x import gin_utils
+
+    _initialize_processes(args)
+    gin.clear_config()
+    search_paths = [path for path in args.gin_search_paths.split(",") if path]
+    gin_utils.parse_config(args.gin_file, args.gin_bindings, search_paths)
+    _configure_seqio(args)
+    module, _, name = function.rpartition(".")
+    configured = gin.get_configurable(getattr(importlib.import_module(module), name))
+    return configured(dry_run=True) if args.dry_run else configured()
+
+
+def _quiet_tensorflow() -> None:
+    """TensorFlow only reads data here: no accelerator for it, and no chatter."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _initialize_processes(args: argparse.Namespace) -> None:
+    """Joins the processes of a multi-process run, where flags say so."""
+    if args.coordinator_address is None:
+        return
+    import jax
+
+    jax.distributed.initialize(args.coordinator_address, args.process_count, args.process_index)
+
+
+def _configure_seqio(args: argparse.Namespace) -> None:
+    """Hands the data flags on to SeqIO."""
+    cache_dirs = [path for path in args.seqio_additional_cache_dirs.split(",") if path]
+    if not cache_dirs and not args.tfds_data_dir:
+        return
+    import seqio
+
+    if cache_dirs:
+        seqio.add_global_cache_dirs(cache_dirs)
+    if args.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(args.tfds_data_dir)

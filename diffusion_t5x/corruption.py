@@ -1,0 +1,53 @@
+"""Corruption: how a clean target becomes the noisy canvas that a model learns to denoise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformCorruption:
+    """Replaces tokens, independently, by tokens drawn uniformly from the vocabulary.
+
+    With corruption rate r each token is resampled with probability r (and may be drawn again, so
+    it differs with probability r (1 - 1/vocab_size)). The rate is drawn from U(min_rate, max_rate)
+    per example; the paper's is U(0, 1) (arXiv 2112.06749, section 2.2; arXiv 2401.17181, section
+    3). Prefix tokens are never given to this class.
+
+    Attributes:
+      vocab_size: tokens are drawn from [0, vocab_size).
+      min_rate: lower end of the corruption rate.
+      max_rate: upper end of the corruption rate.
+    """
+
+    vocab_size: int
+    min_rate: float = 0.0
+    max_rate: float = 1.0
+
+    def __post_init__(self):
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size = {self.vocab_size}; expected at least 2.")
+        if not 0.0 <= self.min_rate <= self.max_rate <= 1.0:
+            raise ValueError(
+                f"min_rate = {self.min_rate}, max_rate = {self.max_rate}; "
+                "expected 0 <= min_rate <= max_rate <= 1."
+            )
+
+    def sample_rate(self, rng: Array, batch_size: int) -> Array:
+        """Corruption rates `[batch_size]` float32, one per example."""
+        return jax.random.uniform(rng, (batch_size,), minval=self.min_rate, maxval=self.max_rate)
+
+    def corrupt(self, rng: Array, tokens: Array, rate: Array) -> Array:
+        """Corrupts `tokens [batch, length]` at `rate [batch]`; same shape and dtype."""
+        where_rng, what_rng = jax.random.split(rng)
+        replace = jax.random.uniform(where_rng, tokens.shape) < rate[:, None]
+        return jnp.where(replace, self.sample_canvas(what_rng, tokens.shape), tokens)
+
+    def sample_canvas(self, rng: Array, shape: tuple[int, ...]) -> Array:
+        """Pure noise, int32 of `shape`: the canvas that decoding starts from."""
+        return jax.random.randint(rng, shape, 0, self.vocab_size, dtype=jnp.int32)

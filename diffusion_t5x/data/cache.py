@@ -1,0 +1,56 @@
+"""A cache on disk of what is generated once: atomic, safe with several processes at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import babel
+
+CACHE_VARIABLE = "DIFFUSION_T5X_CACHE"
+# Raise it whenever generated data change.
+GENERATOR_VERSION = 1
+
+
+def cache_dir() -> pathlib.Path:
+    """`$DIFFUSION_T5X_CACHE`, else `~/.cache/diffusion_t5x`."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    return pathlib.Path(configured or pathlib.Path.home() / ".cache" / "diffusion_t5x")
+
+
+def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """The path of a generated file, made by `write(path)` unless it is there already.
+
+    What is generated depends on the versions of Python, of CLDR and of the generator, so these
+    name its directory. A file appears whole or not at all.
+    """
+    version = f"{platform.python_version()}/{babel.__version__}/{GENERATOR_VERSION}"
+    digest = hashlib.blake2b(version.encode(), digest_size=6).hexdigest()
+    path = cache_dir() / digest / name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        temporary = pathlib.Path(directory) / path.name
+        write(temporary)
+        os.replace(temporary, path)
+    return path
+
+
+def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,257 @@
+"""From a SeqIO task or mixture to batches: one shard's share, resumable at the exact example."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+Batch = dict[str, np.ndarray]
+FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Which examples to read, and how (the fields and meanings of T5X's `DatasetConfig`).
+
+    Attributes:
+      mixture_or_task_name: a registered SeqIO task or mixture; commands that evaluate also take
+        a tuple of names.
+      task_feature_lengths: maximum tokens per task feature, e.g. `{'inputs': 64, 'targets': 32}`;
+        None, where evaluating, for the longest of the split.
+      split: name of the split, e.g. 'train'.
+      batch_size: examples per global batch, over all processes.
+      shuffle: whether to shuffle examples.
+      seed: of shuffling and of random preprocessors; None takes the run's `random_seed`.
+      use_cached: read SeqIO's offline cache instead of preprocessing on the fly.
+      pack: pack several examples into one row, where the objective allows it.
+      use_custom_packing_ops: SeqIO's compiled packing.
+      module: Python module to import first, which registers the task.
+    """
+
+    mixture_or_task_name: str | tuple[str, ...]
+    task_feature_lengths: Mapping[str, int] | None
+    split: str
+    batch_size: int
+    shuffle: bool = False
+    seed: int | None = None
+    use_cached: bool = False
+    pack: bool = False
+    use_custom_packing_ops: bool = False
+    module: str | None = None
+
+
+def import_task_module(module: str | None) -> None:
+    """Imports the module that registers tasks, after gin is parsed so that its bindings apply.
+
+    Raises:
+      ModuleNotFoundError: if there is no such module; the message names the setting.
+    """
+    if not module:
+        return
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise ModuleNotFoundError(
+            f"MIXTURE_OR_TASK_MODULE = {module!r} cannot be imported; expected a module on the "
+            "Python path that registers SeqIO tasks, such as 'tasks'.",
+            name=error.name,
+        ) from error
+
+
+def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
+    """The registered task or mixture.
+
+    Raises:
+      ValueError: if `name` is not registered; the message offers the nearest names.
+    """
+    known = sorted(set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names()))
+    if name in known:
+        return seqio.get_mixture_or_task(name)
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {known}."
+    raise ValueError(
+        f"MIXTURE_OR_TASK_NAME = {name!r} is not a registered task or mixture; {hint} "
+        "MIXTURE_OR_TASK_MODULE names the module that registers it."
+    )
+
+
+def get_dataset(
+    cfg: DatasetConfig,
+    feature_converter_cls: FeatureConverterFactory,
+    *,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    num_epochs: int | None = 1,
+    seed: int | None = None,
+) -> tf.data.Dataset:
+    """Converted, unbatched examples of one shard.
+
+    Args:
+      cfg: what to read.
+      feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
+      shard_index: this shard, in [0, num_shards).
+      num_shards: number of shards the examples are dealt to.
+      num_epochs: passes over the data; None repeats for ever.
+      seed: used where `cfg.seed` is None.
+
+    Returns:
+      A dataset of model features, each `[length]`.
+
+    Raises:
+      ValueError: for an unknown task or split, or lengths that lack one of the task's features.
+    """
+    import_task_module(cfg.module)
+    task = get_mixture_or_task(cfg.mixture_or_task_name)
+    if cfg.split not in task.splits:
+        raise ValueError(
+            f"split = {cfg.split!r} is not a split of {task.name!r}; known: {sorted(task.splits)}."
+        )
+    converter = feature_converter_cls(
+        pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
+    )
+    missing = set(converter.TASK_FEATURES) - set(cfg.task_feature_lengths or {})
+    if missing:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS = {cfg.task_feature_lengths} lacks {sorted(missing)}."
+        )
+    return seqio.get_dataset(
+        task,
+        task_feature_lengths=cfg.task_feature_lengths,
+        feature_converter=converter,
+        dataset_split=cfg.split,
+        use_cached=cfg.use_cached,
+        shuffle=cfg.shuffle,
+        num_epochs=num_epochs,
+        shard_info=seqio.ShardInfo(index=shard_index, num_shards=num_shards),
+        seed=cfg.seed if cfg.seed is not None else seed,
+        verbose=False,
+    )
+
+
+def local_batch_size(cfg: DatasetConfig, num_shards: int) -> int:
+    """Examples per batch of one shard.
+
+    Raises:
+      ValueError: if the global batch does not divide among the shards.
+    """
+    if cfg.batch_size % num_shards:
+        raise ValueError(
+            f"BATCH_SIZE = {cfg.batch_size} is not a multiple of the {num_shards} data shards; "
+            f"the nearest that is: {max(1, round(cfg.batch_size / num_shards)) * num_shards}."
+        )
+    return cfg.batch_size // num_shards
+
+
+class DatasetIterator:
+    """An endless iterator of numpy batches whose position can be saved and restored exactly.
+
+    Attributes:
+      element_spec: name -> (shape, dtype) of this shard's batches.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset):
+        self._iterator = iter(dataset)
+        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+        self.element_spec = {
+            name: (tuple(spec.shape), spec.dtype.as_numpy_dtype)
+            for name, spec in dataset.element_spec.items()
+        }
+
+    def __iter__(self) -> DatasetIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        return {name: value.numpy() for name, value in next(self._iterator).items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the position of the next batch to the file prefix `path`."""
+        self._checkpoint.write(os.fspath(path))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Goes on where `save(path)` was called.
+
+        Raises:
+          tf.errors.NotFoundError: if nothing was saved at `path`.
+        """
+        self._checkpoint.read(os.fspath(path)).assert_consumed()
+
+
+def get_training_iterator(
+    cfg: DatasetConfig,
+    feature_converter_cls: FeatureConverterFactory,
+    *,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    seed: int = 0,
+) -> DatasetIterator:
+    """Endless local batches `[batch_size / num_shards, length]` of one shard.
+
+    Raises:
+      ValueError: as `get_dataset` and `local_batch_size` do, and if the split has no example.
+    """
+    batch_size = local_batch_size(cfg, num_shards)
+    examples = get_dataset(
+        cfg,
+        feature_converter_cls,
+        shard_index=shard_index,
+        num_shards=num_shards,
+        num_epochs=None,
+        seed=seed,
+    )
+    dataset = examples.batch(batch_size, drop_remainder=True).prefetch(4)
+    options = tf.data.Options()
+    options.deterministic = True
+    return DatasetIterator(dataset.with_options(options))
+
+
+def pad_batch(batch: Batch, batch_size: int) -> Batch:
+    """Fills a batch up to `batch_size` rows with rows of zeros, whose loss weights are zero."""
+    missing = batch_size - len(next(iter(batch.values())))
+    return {
+        name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
+        for name, value in batch.items()
+    }
+
+
+def get_eval_batches(
+    cfg: DatasetConfig,
+    feature_converter_cls: FeatureConverterFactory,
+    *,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    num_batches: int | None = None,
+    seed: int = 0,
+) -> Iterator[Batch]:
+    """One pass over a split in full local batches, the same number of them on every shard.
+
+    The last batch is filled with rows of zeros. Examples are dealt to shards after conversion, so
+    no row is seen twice or lost whatever the number of source files.
+
+    Args:
+      cfg: what to read.
+      feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
+      shard_index: this shard.
+      num_shards: number of shards.
+      num_batches: at most so many batches; None for the whole split.
+      seed: used where `cfg.seed` is None.
+
+    Raises:
+      ValueError: as `get_dataset` and `local_batch_size` do.
+    """
+    local_size = local_batch_size(cfg, num_shards)
+    dataset = get_dataset(cfg, feature_converter_cls, num_epochs=1, seed=seed)
+    for index, batch in enumerate(dataset.batch(cfg.batch_size).prefetch(2).as_numpy_iterator()):
+        if num_batches is not None and index >= num_batches:
+            return
+        full = pad_batch(batch, cfg.batch_size)
+        start = shard_index * local_size
+        yield {name: value[start : start + local_size] for name, value in full.items()}

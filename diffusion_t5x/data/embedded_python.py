@@ -1,0 +1,110 @@
+"""Documents and questions from the standard library's own source, which is parsed, never run."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pathlib
+import re
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+
+MAX_SIGNATURE = 90  # characters
+MAX_SUMMARY = 70
+MAX_SOURCE = 1_500
+
+
+def _library_files() -> list[pathlib.Path]:
+    """The standard library's modules, sorted; tests and vendored packages left out."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__",
+               "encodings", "pydoc_data"}
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not skipped & set(path.relative_to(root).parts)
+        and not any(part.startswith("config-") for part in path.parts)
+    ]
+
+
+Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+
+
+def _definitions() -> Iterator[tuple[Node, list[str]]]:
+    """Every module, class and function of the library, with the lines of its file."""
+    for path in _library_files():
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        lines = source.splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, Node):
+                yield node, lines
+
+
+def _clean(text: str) -> str:
+    return "\n".join(line.rstrip() for line in inspect.cleandoc(text).splitlines())
+
+
+def generate_prose() -> Iterator[dict[str, str]]:
+    """Docstrings of the standard library, each once: `{'text'}`."""
+    seen = set()
+    for node, _ in _definitions():
+        text = _clean(ast.get_docstring(node) or "")
+        if len(text) >= 40 and text not in seen:
+            seen.add(text)
+            yield {"text": text}
+
+
+def generate_source() -> Iterator[dict[str, str]]:
+    """Functions of the standard library as source code, each once: `{'text'}`."""
+    seen = set()
+    for node, lines in _definitions():
+        if isinstance(node, ast.FunctionDef):
+            text = _clean(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
+            if 40 <= len(text) <= MAX_SOURCE and text not in seen:
+                seen.add(text)
+                yield {"text": text}
+
+
+def _questions(node: ast.FunctionDef, summary: str) -> Iterator[tuple[str, str]]:
+    """Pairs of question and answer; every answer is a span of the context."""
+    names = [argument.arg for argument in node.args.args if argument.arg not in ("self", "cls")]
+    defaults = node.args.defaults
+    if len(names) >= 2:
+        yield f"Which parameter of {node.name} comes last?", names[-1]
+        yield f"Which parameter of {node.name} comes first?", names[0]
+        for before, after in zip(names, names[1:], strict=False):
+            yield f"Which parameter comes after {before}?", after
+    if defaults:
+        for name, value in zip(names[-len(defaults) :], defaults, strict=False):
+            yield f"What is the default of {name}?", ast.unparse(value)
+    returned = re.match(r"Returns? (.{4,60}?)[.;:,]?$", summary)
+    if returned:
+        yield f"What does {node.name} return?", returned.group(1)
+
+
+def generate_questions() -> Iterator[dict[str, str]]:
+    """SQuAD-like examples `{'context', 'question', 'answer'}` about signatures and docstrings.
+
+    A context is a function's signature and the first line of its docstring; the answer is a span
+    of it. Functions whose contexts are equal appear once.
+    """
+    seen = set()
+    for node, _ in _definitions():
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        summary = next(iter(_clean(ast.get_docstring(node) or "").splitlines()), "")
+        signature = f"{node.name}({ast.unparse(node.args)})"
+        if not summary or len(summary) > MAX_SUMMARY or len(signature) > MAX_SIGNATURE:
+            continue
+        context = f"{signature}: {summary}"
+        if context in seen:
+            continue
+        seen.add(context)
+        for question, answer in _questions(node, summary):
+            if answer in context:
+                yield {"context": context, "question": question, "answer": answer}

@@ -1,0 +1,152 @@
+"""Parallel text from CLDR: dates, durations, amounts, units and names in any two locales."""
+
+from __future__ import annotations
+
+import datetime
+import random
+from collections.abc import Callable, Iterator
+
+from babel import Locale, UnknownLocaleError, dates, lists, numbers, units
+
+NUM_DRAWS = 90_000
+SEED = 20_240_131
+
+CURRENCIES = (
+    "USD", "EUR", "GBP", "CHF", "JPY", "CNY", "INR", "BRL", "CAD", "AUD", "SEK", "NOK", "DKK",
+    "PLN", "CZK", "HUF", "TRY", "ZAR", "MXN", "KRW",
+)  # fmt: skip
+UNITS = (
+    "length-kilometer", "length-meter", "length-centimeter", "length-mile", "length-foot",
+    "mass-kilogram", "mass-gram", "mass-pound", "mass-ounce", "volume-liter", "volume-milliliter",
+    "temperature-celsius", "temperature-fahrenheit", "speed-kilometer-per-hour",
+    "speed-mile-per-hour", "digital-megabyte", "digital-gigabyte", "power-watt", "power-kilowatt",
+    "area-hectare", "area-square-meter", "energy-calorie", "electric-volt", "duration-hour",
+    "duration-week",
+)  # fmt: skip
+LANGUAGES = (
+    "de", "en", "es", "fr", "it", "pt", "nl", "sv", "da", "pl", "cs", "hu", "tr", "ru", "uk", "el",
+    "ar", "he", "hi", "ja", "ko", "zh", "vi", "th",
+)  # fmt: skip
+TERRITORIES = (
+    "DE", "US", "ES", "FR", "IT", "PT", "NL", "SE", "DK", "PL", "CZ", "HU", "TR", "UA", "GR",
+    "EG", "IL", "IN", "JP", "KR", "CN", "VN", "TH", "BR", "CA", "MX", "AR", "CL", "NO", "FI",
+)  # fmt: skip
+
+Render = Callable[[Locale], str]
+
+
+def _date(rng: random.Random) -> Render:
+    day = datetime.date(1990, 1, 1) + datetime.timedelta(days=rng.randrange(18_000))
+    form = rng.choice(("full", "long", "medium", "short"))
+    return lambda locale: dates.format_date(day, form, locale=locale)
+
+
+def _date_and_time(rng: random.Random) -> Render:
+    moment = datetime.datetime(2000, 1, 1) + datetime.timedelta(minutes=rng.randrange(20_000_000))
+    return lambda locale: dates.format_datetime(moment, "medium", locale=locale)
+
+
+def _time(rng: random.Random) -> Render:
+    clock = datetime.time(rng.randrange(24), rng.randrange(60), rng.randrange(60))
+    form = rng.choice(("short", "medium"))
+    return lambda locale: dates.format_time(clock, form, locale=locale)
+
+
+def _duration(rng: random.Random) -> Render:
+    unit, most = rng.choice(
+        (("seconds", 59), ("minutes", 59), ("hours", 23), ("days", 6), ("weeks", 4))
+    )
+    delta = datetime.timedelta(**{unit: rng.randint(1, most) * rng.choice((1, -1))})
+    direction = rng.random() < 0.7
+    return lambda locale: dates.format_timedelta(
+        delta, threshold=10, add_direction=direction, locale=locale
+    )
+
+
+def _amount(rng: random.Random) -> Render:
+    value = rng.choice((rng.randint(1, 999), rng.randint(1, 99_999) / 100, rng.randint(1, 9_999)))
+    currency = rng.choice(CURRENCIES)
+    return lambda locale: numbers.format_currency(
+        value, currency, locale=locale, format_type="name"
+    )
+
+
+def _unit(rng: random.Random) -> Render:
+    value = rng.choice((rng.randint(1, 999), rng.randint(1, 999) / 10))
+    unit = rng.choice(UNITS)
+    return lambda locale: units.format_unit(value, unit, length="long", locale=locale)
+
+
+def _number(rng: random.Random) -> Render:
+    value = rng.randint(1, 10 ** rng.randint(4, 7))
+    if rng.random() < 0.3:
+        return lambda locale: numbers.format_percent(value % 1000 / 1000, "0.0%", locale=locale)
+    if rng.random() < 0.3:
+        return lambda locale: numbers.format_compact_decimal(
+            value, format_type="long", locale=locale, fraction_digits=1
+        )
+    return lambda locale: numbers.format_decimal(value / 10, locale=locale)
+
+
+def _names(rng: random.Random) -> Render:
+    style = rng.choice(("standard", "or"))
+    if rng.random() < 0.5:
+        codes = rng.sample(LANGUAGES, rng.randint(2, 3))
+        return lambda locale: lists.format_list(
+            [locale.languages[code] for code in codes], style, locale=locale
+        )
+    codes = rng.sample(TERRITORIES, rng.randint(2, 3))
+    return lambda locale: lists.format_list(
+        [locale.territories[code] for code in codes], style, locale=locale
+    )
+
+
+_KINDS: tuple[tuple[Callable[[random.Random], Render], int], ...] = (
+    (_date, 5),
+    (_date_and_time, 3),
+    (_time, 1),
+    (_duration, 1),
+    (_amount, 5),
+    (_unit, 4),
+    (_number, 3),
+    (_names, 3),
+)
+
+
+def parse_locale(name: str) -> Locale:
+    """The CLDR locale of that name.
+
+    Raises:
+      ValueError: if CLDR has no such locale.
+    """
+    try:
+        return Locale.parse(name)
+    except (UnknownLocaleError, ValueError) as error:
+        raise ValueError(f"locale {name!r} is not in CLDR; expected one such as 'fr'.") from error
+
+
+def generate(source_locale: str, target_locale: str) -> Iterator[dict[str, str]]:
+    """Pairs of texts `{'source', 'target'}`, each source once and with one meaning.
+
+    Texts that read the same in the source locale but not in the target are left out.
+
+    Args:
+      source_locale: CLDR name, e.g. 'en'.
+      target_locale: CLDR name, e.g. 'fr'.
+
+    Raises:
+      ValueError: if a locale is unknown.
+    """
+    source, target = parse_locale(source_locale), parse_locale(target_locale)
+    rng = random.Random(SEED)
+    makers, weights = zip(*_KINDS, strict=True)
+    pairs: dict[str, str | None] = {}
+    for maker in rng.choices(makers, weights, k=NUM_DRAWS):
+        render = maker(rng)
+        text, translation = render(source), render(target)
+        known = pairs.setdefault(text, translation)
+        if known != translation:
+            pairs[text] = None
+    for text, translation in pairs.items():
+        if translation is not None:
+            yield {"source": text, "target": translation}

@@ -1,0 +1,113 @@
+"""The embedded text as SeqIO data sources: generated once, cached, split without overlap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from diffusion_t5x.data import cache, embedded_code, embedded_python, embedded_translation
+
+Record = Mapping[str, Any]
+SPLITS = ("train", "validation", "test")
+# Of every thousand examples, how many are held out for validation, and as many for test.
+HELD_OUT = 50
+
+
+def split_of(key: str) -> str:
+    """The split that an example belongs to, decided by its own text alone.
+
+    Args:
+      key: what must not be seen in two splits, e.g. the source text of a translation.
+    """
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 1000
+    if number < HELD_OUT:
+        return "validation"
+    return "test" if number < 2 * HELD_OUT else "train"
+
+
+def _by_split(
+    name: str, generate: Callable[[], Iterator[Record]], key: Callable[[Record], str]
+) -> dict[str, str]:
+    """Paths of the cached JSON lines of each split; the order of examples is shuffled by key."""
+
+    def shuffled(record: Record) -> bytes:
+        return hashlib.blake2b(
+            json.dumps(record, sort_keys=True).encode(), digest_size=8, salt=b"order"
+        ).digest()
+
+    records: dict[str, list[Record]] = {}
+
+    def write(split: str) -> Callable[[Any], None]:
+        def write_split(path: Any) -> None:
+            if not records:
+                for record in sorted(generate(), key=shuffled):
+                    records.setdefault(split_of(key(record)), []).append(record)
+            cache.write_jsonl(path, records[split])
+
+        return write_split
+
+    return {
+        split: str(cache.cached_file(f"{name}-{split}.jsonl", write(split))) for split in SPLITS
+    }
+
+
+def translation_files(source_locale: str, target_locale: str) -> dict[str, str]:
+    """Split -> file of `{'source', 'target'}`; a source text is in one split only."""
+    return _by_split(
+        f"translation-{source_locale}-{target_locale}",
+        lambda: embedded_translation.generate(source_locale, target_locale),
+        lambda record: record["source"],
+    )
+
+
+def question_files() -> dict[str, str]:
+    """Split -> file of `{'context', 'question', 'answer'}`; a context is in one split only."""
+    return _by_split(
+        "questions", embedded_python.generate_questions, lambda record: record["context"]
+    )
+
+
+def code_files() -> dict[str, str]:
+    """Split -> file of `{'text', 'code', 'tests'}`; a problem is in one split only."""
+    return _by_split("code", embedded_code.generate, lambda record: record["text"])
+
+
+def prose_files() -> dict[str, str]:
+    """Split -> file of `{'text'}`, docstrings of the standard library."""
+    return _by_split("prose", embedded_python.generate_prose, lambda record: record["text"])
+
+
+def source_files() -> dict[str, str]:
+    """Split -> file of `{'text'}`, functions of the standard library."""
+    return _by_split("source", embedded_python.generate_source, lambda record: record["text"])
+
+
+class EmbeddedDataSource(seqio.FunctionDataSource):
+    """Examples of a cached family, every field a string; lists are JSON.
+
+    Attributes:
+      files: makes and names the files of the splits.
+    """
+
+    def __init__(self, files: Callable[[], Mapping[str, str]]):
+        self.files = files
+        super().__init__(dataset_fn=self._dataset, splits=SPLITS)
+
+    def _dataset(
+        self, split: str, shuffle_files: bool = False, seed: int | None = None
+    ) -> tf.data.Dataset:
+        del shuffle_files, seed  # One file a split; examples are shuffled later.
+        records = cache.read_jsonl(self.files()[split])
+        columns = {
+            name: [
+                value if isinstance(value, str) else json.dumps(value)
+                for value in (record[name] for record in records)
+            ]
+            for name in records[0]
+        }
+        return tf.data.Dataset.from_tensor_slices(columns)

@@ -1,0 +1,1 @@
+"""Decoders: from a bound network to tokens and scores, best sample last."""

@@ -1,0 +1,21 @@
+"""Evaluates one, several or all checkpoints of a run on one or several tasks.
+
+python -m diffusion_t5x.eval --gin_file=models/tiny.gin --gin_file=objectives/diffusion.gin \\
+  --gin_file=runs/eval.gin --gin.NAME=VALUE ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_t5x import commands
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Runs `evaluation.evaluate` as gin configures it; `argv` defaults to this process's arguments."""
+    return commands.run("diffusion_t5x.evaluation.evaluate", __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Token losses that never hold the logits of a whole batch, and T5X's ways to normalise them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+LossNormalizingFactor = float | str | None
+
+NORMALIZING_FACTORS = (
+    "NUM_REAL_TARGET_TOKENS",
+    "NUM_TOTAL_TARGET_TOKENS",
+    "AVERAGE_PER_SEQUENCE",
+)
+
+
+class TokenReadout(NamedTuple):
+    """What one pass over the vocabulary says of each position; every field is `[batch, length]`.
+
+    Attributes:
+      loss: cross-entropy with the targets, in nats, smoothing and z-loss included.
+      z_loss: the part of `loss` that is z-loss.
+      tokens: a draw from softmax(logits / temperature), int32; the argmax at temperature 0. No
+        gradient flows through it.
+      correct: whether the argmax is the target, bool.
+    """
+
+    loss: Array
+    z_loss: Array
+    tokens: Array
+    correct: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """Softmax cross-entropy read off hidden states, a block of positions at a time.
+
+    Attributes:
+      label_smoothing: epsilon; the target gets 1 - epsilon, each other token
+        epsilon / (vocab - 1), and the entropy of that distribution is subtracted, so that a
+        perfect prediction costs 0, as in T5X.
+      z_loss: coefficient of log(Z)^2, Z the softmax normaliser, which keeps logits from drifting.
+      block_logits: logits per example that may be alive at once. Longer sequences are read in
+        blocks of positions, whose logits are computed again for the gradient.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    block_logits: int = 2**22
+
+    def __post_init__(self):
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing}; expected 0 <= label_smoothing < 1."
+            )
+        if self.block_logits < 1:
+            raise ValueError(f"block_logits = {self.block_logits}; expected a positive number.")
+
+    def __call__(
+        self,
+        hidden: Array,
+        logits_fn: Callable[[Array], Array],
+        targets: Array,
+        *,
+        rng: Array | None = None,
+        temperature: float = 0.0,
+    ) -> TokenReadout:
+        """Reads every position once.
+
+        Args:
+          hidden: `[batch, length, embed]`.
+          logits_fn: `hidden [..., embed] -> logits [..., vocab]`.
+          targets: `[batch, length]` int32.
+          rng: for the draw of `tokens`; may be None at temperature 0.
+          temperature: of the draw.
+
+        Raises:
+          ValueError: if `temperature` is positive and there is no `rng`, or negative.
+        """
+        if temperature < 0 or (temperature > 0 and rng is None):
+            raise ValueError(f"temperature = {temperature} needs a value >= 0 and, above 0, an rng.")
+        length = targets.shape[1]
+        vocab_size = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
+        block_length = min(length, max(1, self.block_logits // vocab_size))
+
+        def read(hidden: Array, targets: Array, rng: Array | None) -> TokenReadout:
+            return self._read_block(logits_fn(hidden), targets, rng, temperature)
+
+        if block_length == length:
+            return read(hidden, targets, rng)
+        num_blocks = -(-length // block_length)
+        blocks = (
+            _split_length(hidden, num_blocks, block_length),
+            _split_length(targets, num_blocks, block_length),
+            None if rng is None else jax.random.split(rng, num_blocks),
+        )
+        readout = jax.lax.map(jax.checkpoint(lambda block: read(*block)), blocks)
+        return jax.tree.map(lambda x: _join_length(x, length), readout)
+
+    def _read_block(
+        self, logits: Array, targets: Array, rng: Array | None, temperature: float
+    ) -> TokenReadout:
+        """`logits [batch, block, vocab]`, `targets [batch, block]`."""
+        logits = logits.astype(jnp.float32)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        loss = log_z - target_logit
+        if self.label_smoothing:
+            loss += self._smoothing_term(logits, target_logit)
+        z_loss = self.z_loss * jnp.square(log_z)
+        frozen = jax.lax.stop_gradient(logits)
+        argmax = jnp.argmax(frozen, axis=-1).astype(jnp.int32)
+        tokens = argmax
+        if temperature > 0:
+            tokens = jax.random.categorical(rng, frozen / temperature, axis=-1).astype(jnp.int32)
+        return TokenReadout(loss + z_loss, z_loss, tokens, argmax == targets)
+
+    def _smoothing_term(self, logits: Array, target_logit: Array) -> Array:
+        """What smoothing adds to the plain loss: `[batch, block]`."""
+        others = logits.shape[-1] - 1
+        off_value = self.label_smoothing / others
+        confidence = 1.0 - self.label_smoothing
+        entropy = -(confidence * np.log(confidence) + others * off_value * np.log(off_value))
+        mean_other = (jnp.sum(logits, axis=-1) - target_logit) * off_value
+        return self.label_smoothing * target_logit - mean_other - entropy
+
+
+def _split_length(x: Array, num_blocks: int, block_length: int) -> Array:
+    """`[batch, length, ...] -> [num_blocks, batch, block_length, ...]`, zero-padded at the end."""
+    padding = num_blocks * block_length - x.shape[1]
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], num_blocks, block_length, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _join_length(x: Array, length: int) -> Array:
+    """`[num_blocks, batch, block_length] -> [batch, length]`, the padding dropped."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+
+
+def normalize_weights(
+    factor: LossNormalizingFactor, weights: Array, segment_ids: Array | None = None
+) -> tuple[Array, Array]:
+    """T5X's loss normalisation: `loss = sum(loss * weights) / normalizer`.
+
+    Args:
+      factor: None (sum over tokens), a constant to divide by, or one of `NORMALIZING_FACTORS`.
+      weights: `[batch, length]` loss weights.
+      segment_ids: `[batch, length]`, of packed targets; 0 is padding.
+
+    Returns:
+      The weights `[batch, length]` and the scalar normalizer to divide the summed loss by.
+      'AVERAGE_PER_SEQUENCE' scales the weights of each sequence (of each segment, when packed) to
+      sum to 1, and its normalizer is the number of sequences.
+
+    Raises:
+      ValueError: if `factor` is an unknown name.
+    """
+    weights = weights.astype(jnp.float32)
+    if factor is None:
+        return weights, jnp.float32(1.0)
+    if not isinstance(factor, str):
+        return weights, jnp.float32(factor)
+    name = factor.upper()
+    if name == "NUM_REAL_TARGET_TOKENS":
+        return weights, jnp.maximum(jnp.sum(weights), 1e-8)
+    if name == "NUM_TOTAL_TARGET_TOKENS":
+        return weights, jnp.float32(weights.size)
+    if name == "AVERAGE_PER_SEQUENCE":
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(weights, jnp.int32)
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        per_segment = jnp.einsum("bqk,bk->bq", same.astype(jnp.float32), weights)
+        weights = weights / jnp.maximum(per_segment, 1e-8)
+        return weights, jnp.maximum(jnp.sum(weights), 1e-8)
+    near = difflib.get_close_matches(name, NORMALIZING_FACTORS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"loss_normalizing_factor = {factor!r} is unknown; did you mean {near!r}? "
+        f"Known: None, a number, {', '.join(NORMALIZING_FACTORS)}."
+    )

@@ -1,0 +1,1 @@
+"""Transformer stacks, their attention patterns and key-value caches."""

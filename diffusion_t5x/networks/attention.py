@@ -1,0 +1,253 @@
+"""Attention: patterns, relative position bias, key-value cache, multi-head attention."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import partitioning as nn_partitioning
+
+from diffusion_t5x.networks.config import TransformerConfig
+
+Array = jax.Array
+
+# Who sees whom in `[prefix; target]`. 'causal': each token sees itself and what comes before it.
+# 'prefix_bidirectional': the same, but prefix tokens see the whole prefix. 'bidirectional': all
+# see all, which is what denoising needs (arXiv 2401.17181, section 3).
+ATTENTION_PATTERNS = ("causal", "prefix_bidirectional", "bidirectional")
+MASKED = -1e10
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuses unknown attention patterns.
+
+    Raises:
+      ValueError: naming the nearest known pattern.
+    """
+    if pattern not in ATTENTION_PATTERNS:
+        near = difflib.get_close_matches(pattern, ATTENTION_PATTERNS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"attention pattern {pattern!r} is unknown; did you mean {near!r}? "
+            f"Known: {', '.join(ATTENTION_PATTERNS)}."
+        )
+
+
+def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
+    """Which keys each query sees: bool `[batch, length, length]`, or a leading 1.
+
+    Args:
+      pattern: one of `ATTENTION_PATTERNS`.
+      segment_ids: `[batch, length]`; tokens of different segments never see each other, and
+        padding is a segment of its own.
+      is_prefix: `[batch, length]` bool.
+    """
+    check_pattern(pattern)
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if pattern == "bidirectional":
+        return same_segment
+    index = jnp.arange(segment_ids.shape[1])
+    visible = (index[:, None] >= index[None, :])[None]
+    if pattern == "prefix_bidirectional":
+        visible = visible | is_prefix[:, None, :]
+    return same_segment & visible
+
+
+def relative_position_bucket(
+    distance: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """T5's bucket of a relative position (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets hold one distance each, the others grow logarithmically up to
+    `max_distance`, beyond which all share the last.
+
+    Args:
+      distance: key position minus query position, any shape.
+      bidirectional: whether keys after the query get half of the buckets; otherwise they share
+        bucket 0 with distance 0.
+      num_buckets: buckets in all.
+      max_distance: where the last bucket starts.
+    """
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(distance > 0, num_buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = num_buckets // 2
+    ratio = np.log(max_distance / exact)
+    # The small term keeps exact powers on the upper side of their bucket's border, as T5 has it.
+    growth = jnp.log(distance.astype(jnp.float32) / exact + np.finfo(np.float32).eps) / ratio
+    far = exact + (growth * (num_buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and distance bucket, shared by the layers of a stack.
+
+    Attributes:
+      config: the network's configuration.
+      bidirectional: whether tokens may look ahead.
+    """
+
+    config: TransformerConfig
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
+        """`[queries]`, `[keys]` int32 -> bias `[1, heads, queries, keys]`.
+
+        Positions are shared by the whole batch: rows are laid out so that the distance between
+        two tokens of a text is the distance of their indices (see `layout.py`).
+        """
+        config = self.config
+        table = nn_partitioning.param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (config.num_heads, config.relative_buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        bucket = relative_position_bucket(
+            key_positions[None, :] - query_positions[:, None],
+            bidirectional=self.bidirectional,
+            num_buckets=config.relative_buckets,
+            max_distance=config.relative_max_distance,
+        )
+        return table[:, bucket][None].astype(config.dtype)
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, or of all layers with a leading `layers` axis.
+
+    Attributes:
+      keys: `[batch, length, heads, head_dim]`.
+      values: `[batch, length, heads, head_dim]`.
+    """
+
+    keys: Array
+    values: Array
+
+
+def empty_cache(config: TransformerConfig, batch_size: int, length: int) -> LayerCache:
+    """A cache for `length` tokens of each row, all zeros."""
+    shape = (batch_size, length, config.num_heads, config.head_dim)
+    return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+class MultiHeadAttention(nn.Module):
+    """T5's attention: no biases, no scaling by the head dimension (it is in the initialiser).
+
+    Attributes:
+      config: the network's configuration.
+    """
+
+    config: TransformerConfig
+
+    def setup(self):
+        config = self.config
+        self.query = Projection(
+            config, config.num_heads, config.head_dim, scale=config.head_dim**-0.5
+        )
+        self.key = Projection(config, config.num_heads, config.head_dim)
+        self.value = Projection(config, config.num_heads, config.head_dim)
+        self.out = OutputProjection(config)
+        self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+    def keys_values(self, x: Array) -> LayerCache:
+        """Keys and values of `x [batch, length, embed]`."""
+        return LayerCache(self.key(x), self.value(x))
+
+    def __call__(
+        self,
+        x: Array,
+        memory: LayerCache,
+        mask: Array,
+        bias: Array | None,
+        *,
+        deterministic: bool,
+    ) -> Array:
+        """Attends from `x [batch, queries, embed]` to `memory`; returns the shape of `x`.
+
+        Args:
+          x: hidden states that ask.
+          memory: keys and values `[batch, keys, heads, head_dim]`.
+          mask: bool, broadcasting to `[batch, queries, keys]`; False is not seen.
+          bias: added to the attention logits, broadcasting to `[batch, heads, queries, keys]`.
+          deterministic: no dropout.
+        """
+        query = self.query(x)
+        # [batch, heads, queries, keys]
+        logits = jnp.einsum(
+            "bqhd,bkhd->bhqk", query, memory.keys, preferred_element_type=jnp.float32
+        )
+        if bias is not None:
+            logits = logits + bias
+        logits = jnp.where(mask[:, None], logits, MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.config.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
+        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, memory.values))
+
+
+class Projection(nn.Module):
+    """`[batch, length, embed] -> [batch, length, heads, head_dim]`.
+
+    Attributes:
+      config: the network's configuration.
+      heads: number of heads.
+      head_dim: width of a head.
+      scale: factor on the standard deviation of the initial weights.
+    """
+
+    config: TransformerConfig
+    heads: int
+    head_dim: int
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = nn_partitioning.param_with_axes(
+            "kernel",
+            nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal"),
+            (x.shape[-1], self.heads * self.head_dim),
+            jnp.float32,
+            axes=("embed", "joined_kv"),
+        )
+        y = jnp.einsum("ble,ej->blj", x, kernel.astype(self.config.dtype))
+        y = y.reshape(*x.shape[:2], self.heads, self.head_dim)
+        return nn_partitioning.with_sharding_constraint(y, ("batch", "length", "heads", "kv"))
+
+
+class OutputProjection(nn.Module):
+    """`[batch, length, heads, head_dim] -> [batch, length, embed]`.
+
+    Attributes:
+      config: the network's configuration.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x.reshape(*x.shape[:2], -1)
+        kernel = nn_partitioning.param_with_axes(
+            "kernel",
+            nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+            (x.shape[-1], self.config.embed_dim),
+            jnp.float32,
+            axes=("joined_kv", "embed"),
+        )
+        return jnp.einsum("blj,je->ble", x, kernel.astype(self.config.dtype))
+
+
+def repeat_rows(tree: Any, repeats: int, batch_axis: int = 0) -> Any:
+    """Repeats each row of every array `repeats` times in place; scalars pass through."""
+    return jax.tree.map(
+        lambda x: jnp.repeat(x, repeats, axis=batch_axis) if jnp.ndim(x) else x, tree
+    )

@@ -1,0 +1,85 @@
+"""The one configuration of all networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# What is kept of a layer's activations for the backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and numerics of a transformer of T5 1.1's kind.
+
+    Attributes:
+      vocab_size: rows of the token embedding; at least the vocabulary's size.
+      embed_dim: width of the residual stream.
+      num_heads: attention heads.
+      num_layers: layers of the decoder-only stack, or of the decoder.
+      num_encoder_layers: layers of the encoder, where there is one; None for `num_layers`.
+      head_dim: width of a head.
+      mlp_dim: width of the feed-forward layers.
+      mlp_activations: one activation per input projection, multiplied; 'linear' for none.
+      dropout_rate: of embeddings, attention weights, feed-forward and residual branches.
+      tied_logits: use the embedding, divided by sqrt(embed_dim), as the output projection.
+      dtype: of activations, 'float32' or 'bfloat16'; parameters and logits are float32.
+      remat: 'none', 'dots' (keep matrix products with weights) or 'full' (keep nothing).
+      scan_layers: compile one layer and scan over it; parameters get a leading `layers` axis.
+      relative_buckets: buckets of relative distances.
+      causal_buckets: under causal attention give all buckets to distances backwards, as T5's
+        decoders do. By default half of them are kept for distances forwards, which causal
+        attention never asks for, so that a network pretrained causally keeps the meaning of its
+        buckets when it goes on as a bidirectional one (AR2Diff).
+      relative_max_distance: tokens, beyond which all distances share a bucket.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_heads: int
+    num_layers: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int | None = None
+    mlp_activations: Sequence[str] = ("gelu", "linear")
+    dropout_rate: float = 0.0
+    tied_logits: bool = True
+    dtype: str | jnp.dtype = "float32"
+    remat: str = "none"
+    scan_layers: bool = False
+    relative_buckets: int = 32
+    causal_buckets: bool = False
+    relative_max_distance: int = 128
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        sizes = ("vocab_size", "embed_dim", "num_heads", "num_layers", "head_dim", "mlp_dim")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
+        if self.remat not in REMAT_POLICIES:
+            near = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"remat = {self.remat!r} is unknown; did you mean {near!r}? "
+                f"Known: {', '.join(REMAT_POLICIES)}."
+            )
+        for activation in self.mlp_activations:
+            if activation != "linear" and not hasattr(jax.nn, activation):
+                raise ValueError(
+                    f"mlp_activations has {activation!r}; expected 'linear' or the name of a "
+                    "function in jax.nn, such as 'gelu'."
+                )
+
+    def splits_buckets(self, attention_pattern: str) -> bool:
+        """Whether distance buckets tell before from after under this attention pattern."""
+        return attention_pattern != "causal" or not self.causal_buckets

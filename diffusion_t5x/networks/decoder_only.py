@@ -1,0 +1,206 @@
+"""The decoder-only network: one stack reads `[prefix; target]`."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.networks.attention import LayerCache, make_mask, repeat_rows
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
+from diffusion_t5x.networks.layout import Prefix, merge, read_prefix, take_targets
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class DecodeCache:
+    """Keys and values of what was read so far.
+
+    Attributes:
+      memory: per layer, each `[batch, cache_length, heads, head_dim]`.
+      visible: `[batch, cache_length]` bool; padding before a prefix is never seen.
+      index: scalar int32, where the next token goes.
+      encoded_mask: `[batch, 1, encoder_length]` bool, where there is an encoder.
+    """
+
+    memory: list[Memory] | Memory
+    visible: Array
+    index: Array
+    encoded_mask: Array | None = None
+
+
+def make_cache(
+    memory: list[Memory] | Memory,
+    visible: Array,
+    config: TransformerConfig,
+    *,
+    room: int,
+    repeats: int,
+    encoded_mask: Array | None = None,
+) -> DecodeCache:
+    """A cache from the keys and values of a first pass, with room for more tokens.
+
+    Args:
+      memory: keys and values of the tokens read, `[batch, length, heads, head_dim]`.
+      visible: `[batch, length]` bool.
+      config: the network's configuration.
+      room: tokens to come.
+      repeats: copies of each row.
+      encoded_mask: `[batch, 1, encoder_length]` bool.
+    """
+    batch_axis = 1 if config.scan_layers else 0
+
+    def extend(cache: LayerCache) -> LayerCache:
+        padding = [(0, 0)] * (cache.keys.ndim - 3) + [(0, room), (0, 0), (0, 0)]
+        return jax.tree.map(lambda x: jnp.pad(x, padding), cache)
+
+    layers = [memory] if isinstance(memory, Memory) else memory
+    layers = [layer.replace(own=extend(layer.own)) for layer in layers]
+    memory = layers[0] if isinstance(memory, Memory) else layers
+    return DecodeCache(
+        memory=repeat_rows(memory, repeats, batch_axis),
+        visible=repeat_rows(jnp.pad(visible, [(0, 0), (0, room)], constant_values=True), repeats),
+        index=jnp.int32(visible.shape[1]),
+        encoded_mask=repeat_rows(encoded_mask, repeats),
+    )
+
+
+class DecoderOnly(nn.Module):
+    """A single stack over `[prefix; target]` whose hidden states are those of the target.
+
+    Attributes:
+      config: shape and numerics.
+    """
+
+    config: TransformerConfig
+
+    def setup(self):
+        self.token_embedder = TokenEmbedding(self.config)
+        self.decoder = Stack(self.config, self.config.num_layers)
+
+    def __call__(self, prefix: Array, target: Array, attention_pattern: str) -> Array:
+        """Encodes and decodes without dropout: what initialisation runs."""
+        context = self.encode(prefix, deterministic=True)
+        hidden = self.decode(context, target, attention_pattern, deterministic=True)
+        return self.logits(hidden)
+
+    def encode(
+        self, tokens: Array, segment_ids: Array | None = None, *, deterministic: bool
+    ) -> Prefix:
+        """The prefix, laid out; this network reads it together with the target.
+
+        Args:
+          tokens: `[batch, prefix_length]` int32.
+          segment_ids: `[batch, prefix_length]`, where rows are packed.
+          deterministic: unused here.
+        """
+        del deterministic
+        return read_prefix(tokens, segment_ids)
+
+    def decode(
+        self,
+        prefix: Prefix,
+        target: Array,
+        attention_pattern: str,
+        segment_ids: Array | None = None,
+        *,
+        deterministic: bool,
+    ) -> Array:
+        """Hidden states of the target positions: `[batch, length, embed]`.
+
+        Args:
+          prefix: from `encode`.
+          target: `[batch, length]` int32, target tokens or canvas.
+          attention_pattern: one of `attention.ATTENTION_PATTERNS`. Unless 'bidirectional', the
+            state returned at a position is that of the token before it, which predicts it.
+          segment_ids: `[batch, length]`, where rows are packed.
+          deterministic: no dropout.
+        """
+        row = merge(prefix, target, segment_ids)
+        mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix)
+        positions = jnp.arange(row.tokens.shape[1])
+        hidden, _ = self.decoder(
+            self.token_embedder(row.tokens, deterministic),
+            mask,
+            bidirectional=self.config.splits_buckets(attention_pattern),
+            deterministic=deterministic,
+            query_positions=positions,
+            key_positions=positions,
+        )
+        causal = attention_pattern != "bidirectional"
+        return take_targets(hidden, row, target.shape[1], before=causal)
+
+    def prefill(
+        self, prefix: Prefix, attention_pattern: str, max_length: int, repeats: int
+    ) -> tuple[DecodeCache, Array]:
+        """Reads the prefix in one pass.
+
+        Args:
+          prefix: from `encode`, not packed.
+          attention_pattern: 'causal' or 'prefix_bidirectional'.
+          max_length: target tokens to come.
+          repeats: copies of each row.
+
+        Returns:
+          The cache, and `[batch * repeats, embed]`, which predicts the first target token.
+        """
+        length = prefix.tokens.shape[1]
+        positions = jnp.arange(length)
+        is_prefix = jnp.ones_like(prefix.tokens, bool)
+        hidden, memory = self.decoder(
+            self.token_embedder(prefix.tokens, True),
+            make_mask(attention_pattern, prefix.segment_ids, is_prefix),
+            bidirectional=self.config.splits_buckets(attention_pattern),
+            deterministic=True,
+            query_positions=positions,
+            key_positions=positions,
+            keep_memory=True,
+        )
+        cache = make_cache(
+            memory, prefix.segment_ids > 0, self.config, room=max_length, repeats=repeats
+        )
+        return cache, repeat_rows(hidden[:, -1], repeats)
+
+    def step(
+        self, cache: DecodeCache, tokens: Array, attention_pattern: str
+    ) -> tuple[DecodeCache, Array]:
+        """Appends `tokens [batch]`; returns the cache and `[batch, embed]`."""
+        return step_stack(self, cache, tokens, attention_pattern)
+
+    def logits(self, hidden: Array) -> Array:
+        """`hidden [..., embed] -> [..., vocab]`, float32."""
+        return self.token_embedder.logits(hidden)
+
+
+def step_stack(
+    network: nn.Module, cache: DecodeCache, tokens: Array, attention_pattern: str
+) -> tuple[DecodeCache, Array]:
+    """One token through a network's `token_embedder` and `decoder` with a cache.
+
+    Args:
+      network: the bound module.
+      cache: of the tokens so far.
+      tokens: `[batch]` int32.
+      attention_pattern: the pattern that the cache was filled under.
+
+    Returns:
+      The cache with one token more, and `[batch, embed]`.
+    """
+    keys = jnp.arange(cache.visible.shape[1])
+    mask = cache.visible[:, None] & (keys <= cache.index)
+    hidden, memory = network.decoder(
+        network.token_embedder(tokens[:, None], True),
+        mask,
+        bidirectional=network.config.splits_buckets(attention_pattern),
+        deterministic=True,
+        query_positions=cache.index[None],
+        key_positions=keys,
+        encoded_mask=cache.encoded_mask,
+        memory=cache.memory,
+        index=cache.index,
+        keep_memory=True,
+    )
+    return cache.replace(memory=memory, index=cache.index + 1), hidden[:, 0]

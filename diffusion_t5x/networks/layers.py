@@ -1,0 +1,306 @@
+"""Layers and stacks of T5 1.1's kind, shared by both architectures."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning as nn_partitioning
+
+from diffusion_t5x.networks.attention import (
+    LayerCache,
+    MultiHeadAttention,
+    RelativePositionBias,
+)
+from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
+
+Array = jax.Array
+HIDDEN_AXES = ("batch", "length", "embed")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a scale and no bias (Zhang and Sennrich 2019).
+
+    Attributes:
+      config: the network's configuration.
+      epsilon: added to the mean square.
+    """
+
+    config: TransformerConfig
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = nn_partitioning.param_with_axes(
+            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+        )
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.config.dtype)
+
+
+class Dense(nn.Module):
+    """A linear map without bias, `[batch, length, in] -> [batch, length, features]`.
+
+    Attributes:
+      config: the network's configuration.
+      features: output width.
+      axes: logical axes of the kernel.
+    """
+
+    config: TransformerConfig
+    features: int
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = nn_partitioning.param_with_axes(
+            "kernel",
+            nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+            (x.shape[-1], self.features),
+            jnp.float32,
+            axes=self.axes,
+        )
+        return jnp.einsum("bli,io->blo", x, kernel.astype(self.config.dtype))
+
+
+class GatedMlp(nn.Module):
+    """Feed-forward block: the product of the activated input projections, projected back.
+
+    Attributes:
+      config: the network's configuration.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        config = self.config
+        product = None
+        for index, name in enumerate(config.mlp_activations):
+            y = Dense(config, config.mlp_dim, ("embed", "mlp"), name=f"wi_{index}")(x)
+            y = y if name == "linear" else getattr(jax.nn, name)(y)
+            product = y if product is None else product * y
+        product = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(product, deterministic)
+        product = nn_partitioning.with_sharding_constraint(product, ("batch", "length", "mlp"))
+        return Dense(config, config.embed_dim, ("mlp", "embed"), name="wo")(product)
+
+
+class TokenEmbedding(nn.Module):
+    """Tokens to vectors, and hidden states to logits over the vocabulary.
+
+    Attributes:
+      config: the network's configuration.
+    """
+
+    config: TransformerConfig
+
+    def setup(self):
+        config = self.config
+        shape = (config.vocab_size, config.embed_dim)
+        self.embedding = nn_partitioning.param_with_axes(
+            "embedding", nn.initializers.normal(1.0), shape, jnp.float32, axes=("vocab", "embed")
+        )
+        if not config.tied_logits:
+            self.logits_kernel = nn_partitioning.param_with_axes(
+                "logits_kernel",
+                nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+                shape[::-1],
+                jnp.float32,
+                axes=("embed", "vocab"),
+            )
+        self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(self, tokens: Array, deterministic: bool) -> Array:
+        """`tokens [batch, length] -> [batch, length, embed]`."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        x = self.dropout(x, deterministic=deterministic)
+        return nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
+
+    def logits(self, hidden: Array) -> Array:
+        """`hidden [..., embed] -> [..., vocab]`, float32."""
+        hidden = hidden.astype(jnp.float32)
+        if self.config.tied_logits:
+            hidden = hidden / jnp.sqrt(self.config.embed_dim)
+            return jnp.einsum("...e,ve->...v", hidden, self.embedding)
+        return jnp.einsum("...e,ev->...v", hidden, self.logits_kernel)
+
+
+@flax.struct.dataclass
+class Attended:
+    """What the layers of one call see besides their input.
+
+    Attributes:
+      mask: `[batch or 1, queries, keys]` bool, for self-attention.
+      bias: `[1, heads, queries, keys]`.
+      encoded: `[batch, encoder_length, embed]`, or None without cross-attention or where the
+        cache already holds its keys and values.
+      encoded_mask: `[batch, 1, encoder_length]` bool, or None.
+      index: where in the cache this call's keys and values go; None without a cache.
+    """
+
+    mask: Array
+    bias: Array
+    encoded: Array | None = None
+    encoded_mask: Array | None = None
+    index: Array | None = None
+
+
+@flax.struct.dataclass
+class Memory:
+    """Keys and values that a layer keeps between calls.
+
+    Attributes:
+      own: of the layer's own stack.
+      encoded: of the encoder's output, or None.
+    """
+
+    own: LayerCache
+    encoded: LayerCache | None = None
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention where there is an encoder, and feed-forward, pre-norm.
+
+    Attributes:
+      config: the network's configuration.
+      cross_attention: whether to attend to an encoder's output.
+      deterministic: no dropout.
+      keep_memory: return keys and values for a cache.
+    """
+
+    config: TransformerConfig
+    cross_attention: bool
+    deterministic: bool
+    keep_memory: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Array, memory: Memory | None, attended: Attended
+    ) -> tuple[Array, Memory | None]:
+        """One layer.
+
+        Args:
+          x: `[batch, length, embed]`.
+          memory: a cache to extend and to attend to; None to attend to `x` alone.
+          attended: masks, bias and encoder output.
+
+        Returns:
+          Hidden states of `x`'s shape, and the keys and values attended to, if kept.
+        """
+        config, deterministic = self.config, self.deterministic
+        dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+        attention = MultiHeadAttention(config, name="self_attention")
+        y = RMSNorm(config, name="pre_self_attention_layer_norm")(x)
+        own = attention.keys_values(y)
+        if memory is not None:
+            own = jax.tree.map(
+                lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
+                    cache, new, attended.index, axis=1
+                ),
+                memory.own,
+                own,
+            )
+        y = attention(y, own, attended.mask, attended.bias, deterministic=deterministic)
+        x = x + dropout(y, deterministic=deterministic)
+        encoded = None
+        if self.cross_attention:
+            cross = MultiHeadAttention(config, name="encoder_decoder_attention")
+            y = RMSNorm(config, name="pre_cross_attention_layer_norm")(x)
+            encoded = memory.encoded if memory else cross.keys_values(attended.encoded)
+            y = cross(y, encoded, attended.encoded_mask, None, deterministic=deterministic)
+            x = x + dropout(y, deterministic=deterministic)
+        y = RMSNorm(config, name="pre_mlp_layer_norm")(x)
+        y = GatedMlp(config, name="mlp")(y, deterministic)
+        x = x + dropout(y, deterministic=deterministic)
+        x = nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
+        return x, Memory(own, encoded) if self.keep_memory else None
+
+
+class Stack(nn.Module):
+    """Layers under one relative position bias, and a final norm.
+
+    Attributes:
+      config: the network's configuration.
+      num_layers: how many layers.
+      cross_attention: whether layers attend to an encoder's output.
+    """
+
+    config: TransformerConfig
+    num_layers: int
+    cross_attention: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        mask: Array,
+        *,
+        bidirectional: bool,
+        deterministic: bool,
+        query_positions: Array,
+        key_positions: Array,
+        encoded: Array | None = None,
+        encoded_mask: Array | None = None,
+        memory: list[Memory] | Memory | None = None,
+        index: Array | None = None,
+        keep_memory: bool = False,
+    ) -> tuple[Array, list[Memory] | Memory | None]:
+        """Runs the stack.
+
+        Args:
+          x: `[batch, length, embed]`.
+          mask: `[batch or 1, length, keys]` bool.
+          bidirectional: whether distance buckets tell before from after.
+          deterministic: no dropout.
+          query_positions: `[length]` int32.
+          key_positions: `[keys]` int32.
+          encoded: `[batch, encoder_length, embed]`.
+          encoded_mask: `[batch, 1 or length, encoder_length]` bool.
+          memory: the layers' caches; a list, or stacked where layers are scanned.
+          index: position in the caches to write to.
+          keep_memory: return the layers' keys and values.
+
+        Returns:
+          `[batch, length, embed]` and the keys and values, or None.
+        """
+        config = self.config
+        bias = RelativePositionBias(config, bidirectional, name="relpos_bias")(
+            query_positions, key_positions
+        )
+        attended = Attended(mask, bias, encoded, encoded_mask, index)
+        layer = TransformerLayer
+        if config.remat != "none":
+            layer = nn_partitioning.remat(
+                layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers
+            )
+        make = functools.partial(
+            layer,
+            config=config,
+            cross_attention=self.cross_attention,
+            deterministic=deterministic,
+            keep_memory=keep_memory,
+        )
+        if config.scan_layers:
+            scanned = nn_partitioning.scan_with_axes(
+                lambda layer, x, memory, attended: layer(x, memory, attended),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=self.num_layers,
+                axis_name="layers",
+            )
+            x, memory = scanned(make(name="layers"), x, memory, attended)
+        else:
+            kept = []
+            for number in range(self.num_layers):
+                own = None if memory is None else memory[number]
+                x, own = make(name=f"layers_{number}")(x, own, attended)
+                kept.append(own)
+            memory = kept if keep_memory else None
+        x = RMSNorm(config, name="final_layer_norm")(x)
+        x = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(x, deterministic)
+        return x, memory

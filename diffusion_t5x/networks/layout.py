@@ -1,0 +1,117 @@
+"""How `[prefix; target]` is laid out in a row, so that distances never depend on padding.
+
+SeqIO hands over prefixes and targets as two arrays, each padded at its end, perhaps packed. Here
+both are merged into one row in which each text is contiguous: all padding first, then the prefix
+and target of the first text, then those of the second. The distance between two tokens of a text
+is then the distance of their indices, in every row alike, so one position bias serves the batch.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Prefix:
+    """Prefix tokens with their padding moved to the front, unless packed.
+
+    Attributes:
+      tokens: `[batch, prefix_length]` int32.
+      segment_ids: `[batch, prefix_length]` int32; 0 is padding. Without packing, 1 is text.
+      packed: whether rows hold several texts; static.
+    """
+
+    tokens: Array
+    segment_ids: Array
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def read_prefix(tokens: Array, segment_ids: Array | None) -> Prefix:
+    """Right-aligns unpacked prefixes.
+
+    A row without any prefix token reads its last padding token as the start of the text, so that
+    there is always a token from which the first target token is predicted.
+
+    Args:
+      tokens: `[batch, prefix_length]` int32, padded with 0 at the end.
+      segment_ids: `[batch, prefix_length]`, where rows are packed.
+    """
+    if segment_ids is not None:
+        return Prefix(tokens, segment_ids, packed=True)
+    length = tokens.shape[1]
+    used = jnp.max(jnp.where(tokens != 0, jnp.arange(length) + 1, 0), axis=1, keepdims=True)
+    source = jnp.arange(length)[None] - (length - used)
+    aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)
+    is_text = (source >= 0) | (jnp.arange(length)[None] == length - 1)
+    return Prefix(jnp.where(source >= 0, aligned, 0), is_text.astype(jnp.int32))
+
+
+@flax.struct.dataclass
+class Row:
+    """Prefix and target in one row.
+
+    Attributes:
+      tokens: `[batch, prefix_length + length]` int32.
+      segment_ids: same shape; 0 is padding.
+      is_prefix: same shape, bool.
+      target_index: `[batch, length]`, where each target token went; None where all targets are
+        simply the last `length` tokens of the row.
+    """
+
+    tokens: Array
+    segment_ids: Array
+    is_prefix: Array
+    target_index: Array | None
+
+
+def merge(prefix: Prefix, target: Array, segment_ids: Array | None) -> Row:
+    """One contiguous row per example.
+
+    Args:
+      prefix: as `read_prefix` returns it.
+      target: `[batch, length]` int32, target tokens or canvas; without packing every position is
+        part of the text, padding included.
+      segment_ids: `[batch, length]`, where rows are packed.
+
+    Raises:
+      ValueError: if only one of prefix and target is packed.
+    """
+    if prefix.packed != (segment_ids is not None):
+        raise ValueError("prefix and target must both be packed (segment ids) or both not.")
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(target)
+    tokens = jnp.concatenate([prefix.tokens, target], axis=1)
+    segments = jnp.concatenate([prefix.segment_ids, segment_ids], axis=1)
+    prefix_length = prefix.tokens.shape[1]
+    is_prefix = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < prefix_length, tokens.shape)
+    if not prefix.packed:
+        return Row(tokens, segments, is_prefix, None)
+    order = jnp.argsort(segments, axis=1, stable=True)
+    where = jnp.argsort(order, axis=1)
+    take = lambda x: jnp.take_along_axis(x, order, axis=1)  # noqa: E731
+    return Row(take(tokens), take(segments), take(is_prefix), where[:, prefix_length:])
+
+
+def take_targets(hidden: Array, row: Row, length: int, before: bool) -> Array:
+    """Hidden states of the target tokens: `[batch, length, embed]`.
+
+    Args:
+      hidden: `[batch, prefix_length + length, embed]`.
+      row: the layout of `hidden`.
+      length: number of target tokens.
+      before: take the state of the token before each, which predicts it.
+    """
+    shift = 1 if before else 0
+    if row.target_index is None:
+        start = hidden.shape[1] - length - shift
+        return hidden[:, start : start + length]
+    index = jnp.maximum(row.target_index - shift, 0)
+    taken = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    # A packed text without a prefix must not be predicted from the text before it.
+    segment = jnp.take_along_axis(row.segment_ids, row.target_index, axis=1)
+    same_text = jnp.take_along_axis(row.segment_ids, index, axis=1) == segment
+    return jnp.where(same_text[..., None], taken, 0)

@@ -1,0 +1,166 @@
+"""Training objectives: next-token prediction and step-unrolled denoising.
+
+An objective says what a network is asked to do with `[prefix; target]`: which attention pattern it
+needs, whether several texts may be packed into a row, and the loss. It knows neither the network
+nor the data that it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.bound_network import BoundNetwork
+from diffusion_t5x.corruption import UniformCorruption
+from diffusion_t5x.losses import CrossEntropy, TokenReadout
+
+Array = jax.Array
+# name -> (weighted sum, sum of weights), so that sums over batches average exactly.
+Metrics = Mapping[str, tuple[Array, Array]]
+
+
+def _sums(readout: TokenReadout, weights: Array) -> Metrics:
+    """Weighted sums of the readout's loss terms over `weights [batch, length]`."""
+    weight_sum = jnp.sum(weights)
+    cross_entropy = readout.loss - readout.z_loss
+    return {
+        "cross_entropy": (jnp.sum(cross_entropy * weights), weight_sum),
+        "z_loss": (jnp.sum(readout.z_loss * weights), weight_sum),
+        "accuracy": (jnp.sum(readout.correct * weights), weight_sum),
+    }
+
+
+def log_likelihood(
+    network: BoundNetwork, targets: Array, weights: Array, cross_entropy: CrossEntropy
+) -> Array:
+    """Sum over positions of weight x log softmax(logits)[target], in one pass: `[batch]`."""
+    plain = dataclasses.replace(cross_entropy, label_smoothing=0.0, z_loss=0.0)
+    readout = plain(network.forward(targets, None), network.logits, targets)
+    return -jnp.sum(readout.loss * weights, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Autoregressive prediction of the target given the prefix (a prefix LM).
+
+    Attributes:
+      attention_pattern: 'causal' (the paper's AR decoder) or 'prefix_bidirectional', where prefix
+        tokens see the whole prefix.
+      cross_entropy: the token loss.
+    """
+
+    attention_pattern: str = "causal"
+    cross_entropy: CrossEntropy = CrossEntropy()
+    packs: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.attention_pattern not in ("causal", "prefix_bidirectional"):
+            raise ValueError(
+                f"attention_pattern = {self.attention_pattern!r}; next-token prediction needs "
+                "'causal' or 'prefix_bidirectional'."
+            )
+
+    def token_weights(self, targets: Array, weights: Array) -> Array:
+        """The loss weights `[batch, length]` of the batch, unchanged."""
+        del targets
+        return weights
+
+    def loss(
+        self, network: BoundNetwork, targets: Array, weights: Array, rng: Array
+    ) -> tuple[Array, Array, Metrics]:
+        """Sum of weighted token losses, sum of weights, and metrics as pairs of sums.
+
+        Args:
+          network: the network, bound.
+          targets: `[batch, length]` int32.
+          weights: `[batch, length]` float32.
+          rng: for dropout.
+        """
+        hidden = network.forward(targets, rng)
+        readout = self.cross_entropy(hidden, network.logits, targets)
+        return jnp.sum(readout.loss * weights), jnp.sum(weights), _sums(readout, weights)
+
+    def score(self, network: BoundNetwork, targets: Array, weights: Array) -> Array:
+        """Log-likelihood of the targets, in nats: `[batch]`."""
+        return log_likelihood(network, targets, weights, self.cross_entropy)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepUnrolledDenoising:
+    """SUNDAE's objective as AR2Diff trains it: denoise, then denoise one's own output.
+
+    The target is corrupted and denoised, which gives L1; tokens drawn from those logits are the
+    next canvas, whose denoising gives L2; no gradient flows through the draw. The paper sums
+    L1 + L2 and unrolls at temperature 0; SUNDAE averages and unrolls at 1 (arXiv 2401.17181,
+    section 3; arXiv 2112.06749, equation 4).
+
+    Attributes:
+      corruption: makes the first canvas.
+      num_unrolls: denoising passes after the first; 1 in both papers.
+      unroll_temperature: temperature of the draw; 0 is the argmax.
+      reduction: 'sum' or 'mean' over the passes.
+      padding_weight: loss weight of padding positions; 1 counts them like text, as the paper does.
+      cross_entropy: the token loss.
+    """
+
+    corruption: UniformCorruption
+    num_unrolls: int = 1
+    unroll_temperature: float = 0.0
+    reduction: str = "sum"
+    padding_weight: float = 1.0
+    cross_entropy: CrossEntropy = CrossEntropy()
+    attention_pattern: ClassVar[str] = "bidirectional"
+    packs: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction = {self.reduction!r}; expected 'sum' or 'mean'.")
+        for name in ("num_unrolls", "unroll_temperature", "padding_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}; expected a value >= 0.")
+
+    def token_weights(self, targets: Array, weights: Array) -> Array:
+        """Loss weights `[batch, length]` with padding (token 0) scaled by `padding_weight`."""
+        return weights * jnp.where(targets == 0, self.padding_weight, 1.0)
+
+    def loss(
+        self, network: BoundNetwork, targets: Array, weights: Array, rng: Array
+    ) -> tuple[Array, Array, Metrics]:
+        """Sum of weighted token losses over all passes, sum of weights, metrics as pairs of sums.
+
+        Args:
+          network: the network, bound.
+          targets: `[batch, length]` int32, clean.
+          weights: `[batch, length]` float32.
+          rng: for the rate, the corruption, the draws and dropout.
+        """
+        rate_rng, corrupt_rng, passes_rng = jax.random.split(rng, 3)
+        rate = self.corruption.sample_rate(rate_rng, targets.shape[0])
+        canvas = self.corruption.corrupt(corrupt_rng, targets, rate)
+        total = jnp.float32(0.0)
+        metrics: dict[str, tuple[Array, Array]] = {}
+        for unroll in range(self.num_unrolls + 1):
+            passes_rng, dropout_rng, draw_rng = jax.random.split(passes_rng, 3)
+            readout = self.cross_entropy(
+                network.forward(canvas, dropout_rng),
+                network.logits,
+                targets,
+                rng=draw_rng,
+                temperature=self.unroll_temperature,
+            )
+            total += jnp.sum(readout.loss * weights)
+            for name, sums in _sums(readout, weights).items():
+                metrics[f"{name}/unroll_{unroll}"] = sums
+            canvas = jax.lax.stop_gradient(readout.tokens)
+        if self.reduction == "mean":
+            total /= self.num_unrolls + 1
+        return total, jnp.sum(weights), metrics
+
+    def score(self, network: BoundNetwork, targets: Array, weights: Array) -> Array:
+        """Model score of given targets: minus their cross-entropy under the logits that the
+        targets themselves, as canvas, lead to (arXiv 2401.17181, section 3): `[batch]`."""
+        return log_likelihood(network, targets, weights, self.cross_entropy)

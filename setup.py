@@ -1,0 +1,49 @@
+"""Packaging of diffusion_t5x: the package, its tasks and its gin files."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "diffusion_t5x/__init__.py").read_text(encoding="utf-8")
+).group(1)
+
+setuptools.setup(
+    name="diffusion_t5x",
+    version=VERSION,
+    description="A JAX-native training framework that extends T5X with text diffusion",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *setuptools.find_packages(include=["diffusion_t5x*", "tasks*"]),
+        "diffusion_t5x.gin",
+    ],
+    # The gin files live at the top level of a checkout and inside the package once installed.
+    package_dir={"diffusion_t5x.gin": "gin"},
+    package_data={"diffusion_t5x.gin": ["**/*.gin"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "babel>=2.16",
+        "clu>=0.0.12",
+        "flax>=0.12",
+        "gin-config>=0.5.0",
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "rich>=13.7",
+        "sacrebleu>=2.4",
+        "sentencepiece>=0.2.0",
+        "seqio>=0.0.20",
+        "tensorflow>=2.18",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.6"],
+        "tpu": ["jax[tpu]>=0.10"],
+    },
+)

@@ -1,0 +1,78 @@
+"""Runs generated programs: each in a process of its own, with limits, far from the trainer's."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+WALL_SECONDS = 5.0
+CPU_SECONDS = 3
+MEMORY_BYTES = 512 * 2**20
+FILE_BYTES = 2**20
+OPEN_FILES = 32
+
+
+def _limit() -> None:
+    """In the child, before the program starts."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def run(program: str, tests: Sequence[str], wall_seconds: float = WALL_SECONDS) -> bool:
+    """Whether `program` followed by its assertions runs to the very end.
+
+    It runs in an isolated interpreter with an empty environment in a directory that is removed
+    afterwards, in a process group that is killed at the end, without standard input and within
+    limits on time, memory, file size and open files. Success is a secret that is printed after
+    the last assertion, so leaving early is none.
+
+    Args:
+      program: Python source.
+      tests: statements that must not raise.
+      wall_seconds: after which it is killed.
+    """
+    secret = secrets.token_hex(16)
+    source = "\n".join([program, *tests, f"print({secret!r})"])
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", source],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                cwd=directory,
+                env={},
+                preexec_fn=_limit,
+                start_new_session=True,
+            )
+        except ValueError:  # a null byte in the source
+            return False
+        try:
+            code = process.wait(wall_seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        output.seek(0, os.SEEK_END)
+        output.seek(max(0, output.tell() - len(secret) - 2))
+        return code == 0 and output.read().strip().endswith(secret.encode())
+
+
+def run_all(programs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:
+    """`run` for each (program, tests), as many at once as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: run(*job), programs))

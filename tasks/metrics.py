@@ -1,0 +1,141 @@
+"""Task metrics; each takes targets and predictions and returns a dict of numbers.
+
+Names mean the same in every task: `exact_match` and `pass_at_k` are fractions in [0, 1]; `bleu`,
+`f1` and `em` are percentages, as published.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import string
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import sacrebleu
+
+from tasks import code_execution
+
+
+def _check(targets: Sequence, predictions: Sequence) -> None:
+    if len(targets) != len(predictions):
+        raise ValueError(f"{len(targets)} targets, but {len(predictions)} predictions.")
+    if not targets:
+        raise ValueError("there is nothing to measure: no targets.")
+
+
+def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
+    """The fraction of predictions that equal their target.
+
+    Raises:
+      ValueError: if there are no targets, or not as many predictions.
+    """
+    _check(targets, predictions)
+    pairs = zip(targets, predictions, strict=True)
+    return {"exact_match": float(np.mean([target == text for target, text in pairs]))}
+
+
+def bleu(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
+    """Corpus BLEU by sacrebleu with its default settings, in percent.
+
+    Raises:
+      ValueError: if there are no targets, or not as many predictions.
+    """
+    _check(targets, predictions)
+    return {"bleu": sacrebleu.corpus_bleu(list(predictions), [list(targets)]).score}
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def token_f1(target: str, prediction: str) -> float:
+    """Harmonic mean of precision and recall over the tokens of normalised answers, in [0, 1]."""
+    wanted, given = normalize_answer(target).split(), normalize_answer(prediction).split()
+    shared = sum((collections.Counter(wanted) & collections.Counter(given)).values())
+    if not wanted or not given:
+        return float(wanted == given)
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(given), shared / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Mapping[str, float]:
+    """SQuAD's F1 and exact match, the best over the reference answers, in percent.
+
+    Args:
+      targets: reference answers of each example.
+      predictions: one answer each.
+
+    Raises:
+      ValueError: if there are no targets, or not as many predictions.
+    """
+    _check(targets, predictions)
+    pairs = list(zip(targets, predictions, strict=True))
+    f1 = [max(token_f1(answer, text) for answer in answers) for answers, text in pairs]
+    em = [
+        max(normalize_answer(answer) == normalize_answer(text) for answer in answers)
+        for answers, text in pairs
+    ]
+    exact = [text in answers for answers, text in pairs]
+    return {
+        "f1": 100 * float(np.mean(f1)),
+        "em": 100 * float(np.mean(em)),
+        "exact_match": float(np.mean(exact)),
+    }
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that one of `k` samples drawn without replacement passes.
+
+    The unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374).
+
+    Raises:
+      ValueError: unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(f"n = {num_samples}, c = {num_correct}, k = {k}: no such draw.")
+    if num_samples - num_correct < k:
+        return 1.0
+    failing = np.arange(num_samples - num_correct + 1, num_samples + 1)
+    return float(1.0 - np.prod(1.0 - k / failing))
+
+
+def code_passes(
+    targets: Sequence[Mapping[str, Sequence[str]]],
+    predictions: Sequence[str | Sequence[str]],
+    ks: Sequence[int] = (1,),
+) -> Mapping[str, float]:
+    """pass@k by running each program with its assertions in a subprocess.
+
+    Args:
+      targets: per problem `{'tests': assertions, 'code': reference}`.
+      predictions: per problem one program, or several samples of it.
+      ks: values of k; those above the number of samples are left out.
+
+    Raises:
+      ValueError: if there are no targets, or not as many predictions.
+    """
+    _check(targets, predictions)
+    samples = [[text] if isinstance(text, str) else list(text) for text in predictions]
+    programs = [
+        (program, target["tests"])
+        for target, texts in zip(targets, samples, strict=True)
+        for program in texts
+    ]
+    passed = iter(code_execution.run_all(programs))
+    correct = [sum(next(passed) for _ in texts) for texts in samples]
+    same = [
+        texts[-1].strip() == target["code"].strip()
+        for target, texts in zip(targets, samples, strict=True)
+    ]
+    counts = list(zip(samples, correct, strict=True))
+    fewest = min(len(texts) for texts in samples)
+    return {"exact_match": float(np.mean(same))} | {
+        f"pass_at_{k}": float(np.mean([pass_at_k(len(texts), c, k) for texts, c in counts]))
+        for k in ks
+        if k <= fewest
+    }

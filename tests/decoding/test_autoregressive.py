@@ -1,0 +1,98 @@
+"""AR decoding: filters against brute force, scores against the chain rule, stopping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_network import table_network
+
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder, filter_logits
+
+KEY = jax.random.PRNGKey(0)
+LOGITS = np.log(np.array([[0.5, 0.05, 0.25, 0.2], [0.1, 0.2, 0.3, 0.4]]))
+
+
+def _kept(logits):
+    return [set(np.flatnonzero(row > -1e9)) for row in np.asarray(logits)]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 0.0, [{0, 1, 2, 3}, {0, 1, 2, 3}]),
+        (2, 0.0, [{0, 2}, {2, 3}]),
+        (1, 0.0, [{0}, {3}]),
+        (99, 0.0, [{0, 1, 2, 3}, {0, 1, 2, 3}]),
+        (0, 0.6, [{0, 2}, {2, 3}]),
+        (0, 0.8, [{0, 2, 3}, {1, 2, 3}]),
+        (0, 0.01, [{0}, {3}]),
+        (0, 1.0, [{0, 1, 2, 3}, {0, 1, 2, 3}]),
+        (2, 0.66, [{0}, {2, 3}]),  # within the two kept: 2/3 and 1/3; 4/7 and 3/7
+    ],
+)
+def test_filters_keep_what_brute_force_keeps(top_k, top_p, expected):
+    assert _kept(filter_logits(jnp.asarray(LOGITS), top_k, top_p)) == expected
+
+
+def _chain(successor, vocab=6):
+    """Token t is followed by successor[t]; the network's first logits are uniform."""
+    table = np.full((vocab, vocab), -20.0, np.float32)
+    for token, following in enumerate(successor):
+        table[token, following] = 20.0
+    return jnp.asarray(table)
+
+
+def test_greedy_follows_the_argmax_pads_after_the_end_and_stops():
+    # Uniform first logits: argmax is 0. Then 0 -> 3 -> 4 -> 1 (end).
+    network = table_network(_chain([3, 0, 0, 4, 1, 0]), 2)
+    steps = []
+    counted = network.step
+    object.__setattr__(
+        network,
+        "step",
+        lambda cache, tokens: (jax.debug.callback(lambda: steps.append(1)), counted(cache, tokens))[1],
+    )
+    decoded = jax.jit(lambda key: AutoregressiveDecoder().decode(network, 10, key))(KEY)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(decoded.tokens[0, 0], [0, 3, 4, 1, 0, 0, 0, 0, 0, 0])
+    assert len(steps) == 3
+    np.testing.assert_allclose(decoded.scores, np.log(1 / 6), rtol=1e-4)
+
+
+def test_a_text_that_never_ends_fills_the_length():
+    decoded = AutoregressiveDecoder().decode(table_network(_chain([2, 2, 3, 2, 2, 2]), 1), 5, KEY)
+    np.testing.assert_array_equal(decoded.tokens[0, 0], [0, 2, 3, 2, 3])
+
+
+def test_sampled_scores_are_the_chain_rule_and_best_comes_last():
+    table = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+    decoded = AutoregressiveDecoder(num_samples=5, temperature=0.7, top_k=4).decode(
+        table_network(jnp.asarray(table), 3), 6, KEY
+    )
+    log_probs = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    for tokens, score in zip(
+        np.asarray(decoded.tokens).reshape(-1, 6), np.asarray(decoded.scores).ravel(), strict=True
+    ):
+        naive = np.log(1 / 6)
+        for before, after in zip(tokens[:-1], tokens[1:], strict=True):
+            if before == 1:
+                break
+            naive += log_probs[before, after]
+        assert score == pytest.approx(naive, rel=1e-4)
+    assert (np.diff(np.asarray(decoded.scores), axis=1) >= 0).all()
+
+
+def test_samples_follow_the_tempered_distribution():
+    decoder = AutoregressiveDecoder(temperature=0.5)
+    drawn = np.asarray(decoder.sample(KEY, jnp.tile(jnp.asarray(LOGITS[1]), (40_000, 1))))
+    squared = np.array([0.01, 0.04, 0.09, 0.16])
+    np.testing.assert_allclose(
+        np.bincount(drawn, minlength=4) / 40_000, squared / squared.sum(), atol=0.01
+    )
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match=r"top_p = 1.5"):
+        AutoregressiveDecoder(top_p=1.5)
+    with pytest.raises(ValueError, match="no canvas"):
+        AutoregressiveDecoder().decode(table_network(jnp.eye(3), 1), 2, KEY, return_trajectory=True)

@@ -1,0 +1,85 @@
+"""The diffusion sampler against a naive loop and a naive score."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_network import perfect_network, table_network
+
+from diffusion_t5x.corruption import UniformCorruption
+from diffusion_t5x.decoding.diffusion import DiffusionDecoder
+
+VOCAB, BATCH, LENGTH = 7, 2, 5
+KEY = jax.random.PRNGKey(3)
+
+
+def _decoder(**kwargs):
+    return DiffusionDecoder(UniformCorruption(VOCAB), **kwargs)
+
+
+def test_at_temperature_zero_every_step_is_the_argmax_of_the_canvas_before():
+    table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
+    decoded = _decoder(num_steps=4, num_samples=3, temperature=0.0).decode(
+        table_network(jnp.asarray(table), BATCH), LENGTH, KEY, return_trajectory=True
+    )
+    trajectory = np.asarray(decoded.trajectory)
+    assert trajectory.shape == (BATCH, 3, 5, LENGTH)
+    for step in range(4):
+        np.testing.assert_array_equal(
+            trajectory[:, :, step + 1], table.argmax(-1)[trajectory[:, :, step]]
+        )
+    np.testing.assert_array_equal(trajectory[:, :, -1], decoded.tokens)
+
+
+def test_score_is_the_log_likelihood_of_the_last_steps_input_under_its_output():
+    table = np.random.default_rng(1).normal(size=(VOCAB, VOCAB))
+    decoded = _decoder(num_steps=3, num_samples=4, temperature=1.0).decode(
+        table_network(jnp.asarray(table, jnp.float32), BATCH), LENGTH, KEY, return_trajectory=True
+    )
+    log_probs = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    last_input = np.asarray(decoded.trajectory)[:, :, -2]
+    naive = log_probs[last_input, last_input].sum(-1)
+    np.testing.assert_allclose(decoded.scores, naive, rtol=1e-5)
+
+
+def test_the_best_sample_comes_last_and_the_trajectory_does_not_change_the_result():
+    table = jnp.asarray(np.random.default_rng(2).normal(size=(VOCAB, VOCAB)), jnp.float32)
+    decoder = _decoder(num_steps=2, num_samples=6, temperature=1.0)
+    plain = decoder.decode(table_network(table, BATCH), LENGTH, KEY)
+    looked = decoder.decode(table_network(table, BATCH), LENGTH, KEY, return_trajectory=True)
+    assert (np.diff(np.asarray(plain.scores), axis=1) >= 0).all()
+    np.testing.assert_array_equal(plain.tokens, looked.tokens)
+    assert plain.trajectory is None
+
+
+def test_a_perfect_network_is_decoded_perfectly_in_one_step():
+    targets = jnp.array([[1, 2, 3, 0, 0], [4, 5, 6, 6, 1]])
+    decoded = _decoder(num_steps=1, num_samples=3, temperature=0.2).decode(
+        perfect_network(targets, VOCAB), LENGTH, KEY
+    )
+    np.testing.assert_array_equal(decoded.tokens, jnp.repeat(targets[:, None], 3, axis=1))
+
+
+def test_one_compiled_program_whatever_the_number_of_steps_runs_num_steps_passes():
+    calls = []
+    network = table_network(
+        jnp.eye(VOCAB), BATCH, lambda canvas, rng: jax.debug.callback(lambda: calls.append(1))
+    )
+    jax.jit(lambda key: _decoder(num_steps=7, num_samples=2).decode(network, LENGTH, key))(KEY)
+    jax.effects_barrier()
+    assert len(calls) == 7
+
+
+def test_first_canvas_is_uniform_noise_and_samples_differ():
+    decoded = _decoder(num_steps=1, num_samples=500, temperature=0.0).decode(
+        table_network(jnp.eye(VOCAB), BATCH), LENGTH, KEY, return_trajectory=True
+    )
+    first = np.asarray(decoded.trajectory)[:, :, 0]
+    frequency = np.bincount(first.ravel(), minlength=VOCAB) / first.size
+    np.testing.assert_allclose(frequency, 1 / VOCAB, atol=0.02)
+
+
+@pytest.mark.parametrize("field", ["num_steps", "num_samples"])
+def test_no_steps_or_samples_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field} = 0"):
+        _decoder(**{field: 0})

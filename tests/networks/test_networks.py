@@ -1,0 +1,223 @@
+"""What must hold of both networks under every attention pattern."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.decoder_only import DecoderOnly
+from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
+
+CONFIG = TransformerConfig(
+    vocab_size=17, embed_dim=16, num_heads=2, num_layers=2, head_dim=8, mlp_dim=24
+)
+NETWORKS = (DecoderOnly, EncoderDecoder)
+PATTERNS = ("causal", "prefix_bidirectional", "bidirectional")
+PREFIX = jnp.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
+TARGET = jnp.array([[2, 3, 4, 1], [9, 8, 1, 0], [7, 1, 0, 0]])
+
+
+def _make(network_class, **overrides):
+    network = network_class(dataclasses.replace(CONFIG, **overrides))
+    params = network.init(jax.random.PRNGKey(0), PREFIX, TARGET, "causal")["params"]
+    return network, params
+
+
+def _hidden(network, params, prefix, target, pattern, prefix_segments=None, target_segments=None):
+    def run(module):
+        context = module.encode(prefix, prefix_segments, deterministic=True)
+        return module.decode(context, target, pattern, target_segments, deterministic=True)
+
+    return network.apply({"params": params}, method=run)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_padding_of_the_prefix_changes_nothing(network_class, pattern):
+    network, params = _make(network_class)
+    short = _hidden(network, params, PREFIX[1:2, :2], TARGET[1:2], pattern)
+    padded = jnp.pad(PREFIX[1:2, :2], [(0, 0), (0, 30)])
+    long = _hidden(network, params, padded, TARGET[1:2], pattern)
+    np.testing.assert_allclose(short, long, atol=1e-5)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_packing_changes_nothing(network_class, pattern):
+    network, params = _make(network_class)
+    apart = _hidden(network, params, PREFIX[:2], TARGET[:2], pattern)
+    packed_prefix = jnp.array([[5, 6, 7, 8, 9, 3, 4, 0]])
+    prefix_segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 0]])
+    # The second target is padded inside its segment, as a canvas would be.
+    packed_target = jnp.array([[2, 3, 4, 1, 9, 8, 1, 0, 0, 0]])
+    target_segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 0, 0]])
+    packed = _hidden(
+        network, params, packed_prefix, packed_target, pattern, prefix_segments, target_segments
+    )
+    np.testing.assert_allclose(packed[0, :4], apart[0], atol=1e-5)
+    np.testing.assert_allclose(packed[0, 4:8], apart[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("pattern", ["causal", "prefix_bidirectional"])
+def test_the_state_that_predicts_a_token_sees_only_what_is_before_it(network_class, pattern):
+    network, params = _make(network_class)
+    before = _hidden(network, params, PREFIX, TARGET, pattern)
+    for position in range(TARGET.shape[1]):
+        changed = TARGET.at[:, position].set(13)
+        after = _hidden(network, params, PREFIX, changed, pattern)
+        same = jnp.all(jnp.isclose(before, after, atol=1e-6), axis=(0, 2))
+        assert same[: position + 1].all()
+        assert not same[position + 1 :].any()
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_bidirectional_attention_lets_every_position_see_every_other(network_class):
+    network, params = _make(network_class)
+    before = _hidden(network, params, PREFIX, TARGET, "bidirectional")
+    for position in range(TARGET.shape[1]):
+        after = _hidden(
+            network, params, PREFIX, TARGET.at[:, position].set(13), "bidirectional"
+        )
+        assert not jnp.any(jnp.all(jnp.isclose(before, after, atol=1e-6), axis=2))
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_order_of_canvas_and_prefix_tokens_matters(network_class, pattern):
+    network, params = _make(network_class)
+    hidden = _hidden(network, params, PREFIX[:1], TARGET[:1], pattern)
+    swapped = _hidden(network, params, PREFIX[:1, ::-1], TARGET[:1], pattern)
+    assert not jnp.allclose(hidden[:, -1], swapped[:, -1], atol=1e-4)
+    turned = _hidden(network, params, PREFIX[:1], TARGET[:1, ::-1], pattern)
+    assert not jnp.allclose(hidden[:, -1], turned[:, 0], atol=1e-4)
+
+
+def test_under_causal_attention_prefix_tokens_do_not_see_later_ones_and_otherwise_they_do():
+    network, params = _make(DecoderOnly, num_layers=2)
+    changed = PREFIX[:1].at[0, 4].set(11)
+
+    def first_key_moves(pattern):
+        # Only what token 0 has become can tell a later state of this change: mask all else by
+        # looking at the cache of the second layer.
+        def run(module):
+            caches = [
+                module.prefill(module.encode(prefix, deterministic=True), pattern, 1, 1)[0]
+                for prefix in (PREFIX[:1], changed)
+            ]
+            return [cache.memory[1].own.keys[0, 0] for cache in caches]
+
+        one, other = network.apply({"params": params}, method=run)
+        return not jnp.allclose(one, other, atol=1e-6)
+
+    assert not first_key_moves("causal")
+    assert first_key_moves("prefix_bidirectional")
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("pattern", ["causal", "prefix_bidirectional"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_cached_decoding_equals_uncached(network_class, pattern, scan_layers):
+    network, params = _make(network_class, scan_layers=scan_layers)
+    full = _hidden(network, params, PREFIX, TARGET, pattern)
+
+    def run(module):
+        context = module.encode(PREFIX, deterministic=True)
+        cache, hidden = module.prefill(context, pattern, TARGET.shape[1], 2)
+        states = [hidden]
+        for position in range(TARGET.shape[1] - 1):
+            tokens = jnp.repeat(TARGET[:, position], 2)
+            cache, hidden = module.step(cache, tokens, pattern)
+            states.append(hidden)
+        return jnp.stack(states, axis=1)
+
+    cached = network.apply({"params": params}, method=run)
+    np.testing.assert_allclose(cached, jnp.repeat(full, 2, axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scanning_layers_and_recomputing_activations_change_no_number(network_class, remat):
+    looped, params = _make(network_class)
+    scanned = network_class(dataclasses.replace(CONFIG, scan_layers=True, remat=remat))
+
+    def stack(stack_params):
+        layers = [stack_params[f"layers_{i}"] for i in range(CONFIG.num_layers)]
+        rest = {k: v for k, v in stack_params.items() if not k.startswith("layers_")}
+        return {**rest, "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+    stacked = {k: v if k == "token_embedder" else stack(v) for k, v in params.items()}
+
+    def loss(network):
+        return lambda p: jnp.sum(jnp.sin(_hidden(network, p, PREFIX, TARGET, "bidirectional")))
+
+    value, grads = jax.value_and_grad(loss(looped))(params)
+    other_value, other_grads = jax.value_and_grad(loss(scanned))(stacked)
+    assert float(value) == pytest.approx(float(other_value), rel=1e-5)
+    np.testing.assert_allclose(
+        other_grads["decoder"]["layers"]["mlp"]["wo"]["kernel"][1],
+        grads["decoder"]["layers_1"]["mlp"]["wo"]["kernel"],
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_ar_and_diffusion_have_the_same_parameters(network_class):
+    network = network_class(CONFIG)
+    shapes = [
+        jax.eval_shape(lambda p=pattern: network.init(jax.random.PRNGKey(0), PREFIX, TARGET, p))
+        for pattern in PATTERNS
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_logits():
+    network, params = _make(DecoderOnly, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    hidden = _hidden(network, params, PREFIX, TARGET, "bidirectional")
+    assert hidden.dtype == jnp.bfloat16
+    logits = network.apply({"params": params}, hidden, method=network.logits)
+    assert logits.dtype == jnp.float32
+    exact = _hidden(_make(DecoderOnly)[0], params, PREFIX, TARGET, "bidirectional")
+    np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.15)
+
+
+def test_separate_logits_have_their_own_kernel():
+    _, tied = _make(DecoderOnly)
+    network, separate = _make(DecoderOnly, tied_logits=False)
+    assert "logits_kernel" not in tied["token_embedder"]
+    kernel = separate["token_embedder"]["logits_kernel"]
+    assert kernel.shape == (CONFIG.embed_dim, CONFIG.vocab_size)
+    hidden = jnp.ones((1, 1, CONFIG.embed_dim))
+    logits = network.apply({"params": separate}, hidden, method=network.logits)
+    np.testing.assert_allclose(logits[0, 0], kernel.sum(0), rtol=1e-5)
+
+
+def test_dropout_needs_a_key_changes_the_result_and_is_off_when_deterministic():
+    network, params = _make(DecoderOnly, dropout_rate=0.5)
+
+    def run(key):
+        def method(module):
+            context = module.encode(PREFIX, deterministic=False)
+            return module.decode(context, TARGET, "bidirectional", deterministic=False)
+
+        return network.apply({"params": params}, method=method, rngs={"dropout": key})
+
+    one, two = run(jax.random.PRNGKey(0)), run(jax.random.PRNGKey(1))
+    assert not jnp.allclose(one, two)
+    np.testing.assert_array_equal(one, run(jax.random.PRNGKey(0)))
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    network, params = _make(DecoderOnly)
+    with pytest.raises(ValueError, match="did you mean 'bidirectional'"):
+        _hidden(network, params, PREFIX, TARGET, "bidirectinal")
+    with pytest.raises(ValueError, match="did you mean 'full'"):
+        dataclasses.replace(CONFIG, remat="ful")
+    with pytest.raises(ValueError, match="mlp_activations"):
+        dataclasses.replace(CONFIG, mlp_activations=("gellu",))
+    with pytest.raises(ValueError, match="num_layers = 0"):
+        dataclasses.replace(CONFIG, num_layers=0)

@@ -1,0 +1,250 @@
+"""The model contract, for both networks under both objectives."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_t5x.corruption import UniformCorruption
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.diffusion import DiffusionDecoder
+from diffusion_t5x.losses import CrossEntropy
+from diffusion_t5x.models import Model
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.decoder_only import DecoderOnly
+from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
+from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
+
+VOCAB = 19
+CORRUPTION = UniformCorruption(VOCAB)
+NETWORKS = (DecoderOnly, EncoderDecoder)
+OBJECTIVES = ("autoregressive", "diffusion")
+
+
+def make_model(network_class, objective, dropout_rate=0.0, **kwargs):
+    config = TransformerConfig(
+        vocab_size=VOCAB,
+        embed_dim=16,
+        num_heads=2,
+        num_layers=1,
+        head_dim=8,
+        mlp_dim=24,
+        dropout_rate=dropout_rate,
+    )
+    if objective == "autoregressive":
+        parts = NextToken(cross_entropy=CrossEntropy(z_loss=1e-3)), AutoregressiveDecoder()
+    else:
+        parts = (
+            StepUnrolledDenoising(CORRUPTION, cross_entropy=CrossEntropy(z_loss=1e-3)),
+            DiffusionDecoder(CORRUPTION, num_steps=3, num_samples=4),
+        )
+    vocabulary = types.SimpleNamespace(vocab_size=VOCAB)
+    return Model(network_class(config), *parts, vocabulary, None, **kwargs)
+
+
+def make_batch(rows=3, seed=0):
+    rng = np.random.default_rng(seed)
+    prefix = rng.integers(2, VOCAB, (rows, 6))
+    target = rng.integers(2, VOCAB, (rows, 5))
+    prefix[0, 3:] = 0
+    target[0, 2:] = [1, 0, 0]
+    return {
+        "encoder_input_tokens": jnp.asarray(prefix),
+        "decoder_target_tokens": jnp.asarray(target),
+        "decoder_input_tokens": jnp.asarray(np.pad(target, [(0, 0), (1, 0)])[:, :-1]),
+        "decoder_loss_weights": jnp.asarray(target != 0, jnp.int32),
+    }
+
+
+def init(model, batch):
+    shapes = {name: value.shape for name, value in batch.items()}
+    return model.get_initial_variables(jax.random.PRNGKey(0), shapes)["params"]
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_prefix_tokens_are_never_corrupted_or_decoded(network_class, objective):
+    seen = []
+    model = make_model(network_class, objective)
+    batch = make_batch()
+    params = init(model, batch)
+    original = model.module.encode
+
+    class Spy:
+        config = model.module.config
+        decode, logits = model.module.decode, model.module.logits
+        prefill, step, encode = model.module.prefill, model.module.step, original
+
+        def apply(self, variables, *args, method, **kwargs):
+            if method == original:
+                seen.append(np.asarray(args[0]))
+            return network.apply(variables, *args, method=method, **kwargs)
+
+    network = model.module
+    model.module = Spy()
+    model.loss_fn(params, batch, jax.random.PRNGKey(1))
+    model.predict_batch(params, batch, jax.random.PRNGKey(2))
+    assert len(seen) == 2
+    for tokens in seen:
+        np.testing.assert_array_equal(tokens, batch["encoder_input_tokens"])
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "factor", [None, 3.0, "NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
+)
+def test_microbatch_losses_add_up_to_the_batch_loss(network_class, objective, factor):
+    model = make_model(network_class, objective, loss_normalizing_factor=factor)
+    batch = make_batch(rows=4)
+    params = init(model, batch)
+    if objective == "diffusion":  # the same noise whichever rows are together
+        object.__setattr__(model.objective, "corruption", _NoCorruption())
+    halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, 4))]
+    whole = model.loss_fn(params, batch, jax.random.PRNGKey(0))[0]
+    parts = sum(
+        model.loss_fn(params, half, jax.random.PRNGKey(0))[0] * model.loss_normalization(half)
+        for half in halves
+    )
+    if factor is not None and not isinstance(factor, float):
+        parts /= model.loss_normalization(batch)
+    else:
+        parts /= model.loss_normalization(batch)
+    assert whole == pytest.approx(parts, rel=1e-5)
+
+
+class _NoCorruption:
+    vocab_size = VOCAB
+
+    def sample_rate(self, rng, batch_size):
+        return jnp.zeros(batch_size)
+
+    def corrupt(self, rng, tokens, rate):
+        return tokens
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows_of_batch_padding_change_neither_loss_nor_metrics(network_class, objective):
+    model = make_model(network_class, objective, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
+    batch = make_batch()
+    params = init(model, batch)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 2), (0, 0)]), batch)
+    if objective == "diffusion":
+        object.__setattr__(model.objective, "corruption", _NoCorruption())
+    loss, metrics = model.eval_fn(params, batch)
+    padded_loss, padded_metrics = model.eval_fn(params, padded)
+    assert loss == pytest.approx(padded_loss, rel=1e-5)
+    for name in metrics:
+        assert metrics[name].compute() == pytest.approx(padded_metrics[name].compute(), rel=1e-5)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_depends_on_the_key_and_evaluation_does_not_need_one(network_class, objective):
+    model = make_model(network_class, objective, dropout_rate=0.3)
+    batch = make_batch()
+    params = init(model, batch)
+    losses = [float(model.loss_fn(params, batch, jax.random.PRNGKey(i))[0]) for i in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert model.eval_fn(params, batch)[0] == model.eval_fn(params, batch)[0]
+    assert model.loss_fn(params, batch, None)[0] == model.eval_fn(params, batch)[0]
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_greedy_decoding_with_a_cache_is_the_argmax_of_the_uncached_network(network_class):
+    model = make_model(network_class, "autoregressive")
+    batch = make_batch()
+    params = init(model, batch)
+    tokens, aux = model.predict_batch_with_aux(params, batch)
+    assert tokens.shape == (3, 5)
+    ended = jnp.cumsum(jnp.pad(tokens == 1, [(0, 0), (1, 0)])[:, :-1], axis=1) > 0
+    network = model._bind(params, batch)
+    argmax = jnp.argmax(network.logits(network.forward(tokens, None)), axis=-1)
+    np.testing.assert_array_equal(tokens, jnp.where(ended, 0, argmax))
+    scored = {
+        **batch,
+        "decoder_target_tokens": tokens,
+        "decoder_loss_weights": (~ended).astype(jnp.int32),
+    }
+    np.testing.assert_allclose(aux["scores"], model.score_batch(params, scored), rtol=1e-4)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_diffusion_scores_are_the_model_score_of_the_last_canvas_recomputed(network_class):
+    model = make_model(network_class, "diffusion")
+    batch = make_batch()
+    params = init(model, batch)
+    tokens, aux = model.predict_batch_with_aux(
+        params, batch, jax.random.PRNGKey(5), return_all_decodes=True, return_trajectory=True
+    )
+    assert tokens.shape == (3, 4, 5)
+    assert aux["trajectory"].shape == (3, 4, 4, 5)
+    for sample in range(4):
+        canvas = {
+            **batch,
+            "decoder_target_tokens": aux["trajectory"][:, sample, -2],
+            "decoder_loss_weights": jnp.ones((3, 5)),
+        }
+        np.testing.assert_allclose(
+            aux["scores"][:, sample], model.score_batch(params, canvas), rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_decoder_settings_may_be_overridden_per_call(network_class, objective):
+    model = make_model(network_class, objective)
+    batch = make_batch()
+    params = init(model, batch)
+    tokens, aux = model.predict_batch_with_aux(
+        params, batch, jax.random.PRNGKey(0), return_all_decodes=True, num_samples=2
+    )
+    assert tokens.shape == (3, 2, 5)
+    assert aux["scores"].shape == (3, 2)
+    with pytest.raises(ValueError, match="did you mean 'num_samples'"):
+        model.predict_batch(params, batch) if False else model.predict_batch_with_aux(
+            params, batch, num_sample=3
+        )
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_diffusion_learns_where_the_text_ends_because_padding_counts(network_class):
+    model = make_model(network_class, "diffusion", loss_normalizing_factor=None)
+    batch = make_batch()
+    batch["decoder_loss_weights"] = jnp.ones_like(batch["decoder_loss_weights"])
+    grads = jax.grad(lambda p: model.loss_fn(p, batch, jax.random.PRNGKey(0))[0])
+    params = init(model, batch)
+    ignoring = make_model(network_class, "diffusion", loss_normalizing_factor=None)
+    object.__setattr__(ignoring.objective, "padding_weight", 0.0)
+    without = jax.grad(lambda p: ignoring.loss_fn(p, batch, jax.random.PRNGKey(0))[0])(params)
+    pad_row = lambda tree: tree["token_embedder"]["embedding"][0]  # noqa: E731
+    assert not jnp.allclose(pad_row(grads(params)), pad_row(without), atol=1e-3)
+
+
+def test_ar2diff_needs_no_new_parameter():
+    batch = make_batch()
+    for network_class in NETWORKS:
+        trees = [init(make_model(network_class, objective), batch) for objective in OBJECTIVES]
+        assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+
+
+def test_parts_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match=r"set VOCAB_SIZE"):
+        model = make_model(DecoderOnly, "diffusion")
+        Model(
+            model.module, model.objective, model.decoder, types.SimpleNamespace(vocab_size=20), None
+        )
+    with pytest.raises(ValueError, match="knows only 19 tokens"):
+        model = make_model(DecoderOnly, "diffusion")
+        Model(
+            model.module,
+            StepUnrolledDenoising(UniformCorruption(99)),
+            model.decoder,
+            model.output_vocabulary,
+            None,
+        )
+    with pytest.raises(ValueError, match="loss_normalizing_factor"):
+        make_model(DecoderOnly, "diffusion", loss_normalizing_factor="SUM")
