@@ -40,6 +40,7 @@ setuptools.setup(
         "sacrebleu>=2.4",
         "sentencepiece>=0.2.0",
         "seqio>=0.0.20",
+        "tensorboard>=2.18",
         "tensorflow>=2.18",
     ],
     extras_require={

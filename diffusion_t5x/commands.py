@@ -55,9 +55,8 @@ def run(function: str, description: str, argv: Sequence[str] | None = None) -> A
     """
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser(description).parse_args(rewrite_gin_flags(argv))
-    _quiet_tensorflow()
+    _import_tensorflow()
     import gin
-
     from diffusion_t5x import gin_utils
 
     _initialize_processes(args)
@@ -70,11 +69,24 @@ def run(function: str, description: str, argv: Sequence[str] | None = None) -> A
     return configured(dry_run=True) if args.dry_run else configured()
 
 
-def _quiet_tensorflow() -> None:
-    """TensorFlow only reads data here: no accelerator for it, and no chatter."""
+def _import_tensorflow() -> None:
+    """Imports TensorFlow, which only reads data here: without an accelerator, without chatter.
+
+    What its libraries print while they load, before any setting can quiet them, is let go of.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            import tensorflow as tf
+
+            tf.config.set_visible_devices([], "GPU")
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _initialize_processes(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from diffusion_t5x import commands
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Runs `evaluation.evaluate` as gin configures it; `argv` defaults to this process's arguments."""
+    """Runs `evaluation.evaluate` as gin configures it; `argv` replaces the command line."""
     return commands.run("diffusion_t5x.evaluation.evaluate", __doc__, argv)
 
 

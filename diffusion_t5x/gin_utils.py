@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def to_binding(assignment: str) -> str:
     value = value.strip()
     if not value.startswith(("@", "%")):
         try:
-            gin.parse_value(value)
+            gin.config.parse_value(value)
         except (SyntaxError, ValueError):
             value = repr(value)
     return f"{name.strip()} = {value}"
@@ -63,7 +64,13 @@ def parse_config(
             raise FileNotFoundError(
                 f"--gin_file={file} was not found in {', '.join(['.', *places])}."
             )
-    gin.parse_config_files_and_bindings(files, [to_binding(a) for a in assignments])
+    # Gin logs an error for each place where a file is not; it raises if it is nowhere.
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        gin.parse_config_files_and_bindings(files, [to_binding(a) for a in assignments])
+    finally:
+        logging.disable(level)
 
 
 def write_config(directory: str) -> None:

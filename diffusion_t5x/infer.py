@@ -13,7 +13,7 @@ from diffusion_t5x import commands
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Runs `inference.infer` as gin configures it; `argv` defaults to this process's arguments."""
+    """Runs `inference.infer` as gin configures it; `argv` replaces the command line."""
     return commands.run("diffusion_t5x.inference.infer", __doc__, argv)
 
 

@@ -85,7 +85,7 @@ class CrossEntropy:
           ValueError: if `temperature` is positive and there is no `rng`, or negative.
         """
         if temperature < 0 or (temperature > 0 and rng is None):
-            raise ValueError(f"temperature = {temperature} needs a value >= 0 and, above 0, an rng.")
+            raise ValueError(f"temperature = {temperature}; expected >= 0, with an rng if > 0.")
         length = targets.shape[1]
         vocab_size = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
         block_length = min(length, max(1, self.block_logits // vocab_size))

@@ -79,7 +79,7 @@ class Model:
         self.loss_normalizing_factor = loss_normalizing_factor
 
     @property
-    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 (T5X's name)
+    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:
         """The SeqIO feature converter that the objective's batches come from."""
         from diffusion_t5x.data import feature_converters
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
-import resource
 import secrets
 import signal
 import subprocess
@@ -19,13 +19,14 @@ FILE_BYTES = 2**20
 OPEN_FILES = 32
 
 
-def _limit() -> None:
-    """In the child, before the program starts."""
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+# The child limits itself before the program starts.
+_PRELUDE = f"""import resource as _r
+for _what, _most in ((_r.RLIMIT_CPU, {CPU_SECONDS}), (_r.RLIMIT_AS, {MEMORY_BYTES}),
+                     (_r.RLIMIT_FSIZE, {FILE_BYTES}), (_r.RLIMIT_NOFILE, {OPEN_FILES}),
+                     (_r.RLIMIT_CORE, 0)):
+    _r.setrlimit(_what, (_most, _most))
+del _r, _what, _most
+"""
 
 
 def run(program: str, tests: Sequence[str], wall_seconds: float = WALL_SECONDS) -> bool:
@@ -42,7 +43,7 @@ def run(program: str, tests: Sequence[str], wall_seconds: float = WALL_SECONDS) 
       wall_seconds: after which it is killed.
     """
     secret = secrets.token_hex(16)
-    source = "\n".join([program, *tests, f"print({secret!r})"])
+    source = "\n".join([_PRELUDE, program, *tests, f"print({secret!r})"])
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(
@@ -52,7 +53,6 @@ def run(program: str, tests: Sequence[str], wall_seconds: float = WALL_SECONDS) 
                 stderr=subprocess.DEVNULL,
                 cwd=directory,
                 env={},
-                preexec_fn=_limit,
                 start_new_session=True,
             )
         except ValueError:  # a null byte in the source
@@ -62,10 +62,8 @@ def run(program: str, tests: Sequence[str], wall_seconds: float = WALL_SECONDS) 
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
         output.seek(0, os.SEEK_END)
         output.seek(max(0, output.tell() - len(secret) - 2))

@@ -94,7 +94,8 @@ def test_the_prefix_tokens_are_never_corrupted_or_decoded(network_class, objecti
 @pytest.mark.parametrize("network_class", NETWORKS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    "factor", [None, 3.0, "NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
+    "factor",
+    [None, 3.0, "NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"],
 )
 def test_microbatch_losses_add_up_to_the_batch_loss(network_class, objective, factor):
     model = make_model(network_class, objective, loss_normalizing_factor=factor)
@@ -108,11 +109,8 @@ def test_microbatch_losses_add_up_to_the_batch_loss(network_class, objective, fa
         model.loss_fn(params, half, jax.random.PRNGKey(0))[0] * model.loss_normalization(half)
         for half in halves
     )
-    if factor is not None and not isinstance(factor, float):
-        parts /= model.loss_normalization(batch)
-    else:
-        parts /= model.loss_normalization(batch)
-    assert whole == pytest.approx(parts, rel=1e-5)
+    parts /= model.loss_normalization(batch)
+    assert float(whole) == pytest.approx(float(parts), rel=1e-5)
 
 
 class _NoCorruption:
@@ -136,9 +134,10 @@ def test_rows_of_batch_padding_change_neither_loss_nor_metrics(network_class, ob
         object.__setattr__(model.objective, "corruption", _NoCorruption())
     loss, metrics = model.eval_fn(params, batch)
     padded_loss, padded_metrics = model.eval_fn(params, padded)
-    assert loss == pytest.approx(padded_loss, rel=1e-5)
+    assert float(loss) == pytest.approx(float(padded_loss), rel=1e-5)
     for name in metrics:
-        assert metrics[name].compute() == pytest.approx(padded_metrics[name].compute(), rel=1e-5)
+        expected = pytest.approx(float(padded_metrics[name].compute()), rel=1e-5)
+        assert float(metrics[name].compute()) == expected
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
@@ -205,9 +204,7 @@ def test_decoder_settings_may_be_overridden_per_call(network_class, objective):
     assert tokens.shape == (3, 2, 5)
     assert aux["scores"].shape == (3, 2)
     with pytest.raises(ValueError, match="did you mean 'num_samples'"):
-        model.predict_batch(params, batch) if False else model.predict_batch_with_aux(
-            params, batch, num_sample=3
-        )
+        model.predict_batch_with_aux(params, batch, num_sample=3)
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)

@@ -19,15 +19,16 @@ MAPS: tuple[tuple[str, str, str, Callable[[int], int]], ...] = (
     ("negatives", "the negatives", "-x", lambda x: -x),
     ("absolutes", "the absolute values", "abs(x)", abs),
     ("values", "the values", "x", lambda x: x),
-) + tuple(
-    (name.format(n), words.format(n), text.format(n), make(n))
-    for n in range(2, 10)
-    for name, words, text, make in (
-        ("sums_{}", "the values plus {}", "x + {}", lambda n: lambda x: x + n),
-        ("products_{}", "the values times {}", "x * {}", lambda n: lambda x: x * n),
-        ("rests_{}", "the remainders by {}", "x % {}", lambda n: lambda x: x % n),
-        ("quotients_{}", "the quotients by {}", "x // {}", lambda n: lambda x: x // n),
-    )
+    *tuple(
+        (name.format(n), words.format(n), text.format(n), make(n))
+        for n in range(2, 10)
+        for name, words, text, make in (
+            ("sums_{}", "the values plus {}", "x + {}", lambda n: lambda x: x + n),
+            ("products_{}", "the values times {}", "x * {}", lambda n: lambda x: x * n),
+            ("rests_{}", "the remainders by {}", "x % {}", lambda n: lambda x: x % n),
+            ("quotients_{}", "the quotients by {}", "x // {}", lambda n: lambda x: x // n),
+        )
+    ),
 )
 
 # Which elements count: name, words, condition on x, reference.
@@ -37,13 +38,14 @@ FILTERS: tuple[tuple[str, str, str, Callable[[int], bool]], ...] = (
     ("odd", "the odd numbers", " if x % 2 == 1", lambda x: x % 2 == 1),
     ("positive", "the positive numbers", " if x > 0", lambda x: x > 0),
     ("negative", "the negative numbers", " if x < 0", lambda x: x < 0),
-) + tuple(
-    (name.format(n), words.format(n), text.format(n), make(n))
-    for n in range(1, 10)
-    for name, words, text, make in (
-        ("above_{}", "the numbers above {}", " if x > {}", lambda n: lambda x: x > n),
-        ("below_{}", "the numbers below {}", " if x < {}", lambda n: lambda x: x < n),
-    )
+    *tuple(
+        (name.format(n), words.format(n), text.format(n), make(n))
+        for n in range(1, 10)
+        for name, words, text, make in (
+            ("above_{}", "the numbers above {}", " if x > {}", lambda n: lambda x: x > n),
+            ("below_{}", "the numbers below {}", " if x < {}", lambda n: lambda x: x < n),
+        )
+    ),
 )
 
 # What becomes of them: name, words, expression around a generator, reference.
@@ -71,9 +73,11 @@ def generate() -> Iterator[dict[str, Any]]:
     ) in combinations:
         name = f"{r_name}_{m_name}_{f_name}"
         expression = r_code.format(f"({m_code} for x in numbers{f_code})")
-        expression = expression.replace("((", "(", 1).replace("))", ")", 1) if (
-            "set(" not in r_code and "default" not in r_code
-        ) else expression
+        expression = (
+            expression.replace("((", "(", 1).replace("))", ")", 1)
+            if ("set(" not in r_code and "default" not in r_code)
+            else expression
+        )
         tests = []
         for argument in ARGUMENTS:
             result = r([m(x) for x in argument if f(x)])

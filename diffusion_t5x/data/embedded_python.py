@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import pathlib
 import re
 import sysconfig
@@ -18,8 +19,17 @@ MAX_SOURCE = 1_500
 def _library_files() -> list[pathlib.Path]:
     """The standard library's modules, sorted; tests and vendored packages left out."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__",
-               "encodings", "pydoc_data"}
+    skipped = {
+        "test",
+        "tests",
+        "site-packages",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "__pycache__",
+        "encodings",
+        "pydoc_data",
+    }
     return [
         path
         for path in sorted(root.rglob("*.py"))
@@ -77,7 +87,7 @@ def _questions(node: ast.FunctionDef, summary: str) -> Iterator[tuple[str, str]]
     if len(names) >= 2:
         yield f"Which parameter of {node.name} comes last?", names[-1]
         yield f"Which parameter of {node.name} comes first?", names[0]
-        for before, after in zip(names, names[1:], strict=False):
+        for before, after in itertools.pairwise(names):
             yield f"Which parameter comes after {before}?", after
     if defaults:
         for name, value in zip(names[-len(defaults) :], defaults, strict=False):

@@ -21,9 +21,7 @@ def chunk(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
     return dataset.flat_map(pieces).filter(lambda features: tf.size(features["targets"]) >= 2)
 
 
-def prefix_lm(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int]
-) -> tf.data.Dataset:
+def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
     """Splits documents in two: 'inputs' is the prefix, 'targets' what follows it.
 
     Long documents are cut to pieces of at most inputs + targets tokens (one of the targets' is
@@ -109,8 +107,9 @@ def span_corruption(
     most_spans = _noise_sizes(fits[-1], noise_density, mean_span_length)[1]
     if most_spans > vocabulary.extra_ids:
         raise ValueError(
-            f"extra_ids = {vocabulary.extra_ids}, but {fits[-1]} tokens hold {most_spans} corrupted "
-            "spans, each needing a sentinel; raise get_vocabulary.extra_ids or lower the lengths."
+            f"extra_ids = {vocabulary.extra_ids}, but {fits[-1]} tokens hold {most_spans} "
+            "corrupted spans, each needing a sentinel; raise get_vocabulary.extra_ids or lower "
+            "the lengths."
         )
 
     @seqio.map_over_dataset(num_seeds=2)
@@ -122,7 +121,10 @@ def span_corruption(
         spans = tf.cast(tf.round(tf.cast(noise, tf.float64) / mean_span_length), tf.int32)
         spans = tf.minimum(tf.minimum(tf.maximum(spans, 1), noise), size - noise)
         lengths = tf.stack(
-            [_random_lengths(size - noise, spans, seeds[0]), _random_lengths(noise, spans, seeds[1])],
+            [
+                _random_lengths(size - noise, spans, seeds[0]),
+                _random_lengths(noise, spans, seeds[1]),
+            ],
             axis=1,
         )
         is_noise = tf.repeat(tf.tile([False, True], [spans]), tf.reshape(lengths, [-1]))
@@ -135,9 +137,7 @@ def span_corruption(
     return corrupt(chunk(dataset, fits[-1]))
 
 
-def _replace_spans(
-    tokens: tf.Tensor, dropped: tf.Tensor, sentinels: tf.Tensor
-) -> tf.Tensor:
+def _replace_spans(tokens: tf.Tensor, dropped: tf.Tensor, sentinels: tf.Tensor) -> tf.Tensor:
     """Drops tokens; the i-th sentinel stands for the i-th span of dropped ones.
 
     Args:

@@ -8,10 +8,10 @@ import io
 import itertools
 import pathlib
 
-import gin
-import seqio
 import sentencepiece
+import seqio
 
+import gin
 from diffusion_t5x.data import cache, sources
 
 EMBEDDED_PIECES = 736
@@ -41,6 +41,10 @@ def _training_lines() -> list[str]:
 def _train_sentencepiece(path: pathlib.Path) -> None:
     """Trains the embedded SentencePiece model: lossless, digits apart, bytes for the rest."""
     model = io.BytesIO()
+    # Text stays as it is but for byte order marks. Without any rule TensorFlow's tokenizer would
+    # complain each time it is used.
+    rules = path.with_suffix(".tsv")
+    rules.write_text("FEFF\t\n", encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_training_lines()),
         model_writer=model,
@@ -52,7 +56,7 @@ def _train_sentencepiece(path: pathlib.Path) -> None:
         byte_fallback=True,
         split_digits=True,
         allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
+        normalization_rule_tsv=str(rules),
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
         pad_id=0,

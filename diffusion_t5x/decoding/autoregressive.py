@@ -77,7 +77,7 @@ class AutoregressiveDecoder:
           ValueError: if a trajectory is asked for.
         """
         if return_trajectory:
-            raise ValueError("return_trajectory: an autoregressive decoder has no canvas to return.")
+            raise ValueError("return_trajectory: an autoregressive decoder has no canvas.")
         rows = network.batch_size * self.num_samples
         rngs = jax.random.split(rng, length)
 

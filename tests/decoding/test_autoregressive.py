@@ -1,5 +1,8 @@
 """AR decoding: filters against brute force, scores against the chain rule, stopping."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,12 +49,13 @@ def test_greedy_follows_the_argmax_pads_after_the_end_and_stops():
     # Uniform first logits: argmax is 0. Then 0 -> 3 -> 4 -> 1 (end).
     network = table_network(_chain([3, 0, 0, 4, 1, 0]), 2)
     steps = []
-    counted = network.step
-    object.__setattr__(
-        network,
-        "step",
-        lambda cache, tokens: (jax.debug.callback(lambda: steps.append(1)), counted(cache, tokens))[1],
-    )
+    uncounted = network.step
+
+    def counted(cache, tokens):
+        jax.debug.callback(lambda: steps.append(1))
+        return uncounted(cache, tokens)
+
+    network = dataclasses.replace(network, step=counted)
     decoded = jax.jit(lambda key: AutoregressiveDecoder().decode(network, 10, key))(KEY)
     jax.effects_barrier()
     np.testing.assert_array_equal(decoded.tokens[0, 0], [0, 3, 4, 1, 0, 0, 0, 0, 0, 0])
@@ -74,7 +78,7 @@ def test_sampled_scores_are_the_chain_rule_and_best_comes_last():
         np.asarray(decoded.tokens).reshape(-1, 6), np.asarray(decoded.scores).ravel(), strict=True
     ):
         naive = np.log(1 / 6)
-        for before, after in zip(tokens[:-1], tokens[1:], strict=True):
+        for before, after in itertools.pairwise(tokens):
             if before == 1:
                 break
             naive += log_probs[before, after]

@@ -79,9 +79,7 @@ def test_bidirectional_attention_lets_every_position_see_every_other(network_cla
     network, params = _make(network_class)
     before = _hidden(network, params, PREFIX, TARGET, "bidirectional")
     for position in range(TARGET.shape[1]):
-        after = _hidden(
-            network, params, PREFIX, TARGET.at[:, position].set(13), "bidirectional"
-        )
+        after = _hidden(network, params, PREFIX, TARGET.at[:, position].set(13), "bidirectional")
         assert not jnp.any(jnp.all(jnp.isclose(before, after, atol=1e-6), axis=2))
 
 

@@ -1,0 +1,332 @@
+"""Checkpoints through Orbax: written in the background, whole or not at all, and checked on read.
+
+A run's directory holds `checkpoint_{step}/` with three items: `params`, `optimizer` (its state and
+the step) and `dataset` (the position of each process's data iterator).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from diffusion_t5x.train_state import TrainState, named_leaves
+
+PREFIX = "checkpoint"
+_NAME = re.compile(rf"^{PREFIX}_(\d+)$")
+
+
+class SavesPosition(Protocol):
+    """An iterator that can write and read its position."""
+
+    def save(self, path: str) -> None:
+        """Writes files that begin with `path`."""
+
+    def restore(self, path: str) -> None:
+        """Goes on where `save(path)` was called."""
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint does not fit the model; the message lists names and shapes that differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveCheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      period: steps between checkpoints; there is always one at the end.
+      keep: how many to keep, the latest or the best; None for all.
+      keep_best_metric: keep the best `keep` by this metric, and the latest, e.g.
+        'training_eval/loss' or 'inference_eval/my_task/bleu'.
+      best_mode: whether the best is the 'min' or the 'max'.
+      save_dataset: save the position in the data, so that resuming goes on where it was.
+    """
+
+    period: int = 1000
+    keep: int | None = None
+    keep_best_metric: str | None = None
+    best_mode: Literal["min", "max"] = "min"
+    save_dataset: bool = True
+
+    def __post_init__(self):
+        if self.period < 1 or (self.keep is not None and self.keep < 1):
+            raise ValueError(
+                f"SaveCheckpointConfig: period = {self.period}, keep = {self.keep}; expected at "
+                "least 1 (keep may be None)."
+            )
+        if self.best_mode not in ("min", "max"):
+            raise ValueError(f"best_mode = {self.best_mode!r}; expected 'min' or 'max'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreCheckpointConfig:
+    """Where a run starts from, or which checkpoints are evaluated.
+
+    Attributes:
+      path: a checkpoint, or the directory of a run.
+      mode: 'specific' takes `path` itself, or the latest where it is a run's directory; 'latest'
+        the latest of the run; 'all' every checkpoint of the run (evaluation only).
+      params_only: take the parameters alone: training starts at step 0 with a fresh optimiser.
+    """
+
+    path: str
+    mode: Literal["specific", "latest", "all"] = "specific"
+    params_only: bool = False
+
+    def __post_init__(self):
+        if self.mode not in ("specific", "latest", "all"):
+            raise ValueError(f"mode = {self.mode!r}; expected 'specific', 'latest' or 'all'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run saves and restores.
+
+    Attributes:
+      save: None to save nothing.
+      restore: None to start from fresh parameters.
+    """
+
+    save: SaveCheckpointConfig | None = None
+    restore: RestoreCheckpointConfig | None = None
+
+
+class _DatasetHandler(ocp.CheckpointHandler):
+    """Each process writes the position of its own iterator."""
+
+    def save(self, directory: epath.Path, args: _DatasetArgs) -> None:
+        args.iterator.save(str(directory / f"process_{jax.process_index()}"))
+
+    def restore(self, directory: epath.Path, args: _DatasetArgs) -> None:
+        count = len(list(directory.glob("process_*.index")))
+        if count != jax.process_count():
+            raise CheckpointMismatchError(
+                f"{directory} has the data positions of {count} processes, but "
+                f"{jax.process_count()} are running; start with as many, or set "
+                "SaveCheckpointConfig.save_dataset = False to begin the data anew."
+            )
+        args.iterator.restore(str(directory / f"process_{jax.process_index()}"))
+
+
+@ocp.args.register_with_handler(_DatasetHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _DatasetArgs(ocp.args.CheckpointArgs):
+    """The iterator to save or to move.
+
+    Attributes:
+      iterator: of this process.
+    """
+
+    iterator: SavesPosition
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "opt_state": flax.serialization.to_state_dict(state.opt_state),
+    }
+
+
+class Checkpointer:
+    """Saves and restores the train states of one run.
+
+    Attributes:
+      config: when to save and what to keep.
+    """
+
+    def __init__(self, directory: str, config: SaveCheckpointConfig):
+        self.config = config
+        self._directory = epath.Path(directory).absolute()
+        policies = checkpoint_managers.preservation_policy
+        metric = config.keep_best_metric
+        if config.keep is None:
+            policy = policies.PreserveAll()
+        elif metric is None:
+            policy = policies.LatestN(config.keep)
+        else:
+            # A checkpoint without the metric counts as the worst.
+            worst = float("inf") if config.best_mode == "min" else -float("inf")
+            policy = policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(1),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics.get(metric, worst),
+                        reverse=config.best_mode == "min",
+                        n=config.keep,
+                    ),
+                ]
+            )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                step_prefix=PREFIX, preservation_policy=policy, create=True
+            ),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "dataset": _DatasetHandler(),
+            },
+        )
+
+    def save(
+        self,
+        state: TrainState,
+        iterator: SavesPosition | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing `checkpoint_{state.step}`, unless it is there already.
+
+        The arrays are copied before this returns, so the state may be donated afterwards.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(_optimizer_item(state)),
+        }
+        if iterator is not None and self.config.save_dataset:
+            items["dataset"] = _DatasetArgs(iterator)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
+
+    def latest_step(self) -> int | None:
+        """The last step saved, or None."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """All steps there are, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore(
+        self, abstract_state: TrainState, iterator: SavesPosition | None = None
+    ) -> TrainState:
+        """The latest state, laid out as `abstract_state` says; `iterator` is moved to its place.
+
+        Raises:
+          FileNotFoundError: if there is none.
+          CheckpointMismatchError: if it does not fit.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{self._directory} has no checkpoint to go on from.")
+        path = self._directory / f"{PREFIX}_{step}"
+        state = restore_train_state(str(path), abstract_state)
+        if iterator is not None and self.config.save_dataset and (path / "dataset").exists():
+            _DatasetHandler().restore(path / "dataset", _DatasetArgs(iterator))
+        return state
+
+    def wait(self) -> None:
+        """Returns once everything is written; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of all resources."""
+        self._manager.close()
+
+
+def list_checkpoints(path: str) -> list[tuple[int, str]]:
+    """(step, path) of a checkpoint, or of all finished ones of a run, ascending.
+
+    Raises:
+      FileNotFoundError: if there is neither a checkpoint nor a run with one.
+    """
+    directory = epath.Path(path)
+    if (match := _NAME.match(directory.name)) and (directory / "params").exists():
+        return [(int(match.group(1)), str(directory.absolute()))]
+    found = []
+    if directory.is_dir():
+        for child in directory.iterdir():
+            if match := _NAME.match(child.name):
+                found.append((int(match.group(1)), str(child.absolute())))
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is neither a checkpoint nor a run with one; expected a directory such as "
+            f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000."
+        )
+    return sorted(found)
+
+
+def select_checkpoints(config: RestoreCheckpointConfig) -> list[tuple[int, str]]:
+    """(step, path) of the checkpoints that `config` means, ascending.
+
+    Raises:
+      FileNotFoundError: as `list_checkpoints`.
+    """
+    found = list_checkpoints(config.path)
+    return found if config.mode == "all" else found[-1:]
+
+
+def _describe(leaf: Any) -> str:
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _check_fit(path: epath.Path, item: str, abstract: Any) -> None:
+    """Compares names and shapes of a stored item with those expected.
+
+    Raises:
+      CheckpointMismatchError: if they differ.
+    """
+    metadata = ocp.StandardCheckpointer().metadata(path / item).item_metadata
+    stored = named_leaves(getattr(metadata, "tree", metadata))
+    expected = named_leaves(abstract)
+    lines = [f"  the checkpoint lacks {name}: {_describe(expected[name])}"
+             for name in sorted(expected.keys() - stored.keys())]  # fmt: skip
+    lines += [f"  the model has no {name}: {_describe(stored[name])}"
+              for name in sorted(stored.keys() - expected.keys())]  # fmt: skip
+    lines += [
+        f"  {name}: the checkpoint has {list(stored[name].shape)}, the model "
+        f"{list(expected[name].shape)}"
+        for name in sorted(expected.keys() & stored.keys())
+        if tuple(stored[name].shape) != tuple(expected[name].shape)
+    ]
+    if lines:
+        hint = (
+            "\nWith RestoreCheckpointConfig.params_only = True the optimiser starts afresh."
+            if item == "optimizer"
+            else ""
+        )
+        raise CheckpointMismatchError(
+            f"{path} does not fit this {'optimiser' if item == 'optimizer' else 'model'}:\n"
+            + "\n".join(lines)
+            + hint
+        )
+
+
+def _restore_item(path: str, item: str, abstract: Any) -> Any:
+    directory = epath.Path(path).absolute()
+    if not (directory / item).exists():
+        raise FileNotFoundError(f"{path} is not a checkpoint of this kind: it has no {item!r}.")
+    _check_fit(directory, item, abstract)
+    return ocp.StandardCheckpointer().restore(directory / item, abstract)
+
+
+def restore_params(path: str, abstract_params: Any) -> Any:
+    """Parameters of a checkpoint of any run, laid out as `abstract_params` says.
+
+    Raises:
+      FileNotFoundError: if `path` is no checkpoint.
+      CheckpointMismatchError: if they do not fit.
+    """
+    return _restore_item(path, "params", abstract_params)
+
+
+def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
+    """The whole state of a checkpoint of any run, laid out as `abstract_state` says.
+
+    Raises:
+      FileNotFoundError: if `path` is no checkpoint.
+      CheckpointMismatchError: if it does not fit.
+    """
+    params = restore_params(path, abstract_state.params)
+    rest = _restore_item(path, "optimizer", _optimizer_item(abstract_state))
+    opt_state = flax.serialization.from_state_dict(abstract_state.opt_state, rest["opt_state"])
+    return TrainState(rest["step"], params, opt_state)

@@ -1,0 +1,200 @@
+"""One training step, compiled: gradients, accumulation, clipping, update, and a health report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen import partitioning as nn_partitioning
+
+from diffusion_t5x.optimizers import Schedule
+from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.train_state import TrainState, named_leaves
+
+Metrics = dict[str, clu.metrics.Average]
+Batch = Mapping[str, jax.Array]
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or a gradient is not finite; the message has the step and the leaves."""
+
+
+@flax.struct.dataclass
+class Health:
+    """What tells whether a step went wrong.
+
+    Attributes:
+      step: that the update led to, int32.
+      loss: of the batch.
+      grad_squares: `[leaves]`, the squared norm of each gradient leaf, in the order of
+        `named_leaves`.
+    """
+
+    step: jax.Array
+    loss: jax.Array
+    grad_squares: jax.Array
+
+    def check(self, names: list[str]) -> None:
+        """Waits for the step and looks at it.
+
+        Raises:
+          NonFiniteError: if the loss or any gradient is not finite.
+        """
+        finite = np.isfinite(jax.device_get(self.grad_squares))
+        if np.isfinite(jax.device_get(self.loss)) and finite.all():
+            return
+        bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
+        raise NonFiniteError(
+            f"step {int(self.step)}: the loss is {float(self.loss)} and the gradient is not finite "
+            f"in {len(bad)} of {len(names)} leaves: {', '.join(bad) or 'none'}. Nothing of this "
+            "step was saved. Lower the learning rate, or set Trainer.clip_norm."
+        )
+
+
+def merge_metrics(ours: Metrics, theirs: Metrics) -> Metrics:
+    """Sums of both."""
+    return {name: ours[name].merge(theirs[name]) for name in theirs}
+
+
+def _split_batch(batch: Batch, parts: int) -> Batch:
+    """`[batch, ...] -> [parts, batch / parts, ...]`, every part spread over all data shards."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        axes = (None, "batch", *[None] * (x.ndim - 2))
+        return nn_partitioning.with_sharding_constraint(x, axes)
+
+    return jax.tree.map(split, dict(batch))
+
+
+class Trainer:
+    """Compiled train and eval steps of one model.
+
+    Attributes:
+      leaf_names: names of the parameters, in the order of `Health.grad_squares`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        partitioner: PjitPartitioner,
+        abstract_state: TrainState,
+        random_seed: int,
+        learning_rate_fn: Schedule,
+        num_microbatches: int | None = None,
+        clip_norm: float | None = None,
+    ):
+        """Prepares the steps.
+
+        Args:
+          model: an object of `models.Model`'s kind.
+          partitioner: lays out state and batches.
+          abstract_state: shapes and shardings of the state.
+          random_seed: of all randomness in training; a step's key is its fold with the step.
+          learning_rate_fn: step -> learning rate.
+          num_microbatches: parts that a batch is divided into, whose gradients are summed.
+          clip_norm: the most that the gradient's global norm may be.
+
+        Raises:
+          ValueError: if a number is out of range.
+        """
+        if num_microbatches is not None and num_microbatches < 1:
+            raise ValueError(f"num_microbatches = {num_microbatches}; expected at least 1 or None.")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"clip_norm = {clip_norm}; expected a positive number or None.")
+        self._model = model
+        self._partitioner = partitioner
+        self._learning_rate_fn = learning_rate_fn
+        self._num_microbatches = num_microbatches or 1
+        self._clip_norm = clip_norm
+        self._rng = jax.random.PRNGKey(random_seed)
+        self.leaf_names = list(named_leaves(abstract_state.params))
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+        everywhere = partitioner.replicated
+        self.step: Callable[..., tuple[TrainState, Metrics, Health]] = partitioner.jit(
+            self._step, donate_argnums=(0, 1), out_shardings=(shardings, everywhere, everywhere)
+        )
+        self.eval_step: Callable[[Any, Metrics, Batch], Metrics] = partitioner.jit(
+            lambda params, metrics, batch: merge_metrics(metrics, model.eval_fn(params, batch)[1]),
+            donate_argnums=(1,),
+            out_shardings=everywhere,
+        )
+
+    def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
+        """Shapes of the metrics that a training step accumulates."""
+        update = self._partitioner.jit(lambda state, batch: self._update(state, batch)[1])
+        return update.eval_shape(state, batch)
+
+    def eval_metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
+        """Shapes of the metrics that an eval step accumulates."""
+        eval_fn = self._model.eval_fn
+        evaluate = self._partitioner.jit(lambda params, batch: eval_fn(params, batch)[1])
+        return evaluate.eval_shape(state.params, batch)
+
+    def empty_metrics(self, shapes: Metrics) -> Metrics:
+        """Metrics with nothing in them yet, on every device."""
+        return jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), self._partitioner.replicated),
+            shapes,
+        )
+
+    def _step(
+        self, state: TrainState, metrics: Metrics, batch: Batch
+    ) -> tuple[TrainState, Metrics, Health]:
+        state, new, health = self._update(state, batch)
+        return state, merge_metrics(metrics, new), health
+
+    def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Health]:
+        loss, metrics, grads = self._gradients(state, batch)
+        squares = jnp.stack([jnp.sum(jnp.square(g)) for g in named_leaves(grads).values()])
+        norm = jnp.sqrt(jnp.sum(squares))
+        if self._clip_norm is not None:
+            scale = jnp.minimum(1.0, self._clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        rate = self._learning_rate_fn(state.step)
+        updates, opt_state = self._model.optimizer_def.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+        one = jnp.float32(1.0)
+        metrics = {
+            **metrics,
+            "learning_rate": clu.metrics.Average(total=rate, count=one),
+            "grad_norm": clu.metrics.Average(total=norm, count=one),
+        }
+        state = TrainState(state.step + 1, params, opt_state)
+        return state, metrics, Health(state.step, loss, squares)
+
+    def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
+        """Loss, metrics and gradients of a batch, microbatch by microbatch."""
+        rng = jax.random.fold_in(self._rng, state.step)
+        value_and_grad = jax.value_and_grad(self._model.loss_fn, has_aux=True)
+        if self._num_microbatches == 1:
+            (loss, metrics), grads = value_and_grad(state.params, batch, rng)
+            return loss, metrics, grads
+        normalization = self._model.loss_normalization
+        parts = _split_batch(batch, self._num_microbatches)
+
+        def one_part(index: jax.Array, part: Batch) -> Any:
+            part_rng = jax.random.fold_in(rng, index)
+            (loss, metrics), grads = value_and_grad(state.params, part, part_rng)
+            # The mean over the batch, from the means over its parts.
+            share = normalization(part) / normalization(batch)
+            loss, grads = jax.tree.map(lambda x: x * share, (loss, grads))
+            return loss, metrics, grads
+
+        def accumulate(total: Any, indexed: Any) -> tuple[Any, None]:
+            loss, metrics, grads = one_part(*indexed)
+            grads = jax.tree.map(jnp.add, total[2], grads)
+            return (total[0] + loss, merge_metrics(total[1], metrics), grads), None
+
+        indexed = jnp.arange(self._num_microbatches), parts
+        first = jax.tree.map(lambda x: x[0], indexed)
+        shapes = jax.eval_shape(one_part, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (loss, metrics, grads), _ = jax.lax.scan(accumulate, zeros, indexed)
+        return loss, metrics, grads

@@ -1,0 +1,331 @@
+"""Training: from a configuration to checkpoints and metrics; killed at any moment, it goes on."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_t5x.checkpoints import (
+    CheckpointConfig,
+    Checkpointer,
+    restore_params,
+    restore_train_state,
+    select_checkpoints,
+)
+from diffusion_t5x.data import datasets
+from diffusion_t5x.metric_logs import MetricLog, write_model_info
+from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.progress import Progress
+from diffusion_t5x.train_state import (
+    TrainState,
+    abstract_train_state,
+    create_train_state,
+    input_shapes_and_types,
+    named_leaves,
+)
+from diffusion_t5x.train_step import Health, Metrics, Trainer
+
+# Steps handed to the devices before the oldest one's result is looked at.
+STEPS_IN_FLIGHT = 2
+
+
+class Preempted(SystemExit):
+    """Training was told to stop, and saved everything first."""
+
+
+def train(
+    *,
+    model: Any,
+    model_dir: str,
+    train_dataset_cfg: datasets.DatasetConfig,
+    partitioner: PjitPartitioner,
+    trainer_cls: Callable[..., Trainer],
+    total_steps: int,
+    train_eval_dataset_cfg: datasets.DatasetConfig | None = None,
+    infer_eval_dataset_cfg: datasets.DatasetConfig | None = None,
+    checkpoint_cfg: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
+    eval_steps: int | None = 20,
+    eval_period: int = 1000,
+    relative_steps: int | None = None,
+    random_seed: int = 0,
+    inference_evaluator_cls: Callable[..., Any] | None = None,
+    log_period: int = 100,
+    summarize_config_fn: Callable[[str], None] | None = None,
+    dry_run: bool = False,
+) -> TrainState:
+    """Trains until `total_steps`, from the run's latest checkpoint if it has one.
+
+    Args:
+      model: what to train, of `models.Model`'s kind.
+      model_dir: directory of the run, which gets `checkpoint_{step}/`, `config.gin`,
+        `model-info.txt`, `metrics.jsonl` and TensorBoard events.
+      train_dataset_cfg: training data.
+      partitioner: devices and sharding.
+      trainer_cls: makes the `Trainer`.
+      total_steps: step to stop at; steps of an initial checkpoint count.
+      train_eval_dataset_cfg: data on which the loss is evaluated; None for no such evaluation.
+      infer_eval_dataset_cfg: data to decode and measure; None for no such evaluation.
+      checkpoint_cfg: what to save and where to start from.
+      eval_steps: batches of a loss evaluation; None for the whole split.
+      eval_period: steps between evaluations; there is always one at the end.
+      relative_steps: steps beyond the initial checkpoint's, instead of `total_steps`.
+      random_seed: of parameters, data order, corruption and dropout.
+      inference_evaluator_cls: makes the evaluator of decoded text.
+      log_period: steps between lines of metrics.
+      summarize_config_fn: writes the configuration to the run's directory.
+      dry_run: build and compile everything, report, and stop before the first step.
+
+    Returns:
+      The final state.
+
+    Raises:
+      NonFiniteError: if the loss or a gradient is not finite.
+      CheckpointMismatchError: if a checkpoint does not fit the model.
+      Preempted: after SIGTERM, everything saved.
+      ValueError: if settings do not go together.
+    """
+    if eval_period < 1 or log_period < 1:
+        raise ValueError(f"EVAL_PERIOD = {eval_period}, log_period = {log_period}; expected >= 1.")
+    layout = partitioner.data_layout(train_dataset_cfg.batch_size)
+    iterator = datasets.get_training_iterator(
+        train_dataset_cfg,
+        model.FEATURE_CONVERTER_CLS,
+        shard_index=layout.shard_index,
+        num_shards=layout.num_shards,
+        seed=random_seed,
+    )
+    shapes, types = input_shapes_and_types(iterator.element_spec)
+    abstract = abstract_train_state(model, partitioner, shapes, types)
+    trainer = trainer_cls(
+        model=model, partitioner=partitioner, abstract_state=abstract, random_seed=random_seed
+    )
+    evaluations = _Evaluations(
+        model, partitioner, trainer, train_eval_dataset_cfg, infer_eval_dataset_cfg,
+        inference_evaluator_cls, eval_steps, model_dir, random_seed,
+    )  # fmt: skip
+    if dry_run:
+        state = create_train_state(model, partitioner, shapes, types, jax.random.PRNGKey(0))
+        _report_dry_run(trainer, partitioner, state, next(iterator))
+        return state
+    checkpointer = Checkpointer(model_dir, checkpoint_cfg.save) if checkpoint_cfg.save else None
+    state, first_step = _initial_state(
+        model, partitioner, checkpoint_cfg, checkpointer, abstract, iterator, random_seed,
+        (shapes, types),
+    )  # fmt: skip
+    if relative_steps is not None:
+        total_steps = first_step + relative_steps
+    write_model_info(model_dir, abstract)
+    if summarize_config_fn is not None and jax.process_index() == 0:
+        summarize_config_fn(model_dir)
+    with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
+        loop = _Loop(trainer, partitioner, iterator, evaluations, checkpointer, log)
+        state = loop.run(state, total_steps, log_period, eval_period)
+    if checkpointer is not None:
+        checkpointer.close()
+    return state
+
+
+def _initial_state(
+    model: Any,
+    partitioner: PjitPartitioner,
+    config: CheckpointConfig,
+    checkpointer: Checkpointer | None,
+    abstract: TrainState,
+    iterator: datasets.DatasetIterator,
+    random_seed: int,
+    spec: tuple[Any, Any],
+) -> tuple[TrainState, int]:
+    """The state to go on from, and the step that the run began at.
+
+    The run's own latest checkpoint comes first, then the initial checkpoint, then fresh
+    parameters.
+    """
+    first_step, initial = 0, None
+    if config.restore is not None:
+        [(step, initial)] = select_checkpoints(dataclasses.replace(config.restore, mode="specific"))
+        first_step = 0 if config.restore.params_only else step
+    if checkpointer is not None and checkpointer.latest_step() is not None:
+        return checkpointer.restore(abstract, iterator), first_step
+    if initial is not None and not config.restore.params_only:
+        return restore_train_state(initial, abstract), first_step
+    rng = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
+    state = create_train_state(model, partitioner, *spec, rng)
+    if initial is not None:
+        state = state.replace(params=restore_params(initial, abstract.params))
+    return state, first_step
+
+
+class _Evaluations:
+    """The evaluations that training stops for; each gives named numbers."""
+
+    def __init__(
+        self, model: Any, partitioner: PjitPartitioner, trainer: Trainer,
+        loss_cfg: datasets.DatasetConfig | None, text_cfg: datasets.DatasetConfig | None,
+        evaluator_cls: Callable[..., Any] | None, steps: int | None, model_dir: str, seed: int,
+    ):  # fmt: skip
+        self._model, self._partitioner, self._trainer = model, partitioner, trainer
+        self._loss_cfg, self._steps, self._seed = loss_cfg, steps, seed
+        self._shapes = None
+        self._evaluator = None
+        if text_cfg is not None and evaluator_cls is not None:
+            self._evaluator = evaluator_cls(
+                model=model,
+                dataset_cfg=text_cfg,
+                partitioner=partitioner,
+                output_dir=f"{model_dir}/inference_eval",
+                random_seed=seed,
+            )
+
+    def run(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """split -> metric -> value, e.g. {'training_eval': {'loss': 1.0}}."""
+        results = {}
+        if self._loss_cfg is not None:
+            results["training_eval"] = self._loss(state)
+        if self._evaluator is not None:
+            for task, metrics in self._evaluator.evaluate(state.params, int(state.step)).items():
+                results[f"inference_eval/{task}"] = metrics
+        return results
+
+    def _loss(self, state: TrainState) -> dict[str, float]:
+        layout = self._partitioner.data_layout(self._loss_cfg.batch_size)
+        metrics = None
+        for local in datasets.get_eval_batches(
+            self._loss_cfg,
+            self._model.FEATURE_CONVERTER_CLS,
+            shard_index=layout.shard_index,
+            num_shards=layout.num_shards,
+            num_batches=self._steps,
+            seed=self._seed,
+        ):
+            batch = self._partitioner.shard_batch(local)
+            if metrics is None:
+                self._shapes = self._shapes or self._trainer.eval_metric_shapes(state, batch)
+                metrics = self._trainer.empty_metrics(self._shapes)
+            metrics = self._trainer.eval_step(state.params, metrics, batch)
+        if metrics is None:
+            raise ValueError(
+                f"split {self._loss_cfg.split!r} of {self._loss_cfg.mixture_or_task_name!r} has no "
+                "example to evaluate."
+            )
+        return _compute(metrics)
+
+
+def _compute(metrics: Metrics) -> dict[str, float]:
+    return {name: float(metric.compute()) for name, metric in jax.device_get(metrics).items()}
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether SIGTERM has come; the signal itself does no harm."""
+    asked = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    except ValueError:  # not the main thread, which alone may catch signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Loop:
+    """The steps themselves."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        partitioner: PjitPartitioner,
+        iterator: datasets.DatasetIterator,
+        evaluations: _Evaluations,
+        checkpointer: Checkpointer | None,
+        log: MetricLog,
+    ):
+        self._trainer = trainer
+        self._partitioner = partitioner
+        self._iterator = iterator
+        self._evaluations = evaluations
+        self._checkpointer = checkpointer
+        self._log = log
+        self._in_flight: collections.deque[Health] = collections.deque()
+
+    def run(
+        self, state: TrainState, total_steps: int, log_period: int, eval_period: int
+    ) -> TrainState:
+        """Trains from `state` until `total_steps`."""
+        step = int(state.step)
+        if step >= total_steps:
+            return state
+        batch = self._next_batch()
+        empty = self._trainer.metric_shapes(state, batch)
+        metrics = self._trainer.empty_metrics(empty)
+        run_step = self._trainer.step.lower(state, metrics, batch).compile()
+        period = self._checkpointer.config.period if self._checkpointer else total_steps
+        progress = Progress(total_steps, "training", "steps", initial=step)
+        with _stop_on_sigterm() as told_to_stop, progress:
+            started = time.monotonic()
+            while step < total_steps:
+                state, metrics, health = run_step(state, metrics, batch)
+                step += 1
+                self._in_flight.append(health)
+                if len(self._in_flight) > STEPS_IN_FLIGHT:
+                    self._in_flight.popleft().check(self._trainer.leaf_names)
+                progress.update()
+                last = step == total_steps or told_to_stop()
+                due = [last or step % every == 0 for every in (log_period, eval_period, period)]
+                if any(due):
+                    self._drain()
+                    self._log.count(time.monotonic() - started)
+                    if due[0]:
+                        values = _compute(metrics)
+                        self._log.training(step, values)
+                        progress.update(0, loss=values["loss"])
+                        metrics = self._trainer.empty_metrics(empty)
+                    self._pause(state, step, evaluate=due[1] and not told_to_stop(), save=due[2])
+                    started = time.monotonic()
+                if told_to_stop():
+                    raise Preempted(f"stopped at step {step} as told; everything is saved.")
+                if step < total_steps:
+                    batch = self._next_batch()
+        return state
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        return self._partitioner.shard_batch(next(self._iterator))
+
+    def _drain(self) -> None:
+        """Waits for all steps and checks each, so that nothing corrupt is logged or saved."""
+        while self._in_flight:
+            self._in_flight.popleft().check(self._trainer.leaf_names)
+
+    def _pause(self, state: TrainState, step: int, *, evaluate: bool, save: bool) -> None:
+        results = self._evaluations.run(state) if evaluate else {}
+        flat = {}
+        for split, values in results.items():
+            self._log.evaluation(step, split, values)
+            flat.update({f"{split}/{name}": value for name, value in values.items()})
+        if save and self._checkpointer is not None:
+            self._checkpointer.save(state, self._iterator, flat)
+
+
+def _report_dry_run(
+    trainer: Trainer, partitioner: PjitPartitioner, state: TrainState, local: datasets.Batch
+) -> None:
+    """Compiles the step and prints what it needs."""
+    batch = partitioner.shard_batch(local)
+    metrics = trainer.empty_metrics(trainer.metric_shapes(state, batch))
+    compiled = trainer.step.lower(state, metrics, batch).compile()
+    count = sum(leaf.size for leaf in named_leaves(state.params).values())
+    memory = compiled.memory_analysis()
+    print(f"parameters: {count:,}")
+    print(f"mesh: {dict(partitioner.mesh.shape)}")
+    if memory is not None:
+        print(f"arguments, bytes per device: {memory.argument_size_in_bytes:,}")
+        print(f"temporary, bytes per device: {memory.temp_size_in_bytes:,}")
