@@ -15,7 +15,7 @@ import babel
 
 CACHE_VARIABLE = "DIFFUSION_T5X_CACHE"
 # Raise it whenever generated data change.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 3
 
 
 def cache_dir() -> pathlib.Path:

@@ -58,7 +58,7 @@ def import_task_module(module: str | None) -> None:
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ModuleNotFoundError(
             f"MIXTURE_OR_TASK_MODULE = {module!r} cannot be imported; expected a module on the "

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-# What is done to each element: name, words, expression of x, reference.
-MAPS: tuple[tuple[str, str, str, Callable[[int], int]], ...] = (
-    ("squares", "the squares", "x * x", lambda x: x * x),
-    ("cubes", "the cubes", "x ** 3", lambda x: x**3),
-    ("doubles", "the doubles", "2 * x", lambda x: 2 * x),
-    ("negatives", "the negatives", "-x", lambda x: -x),
-    ("absolutes", "the absolute values", "abs(x)", abs),
-    ("values", "the values", "x", lambda x: x),
-    *tuple(
-        (name.format(n), words.format(n), text.format(n), make(n))
+
+class Part(NamedTuple):
+    """A piece of a function: its name, its description, its code, and what that computes."""
+
+    name: str
+    words: str
+    code: str
+    reference: Callable[[Any], Any]
+
+
+# What is done to each element; the code is an expression of x.
+MAPS = (
+    Part("squares", "the squares", "x * x", lambda x: x * x),
+    Part("cubes", "the cubes", "x ** 3", lambda x: x**3),
+    Part("doubles", "the doubles", "2 * x", lambda x: 2 * x),
+    Part("negatives", "the negatives", "-x", lambda x: -x),
+    Part("absolutes", "the absolute values", "abs(x)", abs),
+    Part("values", "the values", "x", lambda x: x),
+    *(
+        Part(name.format(n), words.format(n), code.format(n), make(n))
         for n in range(2, 10)
-        for name, words, text, make in (
+        for name, words, code, make in (
             ("sums_{}", "the values plus {}", "x + {}", lambda n: lambda x: x + n),
             ("products_{}", "the values times {}", "x * {}", lambda n: lambda x: x * n),
             ("rests_{}", "the remainders by {}", "x % {}", lambda n: lambda x: x % n),
@@ -31,32 +41,32 @@ MAPS: tuple[tuple[str, str, str, Callable[[int], int]], ...] = (
     ),
 )
 
-# Which elements count: name, words, condition on x, reference.
-FILTERS: tuple[tuple[str, str, str, Callable[[int], bool]], ...] = (
-    ("all", "all numbers", "", lambda x: True),
-    ("even", "the even numbers", " if x % 2 == 0", lambda x: x % 2 == 0),
-    ("odd", "the odd numbers", " if x % 2 == 1", lambda x: x % 2 == 1),
-    ("positive", "the positive numbers", " if x > 0", lambda x: x > 0),
-    ("negative", "the negative numbers", " if x < 0", lambda x: x < 0),
-    *tuple(
-        (name.format(n), words.format(n), text.format(n), make(n))
+# Which elements count; the code is the end of a comprehension over x.
+FILTERS = (
+    Part("all", "all numbers", "", lambda x: True),
+    Part("even", "the even numbers", " if x % 2 == 0", lambda x: x % 2 == 0),
+    Part("odd", "the odd numbers", " if x % 2 == 1", lambda x: x % 2 == 1),
+    Part("positive", "the positive numbers", " if x > 0", lambda x: x > 0),
+    Part("negative", "the negative numbers", " if x < 0", lambda x: x < 0),
+    *(
+        Part(name.format(n), words.format(n), code.format(n), make(n))
         for n in range(1, 10)
-        for name, words, text, make in (
+        for name, words, code, make in (
             ("above_{}", "the numbers above {}", " if x > {}", lambda n: lambda x: x > n),
             ("below_{}", "the numbers below {}", " if x < {}", lambda n: lambda x: x < n),
         )
     ),
 )
 
-# What becomes of them: name, words, expression around a generator, reference.
-REDUCTIONS: tuple[tuple[str, str, str, Callable[[list[int]], Any]], ...] = (
-    ("sum", "the sum of", "sum({})", sum),
-    ("count", "how many different", "len(set({}))", lambda xs: len(set(xs))),
-    ("list", "the list of", "list({})", list),
-    ("sorted", "the sorted list of", "sorted({})", sorted),
-    ("reversed", "the reversed list of", "list({})[::-1]", lambda xs: xs[::-1]),
-    ("largest", "the largest of", "max({}, default=0)", lambda xs: max(xs, default=0)),
-    ("smallest", "the smallest of", "min({}, default=0)", lambda xs: min(xs, default=0)),
+# What becomes of them; the code surrounds a comprehension, bare where it is the only argument.
+REDUCTIONS = (
+    Part("sum", "the sum of", "sum({})", sum),
+    Part("count", "how many different", "len(set({}))", lambda xs: len(set(xs))),
+    Part("list", "the list of", "list({})", list),
+    Part("sorted", "the sorted list of", "sorted({})", sorted),
+    Part("reversed", "the reversed list of", "list({})[::-1]", lambda xs: xs[::-1]),
+    Part("largest", "the largest of", "max(({}), default=0)", lambda xs: max(xs, default=0)),
+    Part("smallest", "the smallest of", "min(({}), default=0)", lambda xs: min(xs, default=0)),
 )
 
 ARGUMENTS = ([3, -2, 8, 5], [1, 2, 3, 4, 5, 6], [-7, 0, 9, 4, -4])
@@ -64,26 +74,20 @@ ARGUMENTS = ([3, -2, 8, 5], [1, 2, 3, 4, 5, 6], [-7, 0, 9, 4, -4])
 
 def generate() -> Iterator[dict[str, Any]]:
     """Problems `{'text', 'code', 'tests'}`; every combination of parts once."""
-    combinations = itertools.product(REDUCTIONS, MAPS, FILTERS)
-    for (r_name, r_words, r_code, r), (m_name, m_words, m_code, m), (
-        f_name,
-        f_words,
-        f_code,
-        f,
-    ) in combinations:
-        name = f"{r_name}_{m_name}_{f_name}"
-        expression = r_code.format(f"({m_code} for x in numbers{f_code})")
-        expression = (
-            expression.replace("((", "(", 1).replace("))", ")", 1)
-            if ("set(" not in r_code and "default" not in r_code)
-            else expression
-        )
-        tests = []
-        for argument in ARGUMENTS:
-            result = r([m(x) for x in argument if f(x)])
-            tests.append(f"assert {name}({argument}) == {result}")
+    for reduce, each, keep in itertools.product(REDUCTIONS, MAPS, FILTERS):
+        name = f"{reduce.name}_{each.name}_{keep.name}"
+        expression = reduce.code.format(f"{each.code} for x in numbers{keep.code}")
+        results = [
+            reduce.reference([each.reference(x) for x in argument if keep.reference(x)])
+            for argument in ARGUMENTS
+        ]
         yield {
-            "text": f"Write a function to return {r_words} {m_words} of {f_words} in a list.",
+            "text": (
+                f"Write a function to return {reduce.words} {each.words} of {keep.words} in a list."
+            ),
             "code": f"def {name}(numbers):\n    return {expression}",
-            "tests": tests,
+            "tests": [
+                f"assert {name}({argument}) == {result}"
+                for argument, result in zip(ARGUMENTS, results, strict=True)
+            ],
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import itertools
 import pathlib
 import re
@@ -49,14 +48,15 @@ def _definitions() -> Iterator[tuple[Node, list[str]]]:
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
-        lines = source.splitlines()
+        # Not splitlines(): it also breaks at form feeds, where the parser counts no line.
+        lines = source.split("\n")
         for node in ast.walk(tree):
             if isinstance(node, Node):
                 yield node, lines
 
 
 def _clean(text: str) -> str:
-    return "\n".join(line.rstrip() for line in inspect.cleandoc(text).splitlines())
+    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
 
 
 def generate_prose() -> Iterator[dict[str, str]]:
@@ -75,17 +75,21 @@ def generate_source() -> Iterator[dict[str, str]]:
     for node, lines in _definitions():
         if isinstance(node, ast.FunctionDef):
             text = _clean(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
-            if 40 <= len(text) <= MAX_SOURCE and text not in seen:
+            # A string whose lines start at the margin keeps its function from being dedented.
+            dedented = text.startswith("def ")
+            if dedented and 40 <= len(text) <= MAX_SOURCE and text not in seen:
                 seen.add(text)
                 yield {"text": text}
 
 
 def _questions(node: ast.FunctionDef, summary: str) -> Iterator[tuple[str, str]]:
     """Pairs of question and answer; every answer is a span of the context."""
-    names = [argument.arg for argument in node.args.args if argument.arg not in ("self", "cls")]
-    defaults = node.args.defaults
+    arguments, defaults = node.args.posonlyargs + node.args.args, node.args.defaults
+    names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+    more = node.args.vararg or node.args.kwonlyargs or node.args.kwarg
     if len(names) >= 2:
-        yield f"Which parameter of {node.name} comes last?", names[-1]
+        if not more:
+            yield f"Which parameter of {node.name} comes last?", names[-1]
         yield f"Which parameter of {node.name} comes first?", names[0]
         for before, after in itertools.pairwise(names):
             yield f"Which parameter comes after {before}?", after

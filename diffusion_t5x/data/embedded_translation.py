@@ -59,7 +59,7 @@ def _duration(rng: random.Random) -> Render:
     delta = datetime.timedelta(**{unit: rng.randint(1, most) * rng.choice((1, -1))})
     direction = rng.random() < 0.7
     return lambda locale: dates.format_timedelta(
-        delta, threshold=10, add_direction=direction, locale=locale
+        delta, threshold=1, add_direction=direction, locale=locale
     )
 
 
@@ -91,11 +91,11 @@ def _number(rng: random.Random) -> Render:
 def _names(rng: random.Random) -> Render:
     style = rng.choice(("standard", "or"))
     if rng.random() < 0.5:
-        codes = rng.sample(LANGUAGES, rng.randint(2, 3))
+        codes = rng.sample(LANGUAGES, 2)
         return lambda locale: lists.format_list(
             [locale.languages[code] for code in codes], style, locale=locale
         )
-    codes = rng.sample(TERRITORIES, rng.randint(2, 3))
+    codes = rng.sample(TERRITORIES, 2)
     return lambda locale: lists.format_list(
         [locale.territories[code] for code in codes], style, locale=locale
     )

@@ -31,8 +31,16 @@ def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> t
     Args:
       dataset: of `{'targets': tokens [n]}`.
       sequence_length: maximum tokens of 'inputs' and 'targets'.
+
+    Raises:
+      ValueError: if the lengths leave no room for a token on either side.
     """
     inputs_length, targets_length = sequence_length["inputs"], sequence_length["targets"] - 1
+    if min(inputs_length, targets_length) < 1:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS = {sequence_length} has no room for a prefix and what follows "
+            "it; expected at least 1 token of inputs and 2 of targets (one ends the text)."
+        )
 
     @seqio.map_over_dataset(num_seeds=1)
     def split(features: Features, seed: tf.Tensor) -> Features:

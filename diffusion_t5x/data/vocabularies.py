@@ -10,6 +10,7 @@ import pathlib
 
 import sentencepiece
 import seqio
+from sentencepiece import sentencepiece_model_pb2
 
 import gin
 from diffusion_t5x.data import cache, sources
@@ -66,7 +67,9 @@ def _train_sentencepiece(path: pathlib.Path) -> None:
         num_threads=1,  # so that the same text gives the same model
         minloglevel=2,
     )
-    path.write_bytes(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")  # the rules are in it; a path is not
+    path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 @functools.cache
