@@ -19,13 +19,17 @@ FILE_BYTES = 2**20
 OPEN_FILES = 32
 
 
-# The child limits itself before the program starts.
-_PRELUDE = f"""import resource as _r
+# The child limits itself, then reads the program from standard input: an argument may be no longer
+# than 128 KiB, and is public to every process of the machine.
+_PRELUDE = f"""import os as _o, resource as _r, sys as _s
 for _what, _most in ((_r.RLIMIT_CPU, {CPU_SECONDS}), (_r.RLIMIT_AS, {MEMORY_BYTES}),
                      (_r.RLIMIT_FSIZE, {FILE_BYTES}), (_r.RLIMIT_NOFILE, {OPEN_FILES}),
                      (_r.RLIMIT_CORE, 0)):
     _r.setrlimit(_what, (_most, _most))
-del _r, _what, _most
+_program = compile(_s.stdin.buffer.read().decode(), "<program>", "exec")
+_o.dup2(_o.open(_o.devnull, _o.O_RDONLY), 0)
+del _o, _r, _s, _what, _most
+exec(globals().pop("_program"))
 """
 
 
@@ -43,20 +47,23 @@ def run(program: str, tests: Sequence[str], wall_seconds: float = WALL_SECONDS) 
       wall_seconds: after which it is killed.
     """
     secret = secrets.token_hex(16)
-    source = "\n".join([_PRELUDE, program, *tests, f"print({secret!r})"])
-    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as output:
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", source],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-                cwd=directory,
-                env={},
-                start_new_session=True,
-            )
-        except ValueError:  # a null byte in the source
-            return False
+    source = "\n".join([program, *tests, f"print({secret!r})"])
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        tempfile.TemporaryFile() as text,
+        tempfile.TemporaryFile() as output,
+    ):
+        text.write(source.encode("utf-8", "surrogatepass"))
+        text.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _PRELUDE],
+            stdin=text,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            env={},
+            start_new_session=True,
+        )
         try:
             code = process.wait(wall_seconds)
         except subprocess.TimeoutExpired:
