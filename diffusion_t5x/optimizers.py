@@ -60,15 +60,17 @@ def create_learning_rate_scheduler(
 
     Args:
       factors: names joined by '*'. 'constant': the base learning rate; 'linear_warmup': from 0 to
-        1 over the warm-up; 'linear_decay': from 1 to 0 over one cycle; 'rsqrt_decay': 1 / sqrt of
-        the step, and of `warmup_steps` before it; 'rsqrt_normalized_decay': the same, starting at
-        1; 'decay_every': `decay_factor` at every `steps_per_decay`; 'cosine_decay': from 1 to 0
-        over one cycle after the warm-up, again and again.
-      base_learning_rate: of 'constant'.
+        1 over the warm-up; 'linear_decay': the base learning rate, after a linear warm-up to it
+        falling by `decay_factor` of it at each step, so that it takes the place of the two before;
+        'rsqrt_decay': 1 / sqrt of the step, and of `warmup_steps` before it;
+        'rsqrt_normalized_decay': the same, starting at 1; 'decay_every': `decay_factor` at every
+        `steps_per_decay`; 'cosine_decay': from 1 to 0 over one cycle after the warm-up, again and
+        again.
+      base_learning_rate: of 'constant' and 'linear_decay'.
       warmup_steps: steps of warm-up.
-      decay_factor: of 'decay_every'.
+      decay_factor: of 'decay_every', and the slope of 'linear_decay'.
       steps_per_decay: of 'decay_every'.
-      steps_per_cycle: of 'cosine_decay' and 'linear_decay'.
+      steps_per_cycle: of 'cosine_decay'.
       step_offset: steps that count as not taken, e.g. those of pretraining.
       min_learning_rate: the least there is.
 
@@ -77,12 +79,15 @@ def create_learning_rate_scheduler(
     """
 
     def after_warmup(step: jax.Array) -> jax.Array:
-        return (step - warmup_steps) / steps_per_cycle
+        return (step - warmup_steps) / max(steps_per_cycle, 1.0)
 
     known: dict[str, Schedule] = {
         "constant": lambda step: base_learning_rate,
         "linear_warmup": lambda step: jnp.minimum(1.0, step / max(warmup_steps, 1)),
-        "linear_decay": lambda step: jnp.clip(1.0 - after_warmup(step), 0.0, 1.0),
+        "linear_decay": lambda step: (
+            base_learning_rate
+            * jnp.minimum(step / max(warmup_steps, 1), 1.0 + decay_factor * (warmup_steps - step))
+        ),
         "rsqrt_decay": lambda step: jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1.0))),
         "rsqrt_normalized_decay": lambda step: (
             jnp.sqrt(max(warmup_steps, 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def choose_best(rows: Sequence[Row], metric: str, mode: str) -> dict[str, Any]:
-    """The row with the best value of a metric, the earliest where several are.
+    """The row with the best value of a metric, the earliest where several are; NaN is the worst.
 
     Args:
       rows: each with 'step', 'task' and 'metrics'.
@@ -42,7 +43,11 @@ def choose_best(rows: Sequence[Row], metric: str, mode: str) -> dict[str, Any]:
             f"'{tasks[0]}/{metric}'."
         )
     sign = 1 if mode == "max" else -1
-    step, task = max(sorted(values), key=lambda key: sign * values[key])
+
+    def goodness(key: tuple[int, str]) -> float:
+        return -math.inf if math.isnan(values[key]) else sign * values[key]
+
+    step, task = max(sorted(values), key=goodness)
     return {"step": step, "task": task, "metric": metric, "value": values[step, task]}
 
 
