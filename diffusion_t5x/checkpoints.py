@@ -72,13 +72,13 @@ class RestoreCheckpointConfig:
     """Where a run starts from, or which checkpoints are evaluated.
 
     Attributes:
-      path: a checkpoint, or the directory of a run.
+      path: a checkpoint, or the directory of a run; for evaluation also a tuple of them.
       mode: 'specific' takes `path` itself, or the latest where it is a run's directory; 'latest'
         the latest of the run; 'all' every checkpoint of the run (evaluation only).
       params_only: take the parameters alone: training starts at step 0 with a fresh optimiser.
     """
 
-    path: str
+    path: str | tuple[str, ...]
     mode: Literal["specific", "latest", "all"] = "specific"
     params_only: bool = False
 
@@ -260,9 +260,19 @@ def select_checkpoints(config: RestoreCheckpointConfig) -> list[tuple[int, str]]
 
     Raises:
       FileNotFoundError: as `list_checkpoints`.
+      ValueError: if several have the same step, which could not be told apart in results.
     """
-    found = list_checkpoints(config.path)
-    return found if config.mode == "all" else found[-1:]
+    paths = (config.path,) if isinstance(config.path, str) else tuple(config.path)
+    selected = {}
+    for path in paths:
+        found = list_checkpoints(path)
+        for step, checkpoint in found if config.mode == "all" else found[-1:]:
+            if selected.setdefault(step, checkpoint) != checkpoint:
+                raise ValueError(
+                    f"CHECKPOINT_PATH means two checkpoints of step {step}: {selected[step]} and "
+                    f"{checkpoint}; evaluate different runs into directories of their own."
+                )
+    return sorted(selected.items())
 
 
 def _describe(leaf: Any) -> str:

@@ -22,7 +22,7 @@ Batch = Mapping[str, jax.Array]
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or a gradient is not finite; the message has the step and the leaves."""
+    """The loss, a gradient or an update is not finite; the message has the step and the leaves."""
 
 
 @flax.struct.dataclass
@@ -34,26 +34,28 @@ class Health:
       loss: of the batch.
       grad_squares: `[leaves]`, the squared norm of each gradient leaf, in the order of
         `named_leaves`.
+      update_squares: `[leaves]`, the same of what was added to the parameters.
     """
 
     step: jax.Array
     loss: jax.Array
     grad_squares: jax.Array
+    update_squares: jax.Array
 
     def check(self, names: list[str]) -> None:
         """Waits for the step and looks at it.
 
         Raises:
-          NonFiniteError: if the loss or any gradient is not finite.
+          NonFiniteError: if the loss, a gradient or an update is not finite.
         """
-        finite = np.isfinite(jax.device_get(self.grad_squares))
+        finite = np.isfinite(jax.device_get(self.grad_squares + self.update_squares))
         if np.isfinite(jax.device_get(self.loss)) and finite.all():
             return
         bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
         raise NonFiniteError(
-            f"step {int(self.step)}: the loss is {float(self.loss)} and the gradient is not finite "
-            f"in {len(bad)} of {len(names)} leaves: {', '.join(bad) or 'none'}. Nothing of this "
-            "step was saved. Lower the learning rate, or set Trainer.clip_norm."
+            f"step {int(self.step)}: the loss is {float(self.loss)} and gradient or update is not "
+            f"finite in {len(bad)} of {len(names)} leaves: {', '.join(bad) or 'none'}. Nothing of "
+            "this step was saved. Lower the learning rate, or set Trainer.clip_norm."
         )
 
 
@@ -71,6 +73,11 @@ def _split_batch(batch: Batch, parts: int) -> Batch:
         return nn_partitioning.with_sharding_constraint(x, axes)
 
     return jax.tree.map(split, dict(batch))
+
+
+def _leaf_squares(tree: Any) -> jax.Array:
+    """Squared norms of the leaves: `[leaves]`."""
+    return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(tree).values()])
 
 
 class Trainer:
@@ -152,14 +159,15 @@ class Trainer:
 
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Health]:
         loss, metrics, grads = self._gradients(state, batch)
-        squares = jnp.stack([jnp.sum(jnp.square(g)) for g in named_leaves(grads).values()])
+        squares = _leaf_squares(grads)
         norm = jnp.sqrt(jnp.sum(squares))
         if self._clip_norm is not None:
             scale = jnp.minimum(1.0, self._clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        rate = self._learning_rate_fn(state.step)
+        rate = jnp.asarray(self._learning_rate_fn(state.step), jnp.float32)
         updates, opt_state = self._model.optimizer_def.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+        updates = jax.tree.map(lambda u: u * rate, updates)
+        params = optax.apply_updates(state.params, updates)
         one = jnp.float32(1.0)
         metrics = {
             **metrics,
@@ -167,7 +175,7 @@ class Trainer:
             "grad_norm": clu.metrics.Average(total=norm, count=one),
         }
         state = TrainState(state.step + 1, params, opt_state)
-        return state, metrics, Health(state.step, loss, squares)
+        return state, metrics, Health(state.step, loss, squares, _leaf_squares(updates))
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
         """Loss, metrics and gradients of a batch, microbatch by microbatch."""

@@ -48,7 +48,7 @@ def train(
     train_dataset_cfg: datasets.DatasetConfig,
     partitioner: PjitPartitioner,
     trainer_cls: Callable[..., Trainer],
-    total_steps: int,
+    total_steps: int | None = None,
     train_eval_dataset_cfg: datasets.DatasetConfig | None = None,
     infer_eval_dataset_cfg: datasets.DatasetConfig | None = None,
     checkpoint_cfg: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
@@ -76,7 +76,8 @@ def train(
       checkpoint_cfg: what to save and where to start from.
       eval_steps: batches of a loss evaluation; None for the whole split.
       eval_period: steps between evaluations; there is always one at the end.
-      relative_steps: steps beyond the initial checkpoint's, instead of `total_steps`.
+      relative_steps: steps beyond the initial checkpoint's; goes before `total_steps`, and one of
+        the two is needed.
       random_seed: of parameters, data order, corruption and dropout.
       inference_evaluator_cls: makes the evaluator of decoded text.
       log_period: steps between lines of metrics.
@@ -94,6 +95,8 @@ def train(
     """
     if eval_period < 1 or log_period < 1:
         raise ValueError(f"EVAL_PERIOD = {eval_period}, log_period = {log_period}; expected >= 1.")
+    if total_steps is None and relative_steps is None:
+        raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
     layout = partitioner.data_layout(train_dataset_cfg.batch_size)
     iterator = datasets.get_training_iterator(
         train_dataset_cfg,
@@ -115,22 +118,32 @@ def train(
         state = create_train_state(model, partitioner, shapes, types, jax.random.PRNGKey(0))
         _report_dry_run(trainer, partitioner, state, next(iterator))
         return state
-    checkpointer = Checkpointer(model_dir, checkpoint_cfg.save) if checkpoint_cfg.save else None
-    state, first_step = _initial_state(
-        model, partitioner, checkpoint_cfg, checkpointer, abstract, iterator, random_seed,
-        (shapes, types),
-    )  # fmt: skip
-    if relative_steps is not None:
-        total_steps = first_step + relative_steps
-    write_model_info(model_dir, abstract)
-    if summarize_config_fn is not None and jax.process_index() == 0:
-        summarize_config_fn(model_dir)
-    with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
-        loop = _Loop(trainer, partitioner, iterator, evaluations, checkpointer, log)
-        state = loop.run(state, total_steps, log_period, eval_period)
-    if checkpointer is not None:
+    with _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
+        state, first_step = _initial_state(
+            model, partitioner, checkpoint_cfg, checkpointer, abstract, iterator, random_seed,
+            (shapes, types),
+        )  # fmt: skip
+        if relative_steps is not None:
+            total_steps = first_step + relative_steps
+        write_model_info(model_dir, abstract)
+        if summarize_config_fn is not None and jax.process_index() == 0:
+            summarize_config_fn(model_dir)
+        with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
+            loop = _Loop(trainer, partitioner, iterator, evaluations, checkpointer, log)
+            return loop.run(state, total_steps, log_period, eval_period)
+
+
+@contextmanager
+def _open_checkpointer(model_dir: str, config: CheckpointConfig) -> Iterator[Checkpointer | None]:
+    """The run's checkpointer, which finishes what it is writing however training ends."""
+    if config.save is None:
+        yield None
+        return
+    checkpointer = Checkpointer(model_dir, config.save)
+    try:
+        yield checkpointer
+    finally:
         checkpointer.close()
-    return state
 
 
 def _initial_state(
@@ -279,7 +292,8 @@ class _Loop:
                 if len(self._in_flight) > STEPS_IN_FLIGHT:
                     self._in_flight.popleft().check(self._trainer.leaf_names)
                 progress.update()
-                last = step == total_steps or told_to_stop()
+                stopping = told_to_stop()
+                last = step == total_steps or stopping
                 due = [last or step % every == 0 for every in (log_period, eval_period, period)]
                 if any(due):
                     self._drain()
@@ -289,9 +303,9 @@ class _Loop:
                         self._log.training(step, values)
                         progress.update(0, loss=values["loss"])
                         metrics = self._trainer.empty_metrics(empty)
-                    self._pause(state, step, evaluate=due[1] and not told_to_stop(), save=due[2])
+                    self._pause(state, step, evaluate=due[1] and not stopping, save=due[2])
                     started = time.monotonic()
-                if told_to_stop():
+                if stopping:
                     raise Preempted(f"stopped at step {step} as told; everything is saved.")
                 if step < total_steps:
                     batch = self._next_batch()
