@@ -1,0 +1,226 @@
+"""Batches: nothing is lost or seen twice, and a run goes on at the very next example."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import toy
+
+from diffusion_t5x.data import datasets
+from diffusion_t5x.data.datasets import DatasetConfig
+from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
+
+TRAIN, VALIDATION = toy.NUM_EXAMPLES["train"], toy.NUM_EXAMPLES["validation"]
+
+
+def _texts(batches):
+    """The targets of rows that are not filled up."""
+    rows = [row for batch in batches for row in batch["decoder_target_tokens"]]
+    return [toy.VOCABULARY.decode(row.tolist()) for row in rows if row.any()]
+
+
+def _same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name])
+
+
+def _eval(**kwargs):
+    settings = {"converter": CanvasFeatureConverter, "batch_size": 4, "split": "validation"}
+    settings |= kwargs
+    cfg = toy.dataset_cfg(settings.pop("split"), settings.pop("batch_size"))
+    return list(datasets.get_eval_batches(cfg, settings.pop("converter"), **settings))
+
+
+def test_an_iterator_goes_on_exactly_where_it_was_saved(tmp_path):
+    make = lambda: datasets.get_training_iterator(  # noqa: E731
+        toy.dataset_cfg(), CanvasFeatureConverter, seed=3
+    )
+    iterator = make()
+    for _ in range(9):  # into the second epoch
+        next(iterator)
+    iterator.save(tmp_path / "position")
+    expected = [next(iterator) for _ in range(8)]
+    restored = make()
+    next(restored)  # a position of its own, which is forgotten
+    restored.restore(tmp_path / "position")
+    for batch in expected:
+        _same(batch, next(restored))
+
+
+def test_restoring_what_was_not_saved_fails(tmp_path):
+    iterator = datasets.get_training_iterator(toy.dataset_cfg(), CanvasFeatureConverter)
+    with pytest.raises(tf.errors.NotFoundError):
+        iterator.restore(tmp_path / "position")
+
+
+def test_batches_have_the_shapes_and_types_that_the_iterator_announces():
+    iterator = datasets.get_training_iterator(
+        toy.dataset_cfg(), CanvasFeatureConverter, shard_index=1, num_shards=2
+    )
+    batch = next(iter(iterator))
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == (
+        iterator.element_spec
+    )
+    assert batch["encoder_input_tokens"].shape == (4, 6)
+
+
+def test_the_seed_alone_decides_the_order_and_the_configured_one_goes_first():
+    def texts(seed, configured=None):
+        cfg = toy.dataset_cfg(seed=configured)
+        iterator = datasets.get_training_iterator(cfg, CanvasFeatureConverter, seed=seed)
+        return _texts(next(iterator) for _ in range(3))
+
+    assert texts(1) == texts(1)
+    assert texts(1) != texts(2)
+    assert texts(1, 5) == texts(2, 5) == texts(5)
+
+
+def test_unshuffled_training_reads_the_split_in_order_again_and_again():
+    iterator = datasets.get_training_iterator(
+        toy.dataset_cfg(batch_size=10, shuffle=False), CanvasFeatureConverter
+    )
+    for _ in range(3):
+        texts = _texts(next(iterator) for _ in range(TRAIN // 10))
+        assert texts == [f"t{number:03}" for number in range(TRAIN)]
+
+
+def test_a_batch_may_span_epochs_so_that_no_example_is_left_out():
+    iterator = datasets.get_training_iterator(
+        toy.dataset_cfg(batch_size=8, shuffle=False), CanvasFeatureConverter
+    )
+    numbers = [int(text[1:]) for text in _texts(next(iterator) for _ in range(20))]
+    assert numbers == [number % TRAIN for number in range(160)]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_shards_together_are_the_whole(num_shards):
+    shards = [
+        datasets.get_dataset(
+            toy.dataset_cfg(),
+            CanvasFeatureConverter,
+            shard_index=index,
+            num_shards=num_shards,
+            seed=0,
+        )
+        for index in range(num_shards)
+    ]
+    texts = [_texts(shard.batch(1).as_numpy_iterator()) for shard in shards]
+    assert sorted(itertools.chain(*texts)) == [f"t{number:03}" for number in range(TRAIN)]
+    assert max(map(len, texts)) - min(map(len, texts)) <= 1
+
+
+def test_eval_fills_the_last_batch_with_rows_that_do_not_count():
+    batches = _eval()
+    assert [len(batch["decoder_target_tokens"]) for batch in batches] == [4, 4, 4]
+    assert _texts(batches) == [f"v{number:03}" for number in range(VALIDATION)]
+    assert VALIDATION == 11
+    for value in batches[-1].values():
+        assert not value[3].any()
+    # The rows of the data count in full.
+    assert sum(batch["decoder_loss_weights"].sum() for batch in batches) == VALIDATION * 6
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_eval_shards_have_as_many_batches_and_together_the_whole(num_shards):
+    whole = _eval(batch_size=8)
+    shards = [
+        _eval(batch_size=8, shard_index=index, num_shards=num_shards) for index in range(num_shards)
+    ]
+    assert {len(batches) for batches in shards} == {len(whole)} == {2}
+    for batch, *parts in zip(whole, *shards, strict=True):
+        _same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
+
+
+def test_a_split_smaller_than_a_batch_and_one_that_is_whole_batches():
+    assert len(_texts(_eval(batch_size=32))) == VALIDATION
+    assert len(_eval(batch_size=VALIDATION)) == 1
+
+
+@pytest.mark.parametrize("num_batches,expected", [(0, 0), (2, 2), (3, 3), (9, 3), (None, 3)])
+def test_eval_reads_at_most_so_many_batches(num_batches, expected):
+    assert len(_eval(num_batches=num_batches)) == expected
+
+
+def test_pad_batch_by_hand():
+    batch = {"tokens": np.array([[1, 2]]), "weight": np.array([3.0])}
+    padded = datasets.pad_batch(batch, 3)
+    np.testing.assert_array_equal(padded["tokens"], [[1, 2], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(padded["weight"], [3.0, 0.0, 0.0])
+    assert padded["tokens"].dtype == batch["tokens"].dtype
+    _same(batch, datasets.pad_batch(batch, 1))
+
+
+def test_packing_keeps_every_token():
+    cfg = dataclasses.replace(
+        toy.dataset_cfg("validation", pack=True), task_feature_lengths={"inputs": 20, "targets": 20}
+    )
+    packed = list(datasets.get_dataset(cfg, EncDecFeatureConverter).as_numpy_iterator())
+    assert len(packed) == 3  # four texts of five tokens a row
+    tokens = np.concatenate([row["decoder_target_tokens"] for row in packed])
+    texts = [[*toy.VOCABULARY.encode(f"v{n:03}"), 1] for n in range(VALIDATION)]
+    np.testing.assert_array_equal(tokens[tokens > 0], np.concatenate(texts))
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_names():
+    toy.register()
+    with pytest.raises(ValueError, match=r"MIXTURE_OR_TASK_NAME = 'toy_cpoy'.*mean 'toy_copy'"):
+        datasets.get_mixture_or_task("toy_cpoy")
+    with pytest.raises(ValueError, match=r"'zzzzzzzz'.*known: \[.*'toy_copy'"):
+        datasets.get_mixture_or_task("zzzzzzzz")
+
+
+def test_a_mixture_is_found_as_a_task_is():
+    name = "toy_mixture"
+    if name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add(name, [toy.register()], default_rate=1.0)
+    assert datasets.get_mixture_or_task(name).name == name
+    cfg = dataclasses.replace(toy.dataset_cfg(), mixture_or_task_name=name)
+    assert len(_texts([next(datasets.get_training_iterator(cfg, CanvasFeatureConverter))])) == 8
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones():
+    cfg = dataclasses.replace(toy.dataset_cfg(), split="dev")
+    with pytest.raises(ValueError, match=r"split = 'dev'.*'toy_copy'.*'test', 'train', 'valid"):
+        datasets.get_dataset(cfg, CanvasFeatureConverter)
+
+
+@pytest.mark.parametrize("lengths", [{"inputs": 6}, {}, None])
+def test_missing_lengths_are_named(lengths):
+    cfg = dataclasses.replace(toy.dataset_cfg(), task_feature_lengths=lengths)
+    with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS = .* lacks .*'targets'"):
+        datasets.get_dataset(cfg, CanvasFeatureConverter)
+
+
+@pytest.mark.parametrize("batch_size,shards,nearest", [(10, 4, 8), (1, 8, 8), (7, 2, 8)])
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(batch_size, shards, nearest):
+    cfg = toy.dataset_cfg(batch_size=batch_size)
+    message = rf"BATCH_SIZE = {batch_size} .* the {shards} data shards.* is: {nearest}\."
+    with pytest.raises(ValueError, match=message):
+        datasets.get_training_iterator(cfg, CanvasFeatureConverter, num_shards=shards)
+    with pytest.raises(ValueError, match=message):
+        list(datasets.get_eval_batches(cfg, CanvasFeatureConverter, num_shards=shards))
+    assert datasets.local_batch_size(toy.dataset_cfg(batch_size=nearest), shards) == (
+        nearest // shards
+    )
+
+
+def test_a_module_that_does_not_exist_is_named_with_its_setting():
+    with pytest.raises(ModuleNotFoundError, match=r"MIXTURE_OR_TASK_MODULE = 'no_such\.module'"):
+        datasets.import_task_module("no_such.module")
+    cfg = DatasetConfig("x", {}, "train", 1, module="no_such")
+    with pytest.raises(ModuleNotFoundError, match=r"MIXTURE_OR_TASK_MODULE = 'no_such'"):
+        datasets.get_dataset(cfg, CanvasFeatureConverter)
+    datasets.import_task_module(None)
+
+
+@pytest.mark.parametrize("missing", ["what_it_needs", "brok"])
+def test_a_module_that_lacks_what_it_imports_is_not_called_missing(missing, tmp_path, monkeypatch):
+    name = f"broken_{missing}"
+    (tmp_path / f"{name}.py").write_text(f"import {missing}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match=f"^No module named '{missing}'$"):
+        datasets.import_task_module(name)

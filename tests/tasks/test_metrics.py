@@ -1,0 +1,132 @@
+"""Metrics against hand-computed values, enumeration and the libraries that define them."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from tasks import metrics
+
+
+def test_exact_match_is_a_fraction():
+    assert metrics.exact_match(["a", "b", "c", "d"], ["a", "B", "c", " d"]) == {"exact_match": 0.5}
+
+
+def test_bleu_of_hand_computed_counts():
+    # Precisions 5/6, 4/5, 3/4, 2/3 and equal lengths: BLEU is their geometric mean.
+    target, prediction = "the cat sat on the mat", "the cat sat on the hat"
+    expected = 100 * math.prod((5 / 6, 4 / 5, 3 / 4, 2 / 3)) ** 0.25
+    assert metrics.bleu([target], [prediction])["bleu"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_bleu_punishes_brevity_as_defined():
+    # Every precision is 1; the penalty is exp(1 - 6 / 5).
+    value = metrics.bleu(["the cat sat on the mat"], ["the cat sat on the"])["bleu"]
+    assert value == pytest.approx(100 * math.exp(1 - 6 / 5), abs=1e-6)
+
+
+def test_bleu_is_sacrebleus_of_the_corpus_and_not_a_mean_over_sentences():
+    targets = ["dans 5 minutes, ou plus", "23 août 2011 à 10:15:00", "3,30 francs suisses au plus"]
+    predictions = ["dans 5 minutes ou plus", "23 août 2011 à 10:16:00", "3,30 francs"]
+    value = metrics.bleu(targets, predictions)["bleu"]
+    assert value == pytest.approx(sacrebleu.BLEU().corpus_score(predictions, [targets]).score)
+    sentences = [
+        metrics.bleu([target], [text])["bleu"]
+        for target, text in zip(targets, predictions, strict=True)
+    ]
+    assert value != pytest.approx(np.mean(sentences), abs=0.1)
+    assert metrics.bleu(targets, targets)["bleu"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("The  Cat's\thouse.", "cats house"),
+        ("an apple a day", "apple day"),
+        ("theatre, Anna", "theatre anna"),
+        ("a-b (c)", "ab c"),
+        ("A", ""),
+        ("  ", ""),
+        ("CAFÉ", "café"),
+    ],
+)
+def test_squad_normalisation(text, expected):
+    assert metrics.normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    "target,prediction,expected",
+    [
+        ("the first return value", "First return value!", 1.0),
+        ("x y z", "y z w v", 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3)),
+        ("x x y", "x", 0.5),  # precision 1, recall 1/3
+        ("x", "x x x", 0.5),  # a token counts as often as the target has it
+        ("x", "y", 0.0),
+        ("x", "", 0.0),
+        ("the", "a", 1.0),  # both are nothing once normalised
+    ],
+)
+def test_token_f1_by_hand(target, prediction, expected):
+    assert metrics.token_f1(target, prediction) == pytest.approx(expected)
+    assert metrics.token_f1(prediction, target) == pytest.approx(expected)
+
+
+def test_squad_takes_the_best_reference_and_reports_percent():
+    scores = metrics.squad(
+        [["x y", "The Answer"], ["x y"], ["None"]], ["answer", "y", "something else"]
+    )
+    assert scores["f1"] == pytest.approx(100 * (1 + 2 / 3 + 0) / 3)
+    assert scores["em"] == pytest.approx(100 / 3)
+    assert scores["exact_match"] == 0.0
+    assert metrics.squad([["x", "y"]], ["y"]) == {"f1": 100.0, "em": 100.0, "exact_match": 1.0}
+
+
+def test_pass_at_k_is_the_exact_chance():
+    for n in range(1, 9):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            exact = 1 - math.comb(n - c, k) / math.comb(n, k)
+            assert metrics.pass_at_k(n, c, k) == pytest.approx(exact, abs=1e-12)
+
+
+def test_pass_at_k_is_what_enumeration_of_draws_gives_and_large_counts_do_not_overflow():
+    draws = list(itertools.combinations([True, True, False, False, False], 3))
+    assert metrics.pass_at_k(5, 2, 3) == pytest.approx(np.mean([any(draw) for draw in draws]))
+    exact = 1 - math.comb(2000 - 3, 100) / math.comb(2000, 100)
+    assert metrics.pass_at_k(2000, 3, 100) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("n,c,k", [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4), (0, 0, 1)])
+def test_impossible_draws_are_refused(n, c, k):
+    with pytest.raises(ValueError, match=f"n = {n}, c = {c}, k = {k}"):
+        metrics.pass_at_k(n, c, k)
+
+
+def test_code_is_judged_by_running_it():
+    code = "def double(x):\n    return 2 * x"
+    other = "def double(x):\n    return x + x"
+    wrong = "def double(x):\n    return x ** 2"
+    target = {"tests": ["assert double(2) == 4", "assert double(3) == 6"], "code": code}
+    assert metrics.code_passes([target] * 4, [code, other, wrong, "def"]) == {
+        "exact_match": 0.25,
+        "pass_at_1": 0.5,
+    }
+
+
+def test_several_samples_give_pass_at_several_k():
+    target = {"tests": ["assert x == 1"], "code": "x = 1"}
+    samples = [["x = 2", "x = 1"], ["x = 2", "x = 3"]]
+    scores = metrics.code_passes([target] * 2, samples, ks=(1, 2, 3))
+    # One of two samples passes for the first problem; the best one comes last.
+    assert scores == {"exact_match": 0.5, "pass_at_1": 0.25, "pass_at_2": 0.5}
+
+
+@pytest.mark.parametrize(
+    "metric", [metrics.exact_match, metrics.bleu, metrics.squad, metrics.code_passes]
+)
+def test_lengths_that_differ_and_nothing_at_all_are_refused(metric):
+    with pytest.raises(ValueError, match="2 targets, but 1 predictions"):
+        metric(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="no targets"):
+        metric([], [])

@@ -1,0 +1,161 @@
+"""Batch evaluation: every checkpoint once, the best found, nothing redone."""
+
+import json
+
+import numpy as np
+import pytest
+import toy
+
+from diffusion_t5x import evaluation, tables
+from diffusion_t5x.checkpoints import RestoreCheckpointConfig, list_checkpoints
+from diffusion_t5x.partitioning import PjitPartitioner
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run with checkpoints 1, 2 and 3."""
+    directory = tmp_path_factory.mktemp("run")
+    toy.run(directory, 3, toy.model("autoregressive"), period=1)
+    return directory
+
+
+def _evaluate(run_dir, output_dir, objective="autoregressive", mode="all", **kwargs):
+    cfg = kwargs.pop("dataset_cfg", toy.dataset_cfg("validation", batch_size=4))
+    return evaluation.evaluate(
+        model=toy.model(objective),
+        dataset_cfg=cfg,
+        restore_checkpoint_cfg=RestoreCheckpointConfig(str(run_dir), mode),
+        partitioner=PjitPartitioner(),
+        output_dir=str(output_dir),
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def count_predictions(monkeypatch):
+    """The checkpoints' steps for which something was decoded."""
+    steps = []
+    original = evaluation.InferenceEvaluator._evaluate
+
+    def counted(self, name, params, step):
+        steps.append(step)
+        if self.fail_at == step:
+            raise RuntimeError("killed")
+        return original(self, name, params, step)
+
+    monkeypatch.setattr(evaluation.InferenceEvaluator, "_evaluate", counted)
+    monkeypatch.setattr(evaluation.InferenceEvaluator, "fail_at", None, raising=False)
+    return steps
+
+
+def test_every_checkpoint_is_evaluated_once_even_when_killed_in_between(
+    run_dir, tmp_path, count_predictions, monkeypatch
+):
+    monkeypatch.setattr(evaluation.InferenceEvaluator, "fail_at", 2)
+    with pytest.raises(RuntimeError):
+        _evaluate(run_dir, tmp_path)
+    assert count_predictions == [1, 2]
+    monkeypatch.setattr(evaluation.InferenceEvaluator, "fail_at", None)
+    results = _evaluate(run_dir, tmp_path, best_metric="exact_match")
+    assert count_predictions == [1, 2, 2, 3]
+    assert [row["step"] for row in results["rows"]] == [1, 2, 3]
+    assert all(row["metrics"]["examples"] == 11 for row in results["rows"])
+    _evaluate(run_dir, tmp_path, best_metric="exact_match")
+    assert count_predictions == [1, 2, 2, 3]
+    _evaluate(run_dir, tmp_path, random_seed=1)
+    assert count_predictions == [1, 2, 2, 3, 1, 2, 3]
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert len(stored["rows"]) == 3
+    assert (tmp_path / "results.md").read_text().count("\n") == 5
+
+
+def test_predictions_are_written_in_order_with_inputs_targets_and_scores(run_dir, tmp_path):
+    _evaluate(run_dir, tmp_path, mode="latest")
+    file = tmp_path / toy.TASK / "predictions-3.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["inputs"] for record in records] == [f"v{number:03}" for number in range(11)]
+    assert all(record["target"] == record["inputs"] for record in records)
+    assert all(record["score"] <= 0 for record in records)
+
+
+def test_results_do_not_depend_on_the_number_of_checkpoints_or_the_rows_filled_up(
+    run_dir, tmp_path
+):
+    [row] = _evaluate(run_dir, tmp_path / "one", "diffusion", mode="latest")["rows"]
+    rows = _evaluate(run_dir, tmp_path / "all", "diffusion")["rows"]
+    drop = lambda metrics: {k: v for k, v in metrics.items() if "seconds" not in k}  # noqa: E731
+    assert drop(row["metrics"]) == drop(rows[-1]["metrics"])
+    texts = [
+        (tmp_path / name / toy.TASK / "predictions-3.jsonl").read_text() for name in ("one", "all")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_dir, tmp_path):
+    import seqio
+
+    toy.register()
+    name = "toy_any_of_samples"
+    if name not in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(toy._examples, splits=list(toy.NUM_EXAMPLES)),
+            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+            output_features=seqio.TaskRegistry.get(toy.TASK).output_features,
+            metric_fns=[lambda targets, predictions: {"samples": len(predictions[0])}],
+        )
+    cfg = toy.dataset_cfg("test", batch_size=11, mixture_or_task_name=(name,))
+    evaluator = evaluation.InferenceEvaluator(
+        toy.model("diffusion"), cfg, PjitPartitioner(), str(tmp_path), return_all_decodes=True
+    )
+    from diffusion_t5x.checkpoints import restore_params
+    from diffusion_t5x.train_state import abstract_params
+
+    abstract = abstract_params(
+        toy.model("diffusion"), PjitPartitioner(), evaluation.INIT_SHAPES, {}
+    )
+    params = restore_params(list_checkpoints(str(run_dir))[-1][1], abstract)
+    assert evaluator.evaluate(params, 3)[name]["samples"] == 2
+    both = toy.dataset_cfg("test", batch_size=11, mixture_or_task_name=(name, toy.TASK))
+    evaluator = evaluation.InferenceEvaluator(
+        toy.model("autoregressive"), both, PjitPartitioner(), str(tmp_path), num_examples=5
+    )
+    results = evaluator.evaluate(params, 3)
+    assert set(results) == {name, toy.TASK}
+    assert all(metrics["examples"] == 5 for metrics in results.values())
+
+
+def test_mistakes_are_refused_with_what_would_be_right(run_dir, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'toy_copy'"):
+        cfg = toy.dataset_cfg("validation", mixture_or_task_name="toy_coppy")
+        _evaluate(run_dir, tmp_path, dataset_cfg=cfg)
+    with pytest.raises(ValueError, match="toy_copy/exact_match"):
+        _evaluate(run_dir, tmp_path, best_metric="exact_matc")
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):
+        _evaluate(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(ValueError, match="has metrics and a split 'nope'"):
+        _evaluate(run_dir, tmp_path, dataset_cfg=toy.dataset_cfg("nope"))
+
+
+def test_the_best_is_the_earliest_of_equals_and_needs_one_task():
+    rows = [
+        {"step": step, "task": task, "metrics": {"bleu": bleu}}
+        for step, task, bleu in ((1, "a", 3.0), (2, "a", 5.0), (3, "a", 5.0), (1, "b", 9.0))
+    ]
+    assert tables.choose_best(rows, "a/bleu", "max")["step"] == 2
+    assert tables.choose_best(rows, "a/bleu", "min")["step"] == 1
+    with pytest.raises(ValueError, match="is a metric of a, b"):
+        tables.choose_best(rows, "bleu", "max")
+
+
+def test_tables_show_missing_values_and_mark_the_best():
+    rows = [
+        {"step": 1, "task": "a", "metrics": {"x": 0.123456, "n": 5000.0}},
+        {"step": 2, "task": "b", "metrics": {"y": 2.0}},
+    ]
+    best = {"step": 1, "task": "a", "metric": "x", "value": 0.123456}
+    text = tables.markdown(*tables.tabulate({"rows": rows, "best": best}))
+    assert text.splitlines()[0] == "| step | task | x | n | y |"
+    assert text.splitlines()[2] == "| 1 (best) | a | 0.1235 | 5,000 | – |"
+    assert text.splitlines()[3] == "| 2 | b | – | – | 2 |"
+    assert np.all([line.startswith("|") for line in text.splitlines()])

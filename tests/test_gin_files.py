@@ -1,0 +1,381 @@
+"""The gin files: every composition is whole, sizes are as stated, T5X's macros reach their places.
+
+A run is a model file, an objective file and a run file, in this order.
+"""
+
+import functools
+import itertools
+
+import jax
+import pytest
+
+import gin
+from diffusion_t5x import experiments, gin_utils, models
+from diffusion_t5x.data import datasets
+from diffusion_t5x.evaluation import INIT_SHAPES
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.trainer import train
+from gin import config_parser
+
+ROOT = gin_utils.config_dir()
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.gin"))
+OBJECTIVES = ("objectives/autoregressive.gin", "objectives/diffusion.gin")
+RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
+SAMPLE = "runs/sample.gin"
+# name -> (embed_dim, heads, layers, mlp_dim, head_dim); all but tiny are T5 1.1's, as published.
+SIZES = {
+    "tiny": (96, 4, 3, 256, 24),
+    "small": (512, 6, 8, 1024, 64),
+    "base": (768, 12, 12, 2048, 64),
+    "large": (1024, 16, 24, 2816, 64),
+    "xl": (2048, 32, 24, 5120, 64),
+}
+MODELS = tuple(
+    f"models/{folder}{size}.gin" for folder in ("", "encoder_decoder/") for size in SIZES
+)
+DATA = ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")
+# What a run file says is to be given.
+REQUIRED = {
+    "runs/pretrain.gin": {*DATA, "MODEL_DIR"},
+    "runs/adapt.gin": {*DATA, "MODEL_DIR", "INITIAL_CHECKPOINT_PATH"},
+    "runs/finetune.gin": {*DATA, "MODEL_DIR", "INITIAL_CHECKPOINT_PATH"},
+    "runs/eval.gin": {*DATA, "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"},
+    "runs/infer.gin": {*DATA, "CHECKPOINT_PATH", "INFER_OUTPUT_DIR"},
+    SAMPLE: {*DATA, "CHECKPOINT_PATH", "INPUTS"},
+}
+
+
+def _required(run):
+    values = {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}}
+    return [f"{name}={values.get(name, 'x')!r}" for name in REQUIRED[run]]
+
+
+def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindings):
+    gin.clear_config()
+    gin_utils.parse_config([model, objective, run], [*_required(run), *bindings])
+
+
+def test_no_file_is_without_its_test():
+    known = {*MODELS, *OBJECTIVES, *RUNS, SAMPLE, "models/common.gin", "runs/common.gin"}
+    found = {name for name in FILES if name.startswith(("models/", "objectives/", "runs/"))}
+    assert found == known
+
+
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
+def test_every_composition_parses(run):
+    # Gin refuses unknown functions and parameters, and macros that are read but not set.
+    for model, objective in itertools.product(MODELS, OBJECTIVES):
+        _parse(model, objective, run)
+        assert gin.query_parameter("models.Model.objective")
+
+
+@pytest.mark.parametrize(
+    ("files", "macro"),
+    [((MODELS[0], RUNS[0]), "OBJECTIVE|DECODER|PACK"), ((OBJECTIVES[0], RUNS[0]), "MODEL")],
+)
+def test_a_composition_that_lacks_a_file_is_refused_by_the_macro_it_would_set(files, macro):
+    with pytest.raises(ValueError, match=f"No bindings specified for '({macro})/"):
+        gin_utils.parse_config(files, _required(RUNS[0]))
+
+
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
+def test_each_required_macro_is_asked_for(run):
+    for name in REQUIRED[run]:
+        gin.clear_config()
+        given = [binding for binding in _required(run) if not binding.startswith(f"{name}=")]
+        with pytest.raises(ValueError, match=f"^{name}/.*REQUIRED"):
+            gin_utils.parse_config([MODELS[0], OBJECTIVES[0], run], given)
+
+
+@pytest.mark.parametrize("recipe", experiments.RECIPES)
+def test_every_command_of_an_experiment_parses(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_best_step", lambda run: 1)
+    stages = list(experiments.stages(experiments.RECIPES[recipe], tmp_path))
+    assert len(stages) >= 3
+    for stage in stages:
+        gin.clear_config()
+        assignments = [f"{name}={value!r}" for name, value in stage.bindings().items()]
+        gin_utils.parse_config(stage.files, assignments)
+
+
+class _Text(config_parser.ParserDelegate):
+    """Reads references as text, so that values can be compared without importing anything."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return f"@{scoped_configurable_name}{'()' if evaluate else ''}"
+
+    def macro(self, macro_name):
+        return f"%{macro_name}"
+
+
+@functools.cache
+def _statements(name):
+    """The bindings that a gin file itself makes, and all those of the files it includes."""
+    own, included = {}, {}
+    parser = config_parser.ConfigParser((ROOT / name).read_text(encoding="utf-8"), _Text())
+    for statement in parser:
+        if isinstance(statement, config_parser.IncludeStatement):
+            theirs, beneath = _statements(statement.filename)
+            included.update({**beneath, **theirs})
+        elif isinstance(statement, config_parser.BindingStatement):
+            key = f"{statement.scope}/{statement.selector}.{statement.arg_name}"
+            assert key not in own, f"{name} binds {key} twice"
+            own[key] = statement.value
+    return own, included
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_repeats_a_binding_of_a_file_it_includes(name):
+    own, included = _statements(name)
+    assert own
+    repeated = [key for key in own.keys() & included.keys() if own[key] == included[key]]
+    assert not repeated
+
+
+def test_the_check_for_repetitions_sees_what_is_overridden():
+    own, included = _statements("runs/finetune.gin")
+    key = "/optimizers.create_learning_rate_scheduler.base_learning_rate"
+    assert (own[key], included[key]) == (0.001, 1.0)
+
+
+def _stack(embed, heads, layers, mlp, head_dim, cross=False):
+    """Parameters of a stack: queries, keys, values and outputs; a gated MLP; norms; distances."""
+    attention = 4 * embed * heads * head_dim + embed
+    layer = attention * (2 if cross else 1) + 3 * embed * mlp + embed
+    return layers * layer + embed + heads * 32
+
+
+def _count(name, *bindings):
+    """Parameters of a model file at the paper's vocabulary; nothing is allocated."""
+    fixed = "VOCAB_SIZE=256_000", "DROPOUT_RATE=0.0", "vocabularies.get_vocabulary.name='bytes'"
+    gin_utils.parse_config([name, OBJECTIVES[1]], [*fixed, *bindings])
+    model = gin.get_configurable(models.Model)()
+    variables = jax.eval_shape(
+        lambda rng: model.get_initial_variables(rng, INIT_SHAPES), jax.random.PRNGKey(0)
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_at_the_papers_vocabulary_are_as_the_formula_counts(name):
+    counted = _count(name)
+    size = SIZES[name.rpartition("/")[2].removesuffix(".gin")]
+    expected = 256_000 * size[0] + _stack(*size)
+    if "encoder_decoder" in name:
+        expected += _stack(*size, cross=True)
+    print(f"{name}: {counted:,}")
+    assert counted == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("base", 281.56), ("large", 570.48), ("xl", 1682.02)]
+)
+def test_the_papers_decoder_only_sizes(size, millions):
+    # The paper says 280 M for Base and 1.7 B for XL; its 270 M for Large is less than its Base.
+    assert _count(f"models/{size}.gin") / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_the_papers_590_million_are_an_encoder_decoder_base_with_an_output_matrix_of_its_own():
+    # T5 1.1 has such a matrix; here the embedding serves as one, unless tied_logits says no.
+    untied = _count("models/encoder_decoder/base.gin", "config.TransformerConfig.tied_logits=False")
+    assert untied / 1e6 == pytest.approx(591.45, abs=0.005)
+
+
+@pytest.mark.parametrize("run", RUNS[:3])
+def test_macros_of_training_reach_what_they_set(run):
+    given = {
+        "MIXTURE_OR_TASK_NAME": "a_task",
+        "MIXTURE_OR_TASK_MODULE": "a_module",
+        "TASK_FEATURE_LENGTHS": {"inputs": 7, "targets": 5},
+        "BATCH_SIZE": 6,
+        "USE_CACHED_TASKS": True,
+        "DROPOUT_RATE": 0.25,
+        "MODEL_DIR": "a/dir",
+        "TRAIN_STEPS": 11,
+        "TRAIN_STEPS_RELATIVE": 12,
+        "EVAL_STEPS": 13,
+        "EVAL_PERIOD": 14,
+        "RANDOM_SEED": 15,
+        "CHECKPOINT_PERIOD": 16,
+        "VOCAB_SIZE": 400,
+    }
+    _parse("models/tiny.gin", OBJECTIVES[1], run, *(f"{k}={v!r}" for k, v in given.items()))
+    for scope, split in (("train", "train"), ("train_eval", "validation")):
+        with gin.config_scope(scope):
+            cfg = gin.get_configurable(datasets.DatasetConfig)()
+        assert (cfg.mixture_or_task_name, cfg.module) == ("a_task", "a_module")
+        assert (cfg.task_feature_lengths, cfg.batch_size) == ({"inputs": 7, "targets": 5}, 6)
+        assert (cfg.use_cached, cfg.split, cfg.shuffle) == (True, split, split == "train")
+    config = gin.get_configurable(TransformerConfig)()
+    assert (config.dropout_rate, config.vocab_size) == (0.25, 400)
+    bound = gin.get_bindings(train, resolve_references=False)
+    values = {
+        name: gin.query_parameter(str(bound[name]))
+        for name in (
+            "model_dir", "total_steps", "relative_steps", "eval_steps", "eval_period", "random_seed"
+        )
+    }  # fmt: skip
+    assert list(values.values()) == ["a/dir", 11, 12, 13, 14, 15]
+    assert gin.get_bindings("checkpoints.SaveCheckpointConfig")["period"] == 16
+
+
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
+def test_sampling_macros_reach_the_decoder_in_every_run(run):
+    bindings = "vocabularies.get_vocabulary.name='bytes'", "NUM_SAMPLES=3", "TEMPERATURE=0.5"
+    _parse("models/tiny.gin", OBJECTIVES[1], run, *bindings, "NUM_STEPS=7")
+    decoder = gin.get_configurable(models.Model)().decoder
+    assert (decoder.num_steps, decoder.num_samples, decoder.temperature) == (7, 3, 0.5)
+    _parse("models/tiny.gin", OBJECTIVES[0], run, *bindings)
+    decoder = gin.get_configurable(models.Model)().decoder
+    assert (decoder.num_samples, decoder.temperature) == (3, 0.5)
+
+
+def test_the_papers_settings_are_the_defaults():
+    _parse("models/base.gin", OBJECTIVES[1], "runs/finetune.gin",
+           "vocabularies.get_vocabulary.name='bytes'")  # fmt: skip
+    model = gin.get_configurable(models.Model)()
+    decoder, objective = model.decoder, model.objective
+    assert (decoder.num_steps, decoder.num_samples, decoder.temperature) == (10, 8, 0.2)
+    assert (objective.num_unrolls, objective.unroll_temperature) == (1, 0.0)
+    assert (objective.reduction, objective.padding_weight) == ("sum", 1.0)
+    assert decoder.corruption.vocab_size == model.module.config.vocab_size
+    with gin.config_scope("train"):
+        assert gin.get_configurable(datasets.DatasetConfig)().batch_size == 128
+    rate = gin.get_bindings("optimizers.create_learning_rate_scheduler")
+    assert (rate["factors"], rate["base_learning_rate"]) == ("constant", 0.001)
+
+
+def test_ar2diff_changes_the_objective_file_and_nothing_of_the_network():
+    gin_utils.parse_config([MODELS[0], OBJECTIVES[0], RUNS[1]], _required(RUNS[1]))
+    before = gin.get_configurable(TransformerConfig)()
+    gin.clear_config()
+    gin_utils.parse_config([MODELS[0], OBJECTIVES[1], RUNS[1]], _required(RUNS[1]))
+    assert gin.get_configurable(TransformerConfig)() == before
+
+
+@pytest.mark.parametrize(
+    ("run", "macro", "parameter"),
+    [
+        ("runs/adapt.gin", "INITIAL_CHECKPOINT_PATH", "checkpoints.RestoreCheckpointConfig.path"),
+        ("runs/finetune.gin", "RANDOM_SEED", "trainer.train.random_seed"),
+        ("runs/eval.gin", "CHECKPOINT_PATH", "checkpoints.RestoreCheckpointConfig.path"),
+        ("runs/eval.gin", "EVAL_OUTPUT_DIR", "evaluation.evaluate.output_dir"),
+        ("runs/eval.gin", "RANDOM_SEED", "evaluation.evaluate.random_seed"),
+        ("runs/eval.gin", "EVALUATOR_NUM_EXAMPLES", "evaluation.InferenceEvaluator.num_examples"),
+        ("runs/infer.gin", "CHECKPOINT_PATH", "checkpoints.RestoreCheckpointConfig.path"),
+        ("runs/infer.gin", "INFER_OUTPUT_DIR", "inference.infer.output_dir"),
+        ("runs/infer.gin", "BATCH_SIZE", "datasets.DatasetConfig.batch_size"),
+        (SAMPLE, "CHECKPOINT_PATH", "checkpoints.RestoreCheckpointConfig.path"),
+        (SAMPLE, "TASK_FEATURE_LENGTHS", "sampling.sample.task_feature_lengths"),
+    ],
+)
+def test_macros_of_the_other_runs_reach_what_they_set(run, macro, parameter):
+    _parse("models/tiny.gin", OBJECTIVES[1], run)
+    assert str(gin.query_parameter(parameter)) == f"%{macro}"
+
+
+def test_a_later_file_and_a_binding_go_before_an_earlier_file(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small_batches.gin").write_text("BATCH_SIZE = 2\nEVAL_STEPS = 3\n")
+    gin_utils.parse_config(
+        [MODELS[0], OBJECTIVES[1], RUNS[0], "mine/small_batches.gin"],
+        [*_required(RUNS[0]), "EVAL_STEPS=4"],
+        [str(tmp_path)],
+    )
+    assert gin.query_parameter("%BATCH_SIZE") == 2
+    assert gin.query_parameter("%EVAL_STEPS") == 4
+
+
+@pytest.mark.parametrize(
+    ("assignment", "binding"),
+    [
+        ("MODEL_DIR='/tmp/run'", "MODEL_DIR = '/tmp/run'"),
+        ("MODEL_DIR=/tmp/run", "MODEL_DIR = '/tmp/run'"),
+        ("MODEL_DIR=gs://bucket/run", "MODEL_DIR = 'gs://bucket/run'"),
+        ("MODEL_DIR=a=b", "MODEL_DIR = 'a=b'"),
+        ("MODEL_DIR=", "MODEL_DIR = ''"),
+        (" BATCH_SIZE = 32 ", "BATCH_SIZE = 32"),
+        ("DROPOUT_RATE=1e-1", "DROPOUT_RATE = 1e-1"),
+        ("TRAIN_STEPS=None", "TRAIN_STEPS = None"),
+        ("TRAIN_STEPS=10_000", "TRAIN_STEPS = 10_000"),
+        ("LENGTHS={'inputs': 3}", "LENGTHS = {'inputs': 3}"),
+        ("OPTIMIZER=@optimizers.adamw()", "OPTIMIZER = @optimizers.adamw()"),
+        ("a.b.c=%MACRO", "a.b.c = %MACRO"),
+        ("a.b.c=[@one.two(), @three.four]", "a.b.c = [@one.two(), @three.four]"),
+        # What only begins like a value is a text as a whole.
+        ("INPUTS=3.30 Swiss francs", "INPUTS = '3.30 Swiss francs'"),
+        ("INPUTS=5 minutes", "INPUTS = '5 minutes'"),
+        ("INPUTS=None of it", "INPUTS = 'None of it'"),
+        ("MODEL_DIR=2024-05-01", "MODEL_DIR = '2024-05-01'"),
+        ("INPUTS=[1", "INPUTS = '[1'"),
+        ("INPUTS=1\nBATCH_SIZE = 2", "INPUTS = '1\\nBATCH_SIZE = 2'"),
+        ("INPUTS=It's", 'INPUTS = "It\'s"'),
+    ],
+)
+def test_bindings_are_gins_where_gin_reads_them_and_text_elsewhere(assignment, binding):
+    assert gin_utils.to_binding(assignment) == binding
+    if "@" not in binding and "%" not in binding:
+        name = assignment.partition("=")[0].strip()
+        gin.parse_config(binding)
+        assert gin.query_parameter(f"%{name}") == eval(binding.partition(" = ")[2])
+
+
+@pytest.mark.parametrize("assignment", ["BATCH_SIZE", "=3", " = 3", ""])
+def test_an_assignment_without_a_name_or_an_equals_sign_is_refused(assignment):
+    with pytest.raises(ValueError, match="expected NAME=VALUE"):
+        gin_utils.parse_config([], [assignment])
+
+
+def test_a_macro_that_no_file_knows_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="reads 'TRAIN_STPES'; did you mean 'TRAIN_STEPS'"):
+        _parse(MODELS[0], OBJECTIVES[0], RUNS[0], "TRAIN_STPES=5")
+    # A macro that the paper's sampler alone reads would do nothing for another one.
+    with pytest.raises(ValueError, match="'NUM_STEPS'; did you mean"):
+        _parse(MODELS[0], OBJECTIVES[0], RUNS[0], "NUM_STEPS=5")
+
+
+def test_a_macro_of_ones_own_may_be_set_where_a_binding_reads_it():
+    _parse(MODELS[0], OBJECTIVES[0], RUNS[0], "trainer.train.log_period=%EVERY", "EVERY=5")
+    assert gin.get_bindings("trainer.train", resolve_references=False)
+    assert gin.query_parameter("%EVERY") == 5
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("trainer.trian.log_period=3", "trainer.trian"),
+        ("trainer.train.log_perod=3", "parameter named 'log_perod'"),
+        ("OPTIMIZER=@optimizers.adamwx()", "optimizers.adamwx"),
+    ],
+)
+def test_an_unknown_function_or_parameter_is_refused_by_name(assignment, message):
+    with pytest.raises((ValueError, AttributeError), match=message):
+        _parse(MODELS[0], OBJECTIVES[0], RUNS[0], assignment)
+
+
+def test_a_file_that_is_nowhere_is_refused_with_the_places_looked_in(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        gin_utils.parse_config(["models/tyni.gin"], [], [str(tmp_path)])
+    for place in ("models/tyni.gin", str(tmp_path), str(ROOT)):
+        assert place in str(error.value)
+
+
+def test_a_directory_of_the_working_directory_does_not_hide_our_files(tmp_path, monkeypatch):
+    # A run is often started where a directory `runs/` holds its results.
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _parse()
+    assert gin.query_parameter("%BATCH_SIZE") == 128
+
+
+def test_the_written_configuration_can_be_read_again_and_is_the_same(tmp_path):
+    _parse("models/base.gin", OBJECTIVES[1], RUNS[0], "NUM_STEPS=7")
+    gin_utils.write_config(str(tmp_path / "run"))
+    text = (tmp_path / "run" / "config.gin").read_text()
+    gin.clear_config()
+    gin_utils.parse_config([str(tmp_path / "run" / "config.gin")], ["BATCH_SIZE=4"])
+    assert gin.query_parameter("%NUM_STEPS") == 7
+    assert gin.query_parameter("%BATCH_SIZE") == 4
+    assert gin.config_str() == text.replace("BATCH_SIZE = 128", "BATCH_SIZE = 4")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.gin"]

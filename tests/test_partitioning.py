@@ -1,0 +1,113 @@
+"""Rules, meshes, and that the way a model is split changes no number."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
+
+
+@pytest.mark.parametrize(
+    ("activations", "parameters", "embed"),
+    [(1, 1, [None]), (2, 1, ["model"]), (1, 2, ["data"]), (2, 2, ["model", "data"])],
+)
+def test_standard_rules_are_those_of_t5x(activations, parameters, embed):
+    rules = standard_logical_axis_rules(activations, parameters, [("mine", "model")])
+    by_name = {}
+    for name, axis in rules:
+        by_name.setdefault(name, []).append(axis)
+    assert by_name["embed"] == embed
+    for name in ("vocab", "mlp", "heads", "joined_kv", "mine"):
+        assert by_name[name] == ["model"]
+    assert by_name["batch"] == ["data"]
+    for name in ("kv", "length", "layers", "relpos_buckets"):
+        assert by_name[name] == [None]
+
+
+def test_impossible_layouts_are_refused():
+    with pytest.raises(ValueError, match="expected 1 or 2"):
+        standard_logical_axis_rules(3, 1)
+    with pytest.raises(ValueError, match="num_partitions = 3 does not divide"):
+        PjitPartitioner(3)
+
+
+_TWO_SHARDINGS = """
+import json, sys
+import jax
+import numpy as np
+sys.path.insert(0, {tests!r})
+import toy
+from diffusion_t5x import optimizers
+from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.train_state import abstract_train_state, create_train_state
+from diffusion_t5x.train_step import Trainer
+
+rng = np.random.default_rng(0)
+batch = {{
+    "encoder_input_tokens": rng.integers(1, 250, (8, 6)).astype(np.int32),
+    "decoder_target_tokens": rng.integers(1, 250, (8, 6)).astype(np.int32),
+    "decoder_loss_weights": np.ones((8, 6), np.float32),
+}}
+batch["decoder_input_tokens"] = batch["decoder_target_tokens"]
+shapes = {{name: value.shape for name, value in batch.items()}}
+out = []
+for partitions, dims in ((1, 1), (4, 1), (2, 2)):
+    model = toy.model(
+        {objective!r}, {architecture!r}, optimizers.adafactor(min_dim_size_to_factor=4),
+        scan_layers={scan!r}, num_layers=2,
+    )
+    partitioner = PjitPartitioner(partitions, standard_logical_axis_rules(dims, dims))
+    abstract = abstract_train_state(model, partitioner, shapes, {{}})
+    state = create_train_state(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
+    trainer = Trainer(model, partitioner, abstract, 0, lambda step: 0.1, num_microbatches=2)
+    sharded = partitioner.shard_batch(batch)
+    metrics = trainer.empty_metrics(trainer.metric_shapes(state, sharded))
+    lowered = trainer.step.lower(state, metrics, sharded).as_text()
+    state, _, health = trainer.step(state, metrics, sharded)
+    embedding = state.params["token_embedder"]["embedding"]
+    tokens, aux = partitioner.jit(lambda p, b: model.predict_batch_with_aux(p, b))(
+        state.params, sharded
+    )
+    out.append({{
+        "loss": float(health.loss),
+        "grad_squares": np.asarray(health.grad_squares).tolist(),
+        "embedding": np.asarray(embedding).ravel()[:200].tolist(),
+        "shard": list(embedding.sharding.shard_shape(embedding.shape)),
+        "constraints": lowered.count("sharding_constraint"),
+        "scores": np.asarray(aux["scores"]).tolist(),
+    }})
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.parametrize(
+    ("objective", "architecture", "scan"),
+    [("diffusion", "decoder_only", True), ("autoregressive", "encoder_decoder", False)],
+)
+def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
+    objective, architecture, scan
+):
+    program = _TWO_SHARDINGS.format(
+        tests=os.path.dirname(__file__), objective=objective, architecture=architecture, scan=scan
+    )
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *others = json.loads(done.stdout.splitlines()[-1])
+    for other in others:
+        assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert other["grad_squares"] == pytest.approx(first["grad_squares"], rel=1e-3, abs=1e-7)
+        assert other["embedding"] == pytest.approx(first["embedding"], abs=1e-4)
+        assert other["constraints"] > 0
+    assert first["shard"] == [264, 16]
+    assert others[0]["shard"] == [66, 16]
+    assert others[1]["shard"] == [132, 4]

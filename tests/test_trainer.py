@@ -1,0 +1,230 @@
+"""Training as a whole: it goes on where it was, and stops when something is wrong."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from diffusion_t5x import optimizers
+from diffusion_t5x.checkpoints import (
+    CheckpointMismatchError,
+    RestoreCheckpointConfig,
+    SaveCheckpointConfig,
+    list_checkpoints,
+)
+from diffusion_t5x.data import datasets
+from diffusion_t5x.metric_logs import read_metrics
+from diffusion_t5x.train_step import NonFiniteError
+from diffusion_t5x.trainer import Preempted
+
+
+def _same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+    make = lambda: toy.model(dropout_rate=0.2)  # noqa: E731
+    straight = toy.run(tmp_path / "straight", 6, make())
+    toy.run(tmp_path / "stopped", 3, make(), period=10)
+    resumed = toy.run(tmp_path / "stopped", 6, make())
+    _same(straight, resumed)
+    assert int(resumed.step) == 6
+
+
+def test_sigterm_saves_everything_and_a_restart_goes_on(tmp_path, monkeypatch):
+    straight = toy.run(tmp_path / "straight", 6)
+    original = datasets.DatasetIterator.__next__
+    drawn = []
+
+    def draw(self):
+        drawn.append(1)
+        if len(drawn) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(datasets.DatasetIterator, "__next__", draw)
+    with pytest.raises(Preempted):
+        toy.run(tmp_path / "told", 6, period=100)
+    monkeypatch.undo()
+    [(step, _)] = list_checkpoints(str(tmp_path / "told"))
+    assert 0 < step < 6
+    _same(straight, toy.run(tmp_path / "told", 6))
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    first = toy.run(tmp_path, 2)
+    lines = read_metrics(str(tmp_path))
+    again = toy.run(tmp_path, 2)
+    _same(first, again)
+    assert read_metrics(str(tmp_path)) == lines
+
+
+def test_metrics_of_steps_that_were_lost_are_dropped_on_resume(tmp_path):
+    toy.run(tmp_path, 4)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 6, "split": "train"}) + '\n{"step": 7, "s')
+    toy.run(tmp_path, 8)
+    steps = [line["step"] for line in read_metrics(str(tmp_path)) if line["split"] == "train"]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_the_loss_falls_and_everything_a_run_writes_is_there(tmp_path):
+    toy.run(
+        tmp_path,
+        60,
+        toy.model("autoregressive"),
+        learning_rate=3e-2,
+        period=30,
+        train_eval_dataset_cfg=toy.dataset_cfg("validation"),
+        eval_period=30,
+        summarize_config_fn=lambda directory: open(f"{directory}/config.gin", "w").close(),
+    )
+    lines = read_metrics(str(tmp_path))
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+    evaluated = [line for line in lines if line["split"] == "training_eval"]
+    assert [line["step"] for line in evaluated] == [30, 60]
+    assert "token_embedder/embedding" in (tmp_path / "model-info.txt").read_text()
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "checkpoint_30",
+        "checkpoint_60",
+        "config.gin",
+        "train",
+        "training_eval",
+    }
+    assert list((tmp_path / "train").glob("events*"))
+
+
+def test_ar2diff_is_an_initial_checkpoint_and_another_objective(tmp_path):
+    pretrained = toy.run(tmp_path / "ar", 2, toy.model("autoregressive"))
+    path = str(tmp_path / "ar")
+    adapted = toy.run(
+        tmp_path / "adapted",
+        0,
+        toy.model("diffusion"),
+        learning_rate=0.0,
+        restore=RestoreCheckpointConfig(path),
+        relative_steps=3,
+    )
+    assert int(adapted.step) == 5
+    _same(pretrained.params, adapted.params)
+    resumed = toy.run(
+        tmp_path / "adapted",
+        0,
+        toy.model("diffusion"),
+        restore=RestoreCheckpointConfig(path),
+        relative_steps=3,
+    )
+    assert int(resumed.step) == 5
+
+
+def test_params_only_starts_at_step_zero_with_another_optimizer(tmp_path):
+    toy.run(tmp_path / "first", 2)
+    other = toy.model(optimizer=optimizers.adafactor())
+    path = str(tmp_path / "first" / "checkpoint_2")
+    with pytest.raises(CheckpointMismatchError, match="params_only"):
+        toy.run(tmp_path / "second", 3, other, restore=RestoreCheckpointConfig(path))
+    state = toy.run(
+        tmp_path / "third", 1, other, restore=RestoreCheckpointConfig(path, params_only=True)
+    )
+    assert int(state.step) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_names_and_shapes(tmp_path):
+    toy.run(tmp_path / "first", 1)
+    with pytest.raises(CheckpointMismatchError) as error:
+        toy.run(
+            tmp_path / "second",
+            2,
+            toy.model(num_layers=2, mlp_dim=8),
+            restore=RestoreCheckpointConfig(str(tmp_path / "first")),
+        )
+    text = str(error.value)
+    assert "decoder/layers_0/mlp/wo/kernel: the checkpoint has [16, 16], the model [8, 16]" in text
+    assert "the checkpoint lacks decoder/layers_1/mlp/wo/kernel: float32[8, 16]" in text
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_leaves_and_is_never_saved(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 1: .*decoder/.*Lower the learning rate"):
+        toy.run(tmp_path, 6, period=1, learning_rate=float("nan"))
+    assert not list(tmp_path.glob("checkpoint_*"))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_the_latest_n_checkpoints_are_kept(tmp_path, keep):
+    toy.run(tmp_path, 4, save=SaveCheckpointConfig(period=1, keep=keep))
+    assert [step for step, _ in list_checkpoints(str(tmp_path))] == [1, 2, 3, 4][-keep:]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path):
+    # The loss grows under such a learning rate, so the first checkpoint is the best.
+    toy.run(
+        tmp_path,
+        4,
+        learning_rate=3.0,
+        train_eval_dataset_cfg=toy.dataset_cfg("validation"),
+        eval_period=1,
+        save=SaveCheckpointConfig(period=1, keep=1, keep_best_metric="training_eval/loss"),
+    )
+    losses = {
+        line["step"]: line["loss"]
+        for line in read_metrics(str(tmp_path))
+        if line["split"] == "training_eval"
+    }
+    best = min(losses, key=losses.get)
+    assert {step for step, _ in list_checkpoints(str(tmp_path))} == {best, 4}
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path):
+    toy.run(tmp_path, 2)
+    (tmp_path / "checkpoint_9.orbax-checkpoint-tmp-1" / "params").mkdir(parents=True)
+    assert [step for step, _ in list_checkpoints(str(tmp_path))] == [2]
+    assert int(toy.run(tmp_path, 3).step) == 3
+
+
+def test_microbatches_change_no_number(tmp_path):
+    whole = toy.run(tmp_path / "whole", 2, toy.model("autoregressive"))
+    parts = toy.run(
+        tmp_path / "parts", 2, toy.model("autoregressive"), trainer={"num_microbatches": 4}
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), whole.params, parts.params
+    )
+
+
+def test_clipping_bounds_the_update_of_plain_gradient_descent(tmp_path):
+    import optax
+
+    start = toy.run(tmp_path / "a", 1, toy.model(optimizer=optax.sgd(1.0)), learning_rate=0.0)
+    clipped = toy.run(
+        tmp_path / "b",
+        1,
+        toy.model(optimizer=optax.sgd(1.0)),
+        learning_rate=1.0,
+        trainer={"clip_norm": 0.01},
+    )
+    moved = jax.tree.map(lambda x, y: x - y, start.params, clipped.params)
+    assert float(optax.global_norm(moved)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_dry_run_compiles_reports_and_writes_nothing(tmp_path, capsys):
+    toy.run(tmp_path / "run", 5, dry_run=True)
+    text = capsys.readouterr().out
+    assert "parameters: 6," in text
+    assert "temporary, bytes per device" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_out_of_range_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_microbatches = 0"):
+        toy.run(tmp_path, 1, trainer={"num_microbatches": 0})
+    with pytest.raises(ValueError, match="EVAL_PERIOD = 0"):
+        toy.run(tmp_path, 1, eval_period=0)
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):
+        toy.run(tmp_path, 1, restore=RestoreCheckpointConfig(str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="needs pack = False"):
+        datasets.get_dataset(toy.dataset_cfg(pack=True), toy.model().FEATURE_CONVERTER_CLS)
