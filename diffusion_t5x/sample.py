@@ -1,0 +1,21 @@
+"""Decodes given texts, and shows how a canvas became its text.
+
+python -m diffusion_t5x.sample --gin_file=models/tiny.gin --gin_file=objectives/diffusion.gin \\
+  --gin_file=runs/sample.gin --gin.NAME=VALUE ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_t5x import commands
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Runs `sampling.sample` as gin configures it; `argv` replaces the command line."""
+    return commands.run("diffusion_t5x.sampling.sample", __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Decoding texts given on the command line, and looking at how they came to be."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_t5x.checkpoints import (
+    RestoreCheckpointConfig,
+    restore_params,
+    select_checkpoints,
+)
+from diffusion_t5x.data.detokenize import detokenize
+from diffusion_t5x.evaluation import INIT_SHAPES, Predictor
+from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.train_state import abstract_params
+
+
+def show_step(tokens: np.ndarray, vocabulary: Any) -> str:
+    """A canvas as it is, token by token: '·' unprintable, '_' padding, '|' end of text."""
+    marks = {0: "_", vocabulary.eos_id: "|"}
+    pieces = (marks.get(int(t)) or vocabulary.decode([int(t)]) or "·" for t in tokens)
+    text = "".join(pieces).replace("\n", "⏎")
+    # Spaces of every width are shown; what would move the cursor is not.
+    shown = (char.isprintable() or unicodedata.category(char) == "Zs" for char in text)
+    return "".join(char if show else "·" for char, show in zip(text, shown, strict=True))
+
+
+def sample(
+    *,
+    model: Any,
+    restore_checkpoint_cfg: RestoreCheckpointConfig,
+    partitioner: PjitPartitioner,
+    inputs: Sequence[str],
+    task_feature_lengths: dict[str, int],
+    show_trajectory: bool = False,
+    random_seed: int = 0,
+    dry_run: bool = False,
+) -> list[str]:
+    """Decodes `inputs` and prints each with its result.
+
+    Args:
+      model: of `models.Model`'s kind.
+      restore_checkpoint_cfg: one checkpoint.
+      partitioner: devices and sharding; the number of inputs is filled up to divide among them.
+      inputs: texts.
+      task_feature_lengths: maximum tokens of 'inputs' and 'targets'.
+      show_trajectory: also print the best sample's canvas at every step.
+      random_seed: of decoding.
+      dry_run: only read the checkpoint.
+
+    Returns:
+      The decoded texts.
+
+    Raises:
+      ValueError: if there is nothing to decode, a text is too long, or the decoder has no canvas
+        to show.
+      FileNotFoundError: if there is no checkpoint.
+    """
+    if isinstance(inputs, str):
+        inputs = (inputs,)
+    if not isinstance(inputs, Sequence) or not all(isinstance(text, str) for text in inputs):
+        raise ValueError(
+            f"INPUTS = {inputs!r}; expected a text or a tuple of texts, quoted where gin would "
+            "read it as a number, as in --gin.INPUTS=\"'2024'\"."
+        )
+    if not inputs:
+        raise ValueError("INPUTS = (); expected at least one text to decode.")
+    vocabulary = model.input_vocabulary
+    length = task_feature_lengths["inputs"]
+    parts = partitioner.mesh.shape["data"]
+    prefixes = np.zeros((-(-len(inputs) // parts) * parts, length), np.int32)
+    for row, text in enumerate(inputs):
+        tokens = vocabulary.encode(text)
+        if len(tokens) > length:
+            raise ValueError(f"{text!r} has {len(tokens)} tokens; at most {length} fit.")
+        prefixes[row, : len(tokens)] = tokens
+    targets = np.zeros((len(prefixes), task_feature_lengths["targets"]), np.int32)
+    batch = {
+        "encoder_input_tokens": prefixes,
+        "decoder_input_tokens": targets,
+        "decoder_target_tokens": targets,
+    }
+    _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
+    params = restore_params(path, abstract_params(model, partitioner, INIT_SHAPES, {}))
+    if dry_run:
+        return []
+    predictor = Predictor(model, partitioner, random_seed, return_trajectory=show_trajectory)
+    tokens, aux = predictor("predict", params, batch, 0)
+    outputs = []
+    for row, text in enumerate(inputs):
+        output = detokenize(tokens[row], model.output_vocabulary)
+        outputs.append(output)
+        print(f"{text}  ->  {output}")
+        for step, canvas in enumerate(aux["trajectory"][row] if show_trajectory else ()):
+            print(f"  step {step:>3}: {show_step(canvas, model.output_vocabulary)}")
+    return outputs
