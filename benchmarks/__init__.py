@@ -1,0 +1,1 @@
+"""Benchmarks: each prints JSON lines with a figure, a baseline of the same run, and their ratio."""
