@@ -1,4 +1,4 @@
-"""Makes helpers beside the tests importable, and keeps caches out of the home directory."""
+"""Makes helpers beside the tests importable, and gin's configuration clean for every test."""
 
 import pathlib
 import sys

@@ -283,13 +283,9 @@ def test_flags_of_processes_and_data_reach_jax_and_seqio(pretrained, tmp_path, m
     import seqio
 
     calls = {}
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda *args: calls.update(processes=args)
-    )
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.update(processes=args))
     monkeypatch.setattr(seqio, "add_global_cache_dirs", lambda dirs: calls.update(caches=dirs))
-    monkeypatch.setattr(
-        seqio, "set_tfds_data_dir_override", lambda path: calls.update(tfds=path)
-    )
+    monkeypatch.setattr(seqio, "set_tfds_data_dir_override", lambda path: calls.update(tfds=path))
     (tmp_path / "mine.gin").write_text(f"CHECKPOINT_PATH = '{pretrained}'\nINPUTS = 'ab'\n")
     outputs = _run(
         "sample", AUTOREGRESSIVE, "--coordinator_address=host:1234", "--process_count=2",

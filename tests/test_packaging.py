@@ -57,13 +57,15 @@ def test_nothing_installed_takes_the_name_of_another_project(installed):
 
 def test_the_gin_files_of_an_installed_package_are_found_and_parse(installed, tmp_path):
     program = (
-        "import gin, diffusion_t5x\n"
+        "import sys, gin, diffusion_t5x\n"
         "from diffusion_t5x import gin_utils\n"
         "files = ['models/tiny.gin', 'objectives/diffusion.gin', 'runs/finetune.gin']\n"
         "names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS',\n"
         "         'INITIAL_CHECKPOINT_PATH']\n"
         "gin_utils.parse_config(files, [f'{name}=x' for name in names])\n"
-        "print(gin_utils.config_dir(), diffusion_t5x.__file__, gin.query_parameter('%NUM_STEPS'))\n"
+        "print(gin_utils.config_dir(), gin.query_parameter('%NUM_STEPS'))\n"
+        "ours = [m for name, m in sys.modules.items() if name.startswith('diffusion_t5x')]\n"
+        "print(*{m.__file__ for m in ours if m.__file__})\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed), "TF_CPP_MIN_LOG_LEVEL": "3"}
     # From another directory, so that the checkout is not on the path.
@@ -74,10 +76,14 @@ def test_the_gin_files_of_an_installed_package_are_found_and_parse(installed, tm
         capture_output=True,
         text=True,
         timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    package = installed / "diffusion_t5x"
-    assert done.stdout.split() == [str(package / "gin"), str(package / "__init__.py"), "10"]
+    place, num_steps, *modules = done.stdout.split()
+    assert (place, num_steps) == (str(installed / "diffusion_t5x" / "gin"), "10")
+    # A checkout that is installed as well, editable, must not have filled a gap.
+    assert len(modules) > 10
+    assert not [module for module in modules if not module.startswith(str(installed))]
 
 
 def test_a_checkouts_gin_files_are_those_beside_the_package():
@@ -97,7 +103,7 @@ def test_an_installation_without_gin_files_says_so(tmp_path, monkeypatch):
     # Another project's package beside ours has no runs.
     (tmp_path / "gin").mkdir()
     monkeypatch.setattr(gin_utils, "__file__", str(tmp_path / "diffusion_t5x" / "gin_utils.py"))
-    with pytest.raises(FileNotFoundError, match="no gin files beside .*reinstall"):
+    with pytest.raises(FileNotFoundError, match=r"no gin files beside .*reinstall"):
         gin_utils.config_dir()
 
 

@@ -68,9 +68,9 @@ def test_the_last_canvas_shown_is_the_text_returned(run_dir, capsys):
     assert [int(line.split(":")[0].removeprefix("  step")) for line in shown] == [0, 1, 2]
     last = shown[-1].partition(": ")[2]
     ended = last.partition("|")[0].partition("_")[0]
-    # Bytes that are no character of their own are dots in the one and perhaps nothing in the other.
+    # Bytes that are no character of their own are dots in the one and may be lost in the other.
     assert _ascii(ended) == _ascii(output)
-    assert len({line.partition(": ")[2] for line in shown}) == 3
+    assert shown[0].partition(": ")[2] != last
 
 
 def test_one_text_may_come_without_a_tuple(run_dir, capsys):

@@ -1,0 +1,1 @@
+"""Data: what SeqIO lacks, and the embedded text."""
