@@ -87,15 +87,18 @@ def write_results(output_dir: str, results: Mapping[str, Any]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """Shows a table on the terminal."""
+    """Shows a table on the terminal, or as Markdown where there is none."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:
+        print(markdown(header, rows))  # rich would break its lines
+        return
     table = Table(*header, title=title or None)
     for row in rows:
         table.add_row(*(format_value(value) for value in row))
-    console = Console()
-    console.print(table if console.is_terminal else markdown(header, rows), markup=False)
+    console.print(table)
 
 
 def print_results(results: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ REQUIRED = {
     "runs/finetune.gin": {*DATA, "MODEL_DIR", "INITIAL_CHECKPOINT_PATH"},
     "runs/eval.gin": {*DATA, "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"},
     "runs/infer.gin": {*DATA, "CHECKPOINT_PATH", "INFER_OUTPUT_DIR"},
-    SAMPLE: {*DATA, "CHECKPOINT_PATH", "INPUTS"},
+    SAMPLE: {"TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "INPUTS"},
 }
 
 
