@@ -91,7 +91,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # names may hold brackets
     if not console.is_terminal:
         print(markdown(header, rows))  # rich would break its lines
         return
