@@ -24,7 +24,7 @@ from diffusion_t5x import gin_utils, models, train
 from diffusion_t5x.data import datasets
 from diffusion_t5x.metric_logs import read_metrics
 
-ROUNDS = 7
+ROUNDS = 5
 STEPS = 100  # per window
 LENGTHS = {"inputs": 24, "targets": 24}
 TASK = "embedded_translation_en_fr"
