@@ -78,7 +78,7 @@ def train(
       eval_period: steps between evaluations; there is always one at the end.
       relative_steps: steps beyond the initial checkpoint's; goes before `total_steps`, and one of
         the two is needed.
-      random_seed: of parameters, data order, corruption and dropout.
+      random_seed: of parameters, data order, and all that is drawn in a step.
       inference_evaluator_cls: makes the evaluator of decoded text.
       log_period: steps between lines of metrics.
       summarize_config_fn: writes the configuration to the run's directory.
