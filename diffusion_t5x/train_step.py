@@ -48,8 +48,9 @@ class Health:
         Raises:
           NonFiniteError: if the loss, a gradient or an update is not finite.
         """
-        finite = np.isfinite(jax.device_get(self.grad_squares + self.update_squares))
-        if np.isfinite(jax.device_get(self.loss)) and finite.all():
+        loss, *squares = jax.device_get((self.loss, self.grad_squares, self.update_squares))
+        finite = np.isfinite(squares).all(axis=0)
+        if np.isfinite(loss) and finite.all():
             return
         bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
         raise NonFiniteError(
