@@ -30,8 +30,8 @@ MODEL_FILES = {
     "decoder_only": "models/tiny.gin",
     "encoder_decoder": "models/encoder_decoder/tiny.gin",
 }
-# Relative to the size of each parameter, as Adafactor has it; the best of a few for either
-# objective, from fresh parameters.
+# Relative to the size of each parameter, as Adafactor has it; near the best of a few that were
+# tried for either objective from fresh parameters.
 LEARNING_RATES = {"autoregressive": 0.03, "diffusion": 0.06}
 CHECKPOINTS = 2  # of each fine-tuning, the last one among them
 # method -> (objective, which run it is fine-tuned from)

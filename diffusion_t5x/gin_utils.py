@@ -9,6 +9,7 @@ import tokenize
 from collections.abc import Sequence
 
 import gin
+from diffusion_t5x.metric_logs import write_atomically
 from gin import config_parser
 
 
@@ -118,8 +119,4 @@ def _refuse_unknown_macros(assignments: Sequence[str], known: set[str]) -> None:
 
 def write_config(directory: str) -> None:
     """Writes the whole configuration of this process to `directory`/config.gin, atomically."""
-    path = pathlib.Path(directory) / "config.gin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".gin.tmp")
-    temporary.write_text(gin.config_str(), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(pathlib.Path(directory) / "config.gin", gin.config_str())

@@ -315,7 +315,7 @@ class _Loop:
         return self._partitioner.shard_batch(next(self._iterator))
 
     def _drain(self) -> None:
-        """Waits for all steps and checks each, so that nothing corrupt is logged or saved."""
+        """Waits for all steps and checks each, so that nothing broken is logged or saved."""
         while self._in_flight:
             self._in_flight.popleft().check(self._trainer.leaf_names)
 
