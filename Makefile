@@ -13,11 +13,11 @@ $(INSTALLED): setup.py constraints.txt
 
 # The whole story on embedded data: pretrain, adapt, fine-tune, evaluate, compare.
 demo: $(INSTALLED)
-	$(RUN) -m diffusion_t5x.experiments demo
+	$(RUN) -m diffusion_t5x.experiments --run demo
 
 # The same comparison over three task families and both architectures.
 experiments: $(INSTALLED)
-	$(RUN) -m diffusion_t5x.experiments embedded
+	$(RUN) -m diffusion_t5x.experiments --run families
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -32,7 +32,7 @@ TASK = "embedded_translation_en_fr"
 
 def _argv(objective: str) -> list[str]:
     files = ("models/tiny.gin", f"objectives/{objective}.gin", "runs/pretrain.gin")
-    return [f"--gin_file={file}" for file in (*files, "experiments/laptop.gin")]
+    return [f"--gin_file={file}" for file in (*files, "settings/laptop.gin")]
 
 
 def _bare_window(objective: str) -> Callable[[], float]:

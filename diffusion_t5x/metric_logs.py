@@ -58,6 +58,9 @@ class MetricLog:
 
     A run that goes on from a checkpoint drops what it had logged beyond it, so that every step
     is told of once.
+
+    Attributes:
+      lines: what has been logged so far, by all of the run's programs.
     """
 
     def __init__(self, model_dir: str, restored_step: int, batch_size: int):
@@ -72,11 +75,11 @@ class MetricLog:
         self._batch_size = batch_size
         self._writers: dict[str, Any] = {}
         self._file = None
-        kept = [line for line in read_metrics(model_dir) if line["step"] <= restored_step]
-        self._seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        self.lines = [line for line in read_metrics(model_dir) if line["step"] <= restored_step]
+        self._seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
         self._last = restored_step, self._seconds
         if jax.process_index() == 0:
-            text = "".join(json.dumps(line) + "\n" for line in kept)
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_atomically(self._dir / "metrics.jsonl", text)
             self._file = open(self._dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
@@ -105,9 +108,10 @@ class MetricLog:
         self._write(step, split, metrics)
 
     def _write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        self.lines.append({"step": step, "split": split, **metrics})
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        self._file.write(json.dumps(self.lines[-1]) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in metrics.items() if math.isfinite(v)}
         self._writer(split).write_scalars(step, numbers)

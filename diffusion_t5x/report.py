@@ -1,62 +1,76 @@
-"""Collects the results of an experiment into a table, a picture and a few samples."""
+"""Collects the results of an experiment into tables, a picture and a few samples."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from diffusion_t5x import tables
+from diffusion_t5x.experiment_graph import Experiment, Row, Scale, TaskSettings, chain, rows
 from diffusion_t5x.metric_logs import read_metrics, write_atomically
 
 NUM_SAMPLES = 4
-COLUMNS = ("train_steps", "train_seconds", "decode_seconds_per_example", "examples")
+MISSING = "missing"
+# Columns beside the metrics -> how the seeds of a row are joined.
+COLUMNS = {
+    "train_steps": statistics.mean,
+    "train_seconds": statistics.mean,
+    "decode_seconds_per_example": statistics.mean,
+    "examples": min,
+}
 
 
-def collect(
-    root: pathlib.Path,
-    architectures: Sequence[str],
-    tasks: Sequence[str],
-    methods: Mapping[str, tuple[str, str]],
-) -> dict[str, Any]:
-    """Rows of a finished experiment, and what it ran on.
+def collect(experiment: Experiment, scale: Scale, root: pathlib.Path) -> dict[str, Any]:
+    """What is finished of an experiment, and what it ran on.
 
     'train_steps' and 'train_seconds' are those of the whole chain that led to the model: its
     pretraining, adaptation and fine-tuning up to the chosen checkpoint.
 
     Args:
-      root: directory of the experiment.
-      architectures: directories under `root`.
-      tasks: names.
-      methods: method -> (objective, directory of the run it was fine-tuned from).
+      experiment: what is compared.
+      scale: how big.
+      root: directory of the scale.
+
+    Returns:
+      `{'title', 'rows', 'environment'}`; a row for each name, task and seed whose test has
+      finished.
     """
-    rows = []
-    for architecture in architectures:
-        for task in tasks:
-            for method, (_, start) in methods.items():
-                run = root / architecture / task / method
-                [row] = json.loads((run / "test" / "results.json").read_text())["rows"]
-                values = dict(row["metrics"])
-                chain = [root / architecture / "pretrain_autoregressive"] * (start == "adapt_N")
-                chain += [root / architecture / start]
-                rows.append(
-                    {
-                        "architecture": architecture,
-                        "task": task,
-                        "method": method,
-                        "train_steps": row["step"],
-                        "train_seconds": sum(_seconds(path) for path in chain)
-                        + _seconds(run / "train", row["step"]),
-                        "decode_seconds_per_example": values.pop("decode_seconds_per_example"),
-                        "examples": int(values.pop("examples")),
-                        "metrics": values,
-                    }
-                )
-    return {"rows": rows, "environment": environment()}
+    found = []
+    for name, row in rows(experiment):
+        for role in experiment.tasks:
+            for seed in range(scale.seeds.get(row.size, 1)):
+                result = _collect_row(row, scale.tasks[role], seed, root)
+                if result is not None:
+                    found.append({"name": name, "role": role, **result})
+    return {"title": experiment.title, "rows": found, "environment": environment()}
+
+
+def _collect_row(
+    row: Row, task: TaskSettings, seed: int, root: pathlib.Path
+) -> dict[str, Any] | None:
+    file = root / row.test(seed, task) / "results.json"
+    if not file.exists():
+        return None
+    [result] = json.loads(file.read_text())["rows"]
+    values = dict(result["metrics"])
+    seconds = sum(_seconds(root / name) for name in chain(row, seed))
+    return {
+        **dataclasses.asdict(row),
+        "task": task.name,
+        "seed": seed,
+        "train_steps": result["step"],
+        "train_seconds": seconds + _seconds(root / row.run(seed, task) / "train", result["step"]),
+        "decode_seconds_per_example": values.pop("decode_seconds_per_example"),
+        "examples": int(values.pop("examples")),
+        "metrics": values,
+    }
 
 
 def _seconds(run: pathlib.Path, step: int | None = None) -> float:
@@ -76,60 +90,107 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    rows = results["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    header = ["architecture", "task", "method", *names, *COLUMNS]
-    body = [
-        [row["architecture"], row["task"], row["method"]]
-        + [row["metrics"].get(name) for name in names]
-        + [row[name] for name in COLUMNS]
-        for row in rows
-    ]
+def spread(values: Sequence[float]) -> str:
+    """'mean' of one value, 'mean ± standard deviation' of several."""
+    mean = tables.format_value(float(statistics.mean(values)))
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {tables.format_value(float(statistics.stdev(values)))}"
+
+
+def _groups(results: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(name, task) -> its rows, one per seed."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["name"], row["task"]), []).append(row)
+    return groups
+
+
+def details(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Header and body: a line per name and task, every metric, cost, and number of seeds."""
+    names = list(dict.fromkeys(name for row in results["rows"] for name in row["metrics"]))
+    body = []
+    for (name, task), group in _groups(results).items():
+        metrics = [[row["metrics"][m] for row in group if m in row["metrics"]] for m in names]
+        line = [name, task, *(spread(values) if values else None for values in metrics)]
+        line += [join([row[column] for row in group]) for column, join in COLUMNS.items()]
+        body.append([*line, len(group)])
+    return ["row", "task", *names, *COLUMNS, "seeds"], body
+
+
+def comparison(
+    experiment: Experiment, scale: Scale, results: Mapping[str, Any]
+) -> tuple[list[str], list[list[Any]]]:
+    """Header and body: a line per row of the table, for each task ours beside the paper's.
+
+    Ours is the task's metric, the mean over seeds with its standard deviation; what has not been
+    run is marked as missing, what the paper does not have as a dash.
+    """
+    header = ["row"]
+    for role in experiment.tasks:
+        header += [f"{role}, {scale.tasks[role].metric}", "paper"]
+    groups = _groups(results)
+    body = []
+    for name, _ in rows(experiment):
+        line: list[Any] = [name]
+        for role in experiment.tasks:
+            task = scale.tasks[role]
+            group = groups.get((name, task.name), [])
+            ours = spread([row["metrics"][task.metric] for row in group]) if group else MISSING
+            line += [ours, experiment.published.get(name, {}).get(role)]
+        body.append(line)
     return header, body
 
 
-def write(root: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """Writes `results.json`, `results.md` and `results.png` under `root`."""
-    write_atomically(root / "results.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(root / "results.md", tables.markdown(*_table(results)))
-    plot(results, root / "results.png")
+def write(
+    directory: pathlib.Path, experiment: Experiment, scale: Scale, results: Mapping[str, Any]
+) -> None:
+    """Writes `results.json`, `results.md` and `results.png` into `directory`, atomically."""
+    write_atomically(directory / "results.json", json.dumps(results, indent=1) + "\n")
+    parts = [tables.markdown(*details(results))]
+    if experiment.published:
+        parts.insert(0, tables.markdown(*comparison(experiment, scale, results)))
+    write_atomically(directory / "results.md", "\n".join(parts))
+    plot(experiment, scale, results, directory / "results.png")
 
 
-def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A bar per method, a group per task, a panel per architecture: exact match."""
+def plot(
+    experiment: Experiment, scale: Scale, results: Mapping[str, Any], path: pathlib.Path
+) -> None:
+    """A panel per task, a bar per row of the table: the task's metric, and its spread."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = results["rows"]
-    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    groups = _groups(results)
+    names = [name for name, _ in rows(experiment)]
+    size = (2.5 + 3.2 * len(experiment.tasks), 1.2 + 0.32 * len(names))
     figure, panels = pyplot.subplots(
-        1, len(architectures), figsize=(2 + 4 * len(architectures), 3.6), sharey=True, squeeze=False
+        1, len(experiment.tasks), figsize=size, sharey=True, squeeze=False
     )
-    for panel, architecture in zip(panels[0], architectures, strict=True):
-        for index, method in enumerate(methods):
-            heights = {
-                row["task"]: row["metrics"]["exact_match"]
-                for row in rows
-                if (row["architecture"], row["method"]) == (architecture, method)
-            }
-            places = [place + index / (len(methods) + 1) for place in range(len(tasks))]
-            bars = panel.bar(
-                places, [heights[task] for task in tasks], 1 / (len(methods) + 1.5), label=method
-            )
-            panel.bar_label(bars, fmt="%.2f", fontsize=7)
-        middle = (len(methods) - 1) / (len(methods) + 1) / 2
-        panel.set_xticks([place + middle for place in range(len(tasks))])
-        panel.set_xticklabels([task.removeprefix("embedded_") for task in tasks])
-        panel.set_title(architecture.replace("_", "-"))
-        panel.set_ylim(0, 1.1)
+    for panel, role in zip(panels[0], experiment.tasks, strict=True):
+        task = scale.tasks[role]
+        values = [
+            [row["metrics"][task.metric] for row in groups.get((name, task.name), [])]
+            for name in names
+        ]
+        means = [statistics.mean(seeds) if seeds else 0.0 for seeds in values]
+        errors = [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+        bars = panel.barh(names, means, xerr=errors if any(errors) else None, color="#4c78a8")
+        labels = [f"{mean:.3g}" if seeds else MISSING for mean, seeds in zip(means, values)]  # noqa: B905
+        panel.bar_label(bars, labels, padding=3, fontsize=8)
+        panel.set_title(f"{role}, {task.metric}", fontsize=10)
+        panel.set_xlim(0, 1.2 * max([*means, 1e-9]))
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("exact match, test split")
-    panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[0][0].invert_yaxis()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+    """Writes a matplotlib figure, atomically, and lets go of it."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
@@ -137,20 +198,32 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     os.replace(temporary, path)
 
 
-def show(results: Mapping[str, Any], root: pathlib.Path) -> None:
-    """Prints the table, and the first samples of every task beside each other."""
-    tables.print_table(*_table(results), title="comparison")
-    seen: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in results["rows"]:
-        if row["architecture"] == results["rows"][0]["architecture"]:
-            run = root / row["architecture"] / row["task"] / row["method"] / "test" / row["task"]
-            [file] = run.glob(f"predictions-{row['train_steps']}.jsonl")
-            lines = file.read_text(encoding="utf-8").splitlines()[:NUM_SAMPLES]
-            seen.setdefault(row["task"], {})[row["method"]] = [json.loads(line) for line in lines]
-    for task, by_method in seen.items():
-        print(f"\n{task}:")
-        for index in range(NUM_SAMPLES):
-            first = next(iter(by_method.values()))[index]
-            print(f"  input:          {first['inputs']!r}\n  target:         {first['target']!r}")
-            for method, records in by_method.items():
-                print(f"  {method + ':':<16}{records[index]['prediction']!r}")
+def show(
+    experiment: Experiment, scale: Scale, results: Mapping[str, Any], root: pathlib.Path
+) -> None:
+    """Prints the tables, and the first samples of every task beside each other."""
+    tables.print_table(*details(results), title=experiment.title)
+    if experiment.published:
+        tables.print_table(*comparison(experiment, scale, results), title="beside the paper")
+    for role in experiment.tasks:
+        task = scale.tasks[role]
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for name, row in rows(experiment):
+            directory = root / row.test(0, task) / task.name
+            for file in directory.glob("predictions-*.jsonl"):
+                lines = file.read_text(encoding="utf-8").splitlines()[:NUM_SAMPLES]
+                by_name[name] = [json.loads(line) for line in lines]
+        if by_name:
+            _show_samples(task.name, by_name)
+
+
+def _show_samples(task: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    print(f"\n{task}:")
+    width = max(map(len, [*by_name, "target"])) + 2
+    first = next(iter(by_name.values()))
+    for index, record in enumerate(first):
+        for what in ("input", "target"):
+            text = record["inputs" if what == "input" else what]
+            print(f"  {what + ':':<{width}}{text!r}")
+        for name, records in by_name.items():
+            print(f"  {name + ':':<{width}}{records[index]['prediction']!r}")

@@ -90,6 +90,22 @@ def abstract_train_state(
     )
 
 
+def create_params(
+    model: Any,
+    partitioner: PjitPartitioner,
+    shapes: Shapes,
+    types: Mapping[str, Any],
+    rng: jax.Array,
+) -> Any:
+    """Fresh parameters, made where they lie."""
+
+    def init(rng: jax.Array) -> Any:
+        return flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)["params"])
+
+    abstract = abstract_params(model, partitioner, shapes, types)
+    return partitioner.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(rng)
+
+
 def create_train_state(
     model: Any,
     partitioner: PjitPartitioner,

@@ -21,6 +21,7 @@ from diffusion_t5x.checkpoints import (
     select_checkpoints,
 )
 from diffusion_t5x.data import datasets
+from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.progress import Progress
@@ -55,6 +56,7 @@ def train(
     eval_steps: int | None = 20,
     eval_period: int = 1000,
     relative_steps: int | None = None,
+    early_stopping: EarlyStopping = EarlyStopping(),  # noqa: B008 (frozen)
     random_seed: int = 0,
     inference_evaluator_cls: Callable[..., Any] | None = None,
     log_period: int = 100,
@@ -78,6 +80,7 @@ def train(
       eval_period: steps between evaluations; there is always one at the end.
       relative_steps: steps beyond the initial checkpoint's; goes before `total_steps`, and one of
         the two is needed.
+      early_stopping: when evaluations say that it is enough; the last step is saved.
       random_seed: of parameters, data order, and all that is drawn in a step.
       inference_evaluator_cls: makes the evaluator of decoded text.
       log_period: steps between lines of metrics.
@@ -129,7 +132,9 @@ def train(
         if summarize_config_fn is not None and jax.process_index() == 0:
             summarize_config_fn(model_dir)
         with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
-            loop = _Loop(trainer, partitioner, iterator, evaluations, checkpointer, log)
+            loop = _Loop(
+                trainer, partitioner, iterator, evaluations, checkpointer, log, early_stopping
+            )
             return loop.run(state, total_steps, log_period, eval_period)
 
 
@@ -261,6 +266,7 @@ class _Loop:
         evaluations: _Evaluations,
         checkpointer: Checkpointer | None,
         log: MetricLog,
+        early_stopping: EarlyStopping,
     ):
         self._trainer = trainer
         self._partitioner = partitioner
@@ -268,14 +274,15 @@ class _Loop:
         self._evaluations = evaluations
         self._checkpointer = checkpointer
         self._log = log
+        self._early_stopping = early_stopping
         self._in_flight: collections.deque[Health] = collections.deque()
 
     def run(
         self, state: TrainState, total_steps: int, log_period: int, eval_period: int
     ) -> TrainState:
-        """Trains from `state` until `total_steps`."""
+        """Trains from `state` until `total_steps`, or until evaluations say that it is enough."""
         step = int(state.step)
-        if step >= total_steps:
+        if step >= total_steps or self._early_stopping.should_stop(self._log.lines):
             return state
         batch = self._next_batch()
         empty = self._trainer.metric_shapes(state, batch)
@@ -303,7 +310,10 @@ class _Loop:
                         self._log.training(step, values)
                         progress.update(0, loss=values["loss"])
                         metrics = self._trainer.empty_metrics(empty)
-                    self._pause(state, step, evaluate=due[1] and not stopping, save=due[2])
+                    enough = self._pause(state, step, due[1] and not stopping, due[2])
+                    if enough:
+                        print(f"stopped at step {step}: {self._early_stopping}.", flush=True)
+                        return state
                     started = time.monotonic()
                 if stopping:
                     raise Preempted(f"stopped at step {step} as told; everything is saved.")
@@ -319,14 +329,17 @@ class _Loop:
         while self._in_flight:
             self._in_flight.popleft().check(self._trainer.leaf_names)
 
-    def _pause(self, state: TrainState, step: int, *, evaluate: bool, save: bool) -> None:
+    def _pause(self, state: TrainState, step: int, evaluate: bool, save: bool) -> bool:
+        """Evaluates and saves what is due; whether the evaluations say that it is enough."""
         results = self._evaluations.run(state) if evaluate else {}
         flat = {}
         for split, values in results.items():
             self._log.evaluation(step, split, values)
             flat.update({f"{split}/{name}": value for name, value in values.items()})
-        if save and self._checkpointer is not None:
+        enough = evaluate and self._early_stopping.should_stop(self._log.lines)
+        if (save or enough) and self._checkpointer is not None:
             self._checkpointer.save(state, self._iterator, flat)
+        return enough
 
 
 def _report_dry_run(

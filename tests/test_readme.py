@@ -8,33 +8,37 @@ import shlex
 import pytest
 
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import infer, sample, train
+from diffusion_t5x import experiments, infer, sample, train
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 COMMANDS = {
     "train": train.main,
     "eval": eval_command.main,
     "infer": infer.main,
     "sample": sample.main,
+    "experiments": experiments.main,
 }
 DATA_FLAGS = ("MIXTURE_OR_TASK_NAME", "MODEL_DIR", "TASK_FEATURE_LENGTHS")
 
 
-def _blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def _blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def _commands():
-    for block in _blocks("sh"):
-        words = shlex.split(block.replace("\\\n", " "), comments=True)
-        if words[:2] == ["python", "-m"]:
-            yield words[2].removeprefix("diffusion_t5x."), words[3:]
+def _commands(page=README):
+    for block in _blocks("sh", page):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:2] == ["python", "-m"]:
+                yield words[2].removeprefix("diffusion_t5x."), words[3:]
 
 
 def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = list(_commands())
-    assert [name for name, _ in commands] == ["train", "train", "train", "eval", "infer", "sample"]
+    names = ["train", "train", "train", "eval", "infer", "sample", "experiments", "experiments"]
+    assert [name for name, _ in commands] == names
     for name, argv in commands:
         COMMANDS[name](argv)
     results = json.loads((tmp_path / "runs/readme/eval/results.json").read_text())
@@ -43,6 +47,13 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
     [predictions] = (tmp_path / "runs/readme/infer").glob("*.jsonl-00000-of-00100")
     assert all("prediction" in json.loads(line) for line in predictions.read_text().splitlines())
     assert "step  10:" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_on_experiments_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, argv in _commands(ROOT / "docs" / "experiments.md"):
+        COMMANDS[name](argv)
+        assert capsys.readouterr().out
 
 
 @pytest.fixture

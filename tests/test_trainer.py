@@ -17,6 +17,7 @@ from diffusion_t5x.checkpoints import (
     list_checkpoints,
 )
 from diffusion_t5x.data import datasets
+from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.train_step import NonFiniteError
 from diffusion_t5x.trainer import Preempted
@@ -177,6 +178,26 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path):
     }
     best = min(losses, key=losses.get)
     assert {step for step, _ in list_checkpoints(str(tmp_path))} == {best, 4}
+
+
+def test_training_stops_when_the_validation_loss_no_longer_falls_and_stays_stopped(tmp_path):
+    def train():
+        # Nothing is learned, so no evaluation is better than the first.
+        return toy.run(
+            tmp_path,
+            20,
+            learning_rate=0.0,
+            train_eval_dataset_cfg=toy.dataset_cfg("validation"),
+            eval_period=3,
+            period=100,
+            early_stopping=EarlyStopping(patience=2),
+        )
+
+    assert int(train().step) == 9
+    assert [step for step, _ in list_checkpoints(str(tmp_path))] == [9]
+    lines = read_metrics(str(tmp_path))
+    assert int(train().step) == 9
+    assert read_metrics(str(tmp_path)) == lines
 
 
 def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path):

@@ -1,0 +1,51 @@
+"""Timing of decoding."""
+
+import json
+
+import pytest
+import toy
+
+from diffusion_t5x.decoding_speed import measure
+from diffusion_t5x.evaluation import Predictor
+from diffusion_t5x.partitioning import PjitPartitioner
+
+LENGTHS = {"inputs": 6, "targets": 4}
+
+
+def _measure(tmp_path, **kwargs):
+    return measure(
+        model=toy.model(),
+        partitioner=PjitPartitioner(),
+        task_feature_lengths=LENGTHS,
+        batch_size=2,
+        output_dir=str(tmp_path),
+        **kwargs,
+    )
+
+
+def test_the_median_of_the_decodings_after_the_first_is_written(tmp_path, monkeypatch):
+    seconds = iter([100.0, 4.0, 1.0, 2.0])
+    calls = []
+
+    def decode(self, mode, params, batch, index):
+        calls.append((index, batch["encoder_input_tokens"].shape, batch["decoder_input_tokens"]))
+        self.seconds += next(seconds)
+
+    monkeypatch.setattr(Predictor, "__call__", decode)
+    results = _measure(tmp_path)
+    assert results["seconds"] == 2.0
+    assert results["seconds_per_token"] == 0.25
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert [index for index, *_ in calls] == [0, 1, 2, 3]
+    assert {shape for _, shape, _ in calls} == {(2, 6)}
+
+
+def test_a_real_decoding_takes_some_time(tmp_path):
+    assert 0.0 < _measure(tmp_path, repeats=1)["seconds"] < 60.0
+
+
+def test_a_dry_run_writes_nothing_and_no_repeats_are_refused(tmp_path):
+    assert _measure(tmp_path / "new", dry_run=True) == {}
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="repeats = 0"):
+        _measure(tmp_path, repeats=0)
