@@ -27,6 +27,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--gin_search_paths", default="", help="comma-separated directories of gin files")
     add("--tfds_data_dir", help="directory of TFDS data sets, instead of the tasks' own")
     add("--seqio_additional_cache_dirs", default="", help="comma-separated SeqIO caches")
+    add(
+        "--distributed",
+        action="store_true",
+        help="join the processes of this pod, GKE or Slurm job",
+    )
     add("--coordinator_address", help="host:port of process 0, where several processes run")
     add("--process_count", type=int, help="number of processes")
     add("--process_index", type=int, help="index of this process")
@@ -90,8 +95,11 @@ def _import_tensorflow() -> None:
 
 
 def _initialize_processes(args: argparse.Namespace) -> None:
-    """Joins the processes of a multi-process run, where flags say so."""
-    if args.coordinator_address is None:
+    """Joins the processes of a multi-process run, where flags say so.
+
+    What the flags leave out JAX finds in the environment of a TPU pod, of GKE, Slurm or MPI.
+    """
+    if args.coordinator_address is None and not args.distributed:
         return
     import jax
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from diffusion_t5x.checkpoints import (
     CheckpointConfig,
@@ -22,6 +23,7 @@ from diffusion_t5x.checkpoints import (
 )
 from diffusion_t5x.data import datasets
 from diffusion_t5x.early_stopping import EarlyStopping
+from diffusion_t5x.exit_codes import PREEMPTED
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.progress import Progress
@@ -39,7 +41,10 @@ STEPS_IN_FLIGHT = 2
 
 
 class Preempted(SystemExit):
-    """Training was told to stop, and saved everything first."""
+    """Training was told to stop, and saved everything first; the exit code says so."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED)
 
 
 def train(
@@ -241,16 +246,23 @@ def _compute(metrics: Metrics) -> dict[str, float]:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM has come; the signal itself does no harm."""
+def _stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
+    """Gives a function of the step that says whether to stop there; SIGTERM itself does no harm.
+
+    Where several processes run, JAX has caught the signal, whichever of them got it, and names a
+    step that all of them have yet to reach, so that they stop at the same one.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked = []
     try:
         before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     except ValueError:  # not the main thread, which alone may catch signals
-        yield lambda: False
+        yield lambda step: False
         return
     try:
-        yield lambda: bool(asked)
+        yield lambda step: bool(asked)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -299,7 +311,7 @@ class _Loop:
                 if len(self._in_flight) > STEPS_IN_FLIGHT:
                     self._in_flight.popleft().check(self._trainer.leaf_names)
                 progress.update()
-                stopping = told_to_stop()
+                stopping = told_to_stop(step)
                 last = step == total_steps or stopping
                 due = [last or step % every == 0 for every in (log_period, eval_period, period)]
                 if any(due):
@@ -316,7 +328,8 @@ class _Loop:
                         return state
                     started = time.monotonic()
                 if stopping:
-                    raise Preempted(f"stopped at step {step} as told; everything is saved.")
+                    print(f"stopped at step {step} as told; everything is saved.", flush=True)
+                    raise Preempted
                 if step < total_steps:
                     batch = self._next_batch()
         return state

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import experiments, infer, sample, train
+from diffusion_t5x import experiments, infer, launch, sample, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -18,6 +18,7 @@ COMMANDS = {
     "infer": infer.main,
     "sample": sample.main,
     "experiments": experiments.main,
+    "launch": launch.main,
 }
 DATA_FLAGS = ("MIXTURE_OR_TASK_NAME", "MODEL_DIR", "TASK_FEATURE_LENGTHS")
 
@@ -37,8 +38,8 @@ def _commands(page=README):
 def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = list(_commands())
-    names = ["train", "train", "train", "eval", "infer", "sample", "experiments", "experiments"]
-    assert [name for name, _ in commands] == names
+    names = ["train", "train", "train", "eval", "infer", "sample"]
+    assert [name for name, _ in commands] == [*names, *["launch"] * 4, *["experiments"] * 2]
     for name, argv in commands:
         COMMANDS[name](argv)
     results = json.loads((tmp_path / "runs/readme/eval/results.json").read_text())

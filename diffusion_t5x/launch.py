@@ -1,0 +1,164 @@
+"""Starts a command on many hosts, or on this one as if it were many.
+
+python -m diffusion_t5x.launch local --processes=4 --devices=2 train --gin_file=... --gin.NAME=VALUE
+python -m diffusion_t5x.launch tpu-vm --name=my-tpu --zone=us-east5-a train --gin_file=...
+python -m diffusion_t5x.launch xpk --cluster=C --workload=W --tpu_type=v5p-128 --image=I train ...
+python -m diffusion_t5x.launch slurm --nodes=4 --sbatch=--gpus-per-node=8 train --gin_file=...
+
+What follows the name of the command is passed through untouched. With --print_only nothing runs:
+exactly what would is printed. A run that was preempted is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from diffusion_t5x import launch_local
+from diffusion_t5x.exit_codes import PREEMPTED
+
+COMMANDS = ("train", "eval", "infer", "speed")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One sub-command per kind of place, each ending with the command to run there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    places = parser.add_subparsers(dest="place", required=True)
+
+    def place(name: str, text: str) -> argparse.ArgumentParser:
+        return places.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    local = place("local", "processes on this machine")
+    local.add_argument("--processes", type=int, default=1, help="how many")
+    local.add_argument("--devices", type=int, help="simulated CPU devices of each process")
+
+    tpu_vm = place("tpu-vm", "all workers of a TPU VM, by gcloud")
+    tpu_vm.add_argument("--name", required=True, help="of the TPU VM")
+    tpu_vm.add_argument("--zone", required=True)
+    tpu_vm.add_argument("--project", help="by default gcloud's")
+    tpu_vm.add_argument("--directory", default="~/diffusion_t5x", help="of the code on the workers")
+
+    xpk = place("xpk", "a GKE cluster, by xpk")
+    xpk.add_argument("--cluster", required=True)
+    xpk.add_argument("--workload", required=True, help="name of the job")
+    xpk.add_argument("--tpu_type", required=True, help="such as v5p-128")
+    xpk.add_argument("--num_slices", type=int, default=1)
+    xpk.add_argument("--image", required=True, help="container with diffusion_t5x installed")
+    xpk.add_argument("--zone")
+    xpk.add_argument("--project")
+
+    slurm = place("slurm", "a Slurm cluster, by sbatch")
+    slurm.add_argument("--nodes", type=int, required=True)
+    slurm.add_argument("--tasks_per_node", type=int, default=1)
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], help="a further option of sbatch; repeatable"
+    )
+    for sub in (local, tpu_vm, xpk, slurm):
+        sub.add_argument("--python", default="python", help="the interpreter to run")
+        sub.add_argument("--max_restarts", type=int, default=10, help="after preemption")
+        sub.add_argument("--print_only", action="store_true", help="print what would run")
+        sub.add_argument("command", choices=COMMANDS, help="module of diffusion_t5x")
+        sub.add_argument("flags", nargs=argparse.REMAINDER, help="its flags, passed through")
+    return parser
+
+
+def _until_done(command: str, max_restarts: int) -> str:
+    """A shell line that runs `command` again as long as it ends preempted."""
+    return (
+        f"for i in $(seq 0 {max_restarts}); do {command}; code=$?; "
+        f"[ $code -eq {PREEMPTED} ] || exit $code; done; exit $code"
+    )
+
+
+def tpu_vm_argv(args: argparse.Namespace, command: Sequence[str]) -> list[str]:
+    """gcloud's command line that runs `command` on all workers at once."""
+    # The tilde of a home directory must reach the workers' shell unquoted.
+    shell = f"cd {args.directory} && {_until_done(shlex.join(command), args.max_restarts)}"
+    project = [f"--project={args.project}"] if args.project else []
+    return [
+        "gcloud", "compute", "tpus", "tpu-vm", "ssh", args.name,
+        f"--zone={args.zone}", *project, "--worker=all", f"--command={shell}",
+    ]  # fmt: skip
+
+
+def xpk_argv(args: argparse.Namespace, command: Sequence[str]) -> list[str]:
+    """xpk's command line that makes a workload of `command`."""
+    where = [f"--{name}={getattr(args, name)}" for name in ("zone", "project")
+             if getattr(args, name)]  # fmt: skip
+    return [
+        "xpk", "workload", "create",
+        f"--cluster={args.cluster}", f"--workload={args.workload}",
+        f"--tpu-type={args.tpu_type}", f"--num-slices={args.num_slices}",
+        f"--docker-image={args.image}", *where,
+        f"--max-restarts={args.max_restarts}", f"--restart-on-exit-codes={PREEMPTED}",
+        f"--command={shlex.join(command)}",
+    ]  # fmt: skip
+
+
+def slurm_script(args: argparse.Namespace, command: Sequence[str]) -> str:
+    """The script for sbatch; a job that was preempted is put back into the queue."""
+    options = [
+        f"--nodes={args.nodes}", f"--ntasks-per-node={args.tasks_per_node}", "--requeue",
+        *args.sbatch,
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH {option}" for option in options),
+            f"srun --kill-on-bad-exit=1 {shlex.join(command)}",
+            "code=$?",
+            f"if [ $code -eq {PREEMPTED} ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt "
+            f"{args.max_restarts} ]; then",
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            "exit $code",
+            "",
+        ]
+    )
+
+
+def _run(argv: Sequence[str], print_only: bool, text: str | None = None) -> int:
+    if print_only:
+        print(shlex.join(argv))
+        print(text or "", end="")
+        return 0
+    try:
+        return subprocess.run(argv, input=text, text=True, check=False).returncode
+    except FileNotFoundError:
+        raise SystemExit(
+            f"{argv[0]} is not installed here; --print_only shows its command."
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what the command line says, and returns its exit code."""
+    args = make_parser().parse_args(argv)
+    module = f"diffusion_t5x.{args.command}"
+    command = [args.python, "-m", module, *args.flags]
+    if args.place == "local":
+        if args.processes < 1 or args.max_restarts < 0 or (args.devices or 1) < 1:
+            raise SystemExit(
+                f"--processes={args.processes}, --devices={args.devices}, --max_restarts="
+                f"{args.max_restarts}; expected at least 1, 1 and 0."
+            )
+        command[0] = sys.executable if args.python == "python" else args.python
+        if args.print_only:
+            for index in range(args.processes):
+                print(shlex.join(launch_local.process_argv(command, args.processes, index, 0)))
+            return 0
+        return launch_local.run(command, args.processes, args.devices, args.max_restarts)
+    command.append("--distributed")
+    if args.place == "tpu-vm":
+        return _run(tpu_vm_argv(args, command), args.print_only)
+    if args.place == "xpk":
+        return _run(xpk_argv(args, command), args.print_only)
+    return _run(["sbatch"], args.print_only, slurm_script(args, command))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
