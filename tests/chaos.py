@@ -1,0 +1,241 @@
+"""Kills training, batch evaluation and inference at random moments, and compares what is left.
+
+python -m tests.chaos --kills=50 --seed=0
+
+Each command runs once without being disturbed; then it is killed (SIGKILL) again and again, at
+moments drawn from the seed, and started again. Both must end with the same bits: parameters,
+optimiser, metrics, predictions. A line of JSON per command says how often it was killed.
+
+Every attempt is a fork of a process that has imported everything and computed nothing, so that most
+of an attempt is spent at work rather than at starting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+
+sys.path.insert(0, os.path.dirname(__file__))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import toy
+
+from diffusion_t5x import eval as eval_command
+from diffusion_t5x import infer, train
+
+STEPS = 24
+MODEL = [
+    "--gin_file=models/tiny.gin", "--gin_file=objectives/diffusion.gin",
+    "--gin.vocabularies.get_vocabulary.name=bytes", "--gin.VOCAB_SIZE=296",
+    "--gin.config.TransformerConfig.embed_dim=16", "--gin.config.TransformerConfig.mlp_dim=16",
+    "--gin.config.TransformerConfig.num_heads=2", "--gin.config.TransformerConfig.head_dim=4",
+    "--gin.config.TransformerConfig.num_layers=1", "--gin.NUM_STEPS=2", "--gin.NUM_SAMPLES=2",
+    f"--gin.MIXTURE_OR_TASK_NAME={toy.TASK}", "--gin.MIXTURE_OR_TASK_MODULE=toy",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 6, 'targets': 6}",
+]  # fmt: skip
+
+
+def _train(root: pathlib.Path) -> None:
+    train.main([
+        *MODEL, "--gin_file=runs/pretrain.gin", f"--gin.MODEL_DIR={root / 'run'}",
+        f"--gin.TRAIN_STEPS={STEPS}", "--gin.CHECKPOINT_PERIOD=2", "--gin.EVAL_PERIOD=4",
+        "--gin.EVAL_STEPS=1", "--gin.DROPOUT_RATE=0.1", "--gin.BATCH_SIZE=8",
+        "--gin.trainer.train.log_period=1", "--gin.checkpoints.SaveCheckpointConfig.keep=3",
+    ])  # fmt: skip
+
+
+def _run_of(root: pathlib.Path) -> pathlib.Path:
+    """The undisturbed training, whose checkpoints are evaluated."""
+    return root.parent / "quiet" / "run"
+
+
+def _evaluate(root: pathlib.Path) -> None:
+    eval_command.main([
+        *MODEL, "--gin_file=runs/eval.gin", f"--gin.CHECKPOINT_PATH={_run_of(root)}",
+        f"--gin.EVAL_OUTPUT_DIR={root / 'eval'}", "--gin.BEST_METRIC=exact_match",
+        "--gin.BATCH_SIZE=4",
+    ])  # fmt: skip
+
+
+def _infer(root: pathlib.Path) -> None:
+    infer.main([
+        *MODEL, "--gin_file=runs/infer.gin", f"--gin.CHECKPOINT_PATH={_run_of(root)}",
+        f"--gin.INFER_OUTPUT_DIR={root / 'infer'}", "--gin.datasets.DatasetConfig.split=train",
+        "--gin.inference.infer.checkpoint_period=1", "--gin.BATCH_SIZE=4",
+    ])  # fmt: skip
+
+
+COMMANDS = {"train": _train, "eval": _evaluate, "infer": _infer}
+
+
+def _fork(work: Callable[[], None], log: pathlib.Path) -> int:
+    """A process that does `work`; what it prints goes to `log`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _finish(work: Callable[[], None], log: pathlib.Path) -> float:
+    """Lets `work` come to its end, and gives its seconds.
+
+    Raises:
+      RuntimeError: if it fails.
+    """
+    started = time.monotonic()
+    _, status = os.waitpid(_fork(work, log), 0)
+    if status:
+        raise RuntimeError(f"a run failed:\n{log.read_text()[-4000:]}")
+    return time.monotonic() - started
+
+
+def _kill_at(work: Callable[[], None], log: pathlib.Path, seconds: float) -> bool:
+    """Kills `work` after so long; False if it had come to its end before.
+
+    Raises:
+      RuntimeError: if it fails by itself.
+    """
+    pid = _fork(work, log)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            if status:
+                raise RuntimeError(f"a run failed:\n{log.read_text()[-4000:]}")
+            return False
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def _params(root: pathlib.Path, log: pathlib.Path) -> str:
+    """A digest of the last checkpoint's arrays, read by another process."""
+    out = root / "digest"
+
+    def work() -> None:
+        import jax
+        import orbax.checkpoint as ocp
+
+        digest = hashlib.blake2b()
+        for item in ("params", "optimizer"):
+            path = (root / "run" / f"checkpoint_{STEPS}" / item).absolute()
+            tree = ocp.StandardCheckpointer().restore(path)
+            for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                digest.update(jax.tree_util.keystr(leaf_path).encode())
+                digest.update(jax.device_get(leaf).tobytes())
+        out.write_text(digest.hexdigest())
+
+    _finish(work, log)
+    return out.read_text()
+
+
+def _metrics(root: pathlib.Path) -> list[dict]:
+    """The lines of a run's metrics without what a clock decides."""
+    clocks = {"seconds", "steps_per_second", "examples_per_second"}
+    lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+
+
+def _evaluations(root: pathlib.Path) -> list[dict]:
+    results = json.loads((root / "eval" / "results.json").read_text())
+    for row in results["rows"]:
+        row["metrics"].pop("decode_seconds_per_example")
+    files = sorted((root / "eval").rglob("predictions-*.jsonl"))
+    return [
+        *({k: row[k] for k in ("step", "task", "metrics")} for row in results["rows"]),
+        results["best"],
+        {file.name: file.read_text() for file in files},
+    ]
+
+
+def _inferences(root: pathlib.Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted((root / "infer").iterdir())}
+
+
+def outcome(command: str, root: pathlib.Path, log: pathlib.Path) -> object:
+    """What a command left behind, without what a clock decides."""
+    if command == "train":
+        return _params(root, log), _metrics(root)
+    return _evaluations(root) if command == "eval" else _inferences(root)
+
+
+def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Path) -> dict:
+    """Runs a command undisturbed and disturbed, and compares.
+
+    A disturbed run that comes to its end is compared, and another begun, until all kills are spent.
+
+    Args:
+      command: key of `COMMANDS`; all but 'train' need the undisturbed run that it left in
+        `directory`.
+      kills: how often to kill it.
+      rng: draws the moments.
+      directory: for everything.
+
+    Returns:
+      `{'command', 'kills', 'ends', 'seconds', 'same'}`; `ends` counts the disturbed runs that came
+      to their end, `same` says whether all of them left what the undisturbed run left.
+
+    Raises:
+      RuntimeError: if a run fails other than by being killed.
+    """
+    log, run = directory / f"{command}.log", COMMANDS[command]
+    quiet = directory / "quiet"
+    started = time.monotonic()
+    usual = _finish(functools.partial(run, quiet), log)
+    expected = outcome(command, quiet, log)
+    killed, same, ends = 0, True, 0
+    while killed < kills and same:
+        noisy = directory / f"noisy_{ends}"
+        attempt = functools.partial(run, noisy)
+        # Mostly at work, now and then while starting or ending; the last attempt is let alone.
+        while killed < kills and _kill_at(attempt, log, usual * rng.uniform(0.05, 0.95)):
+            killed += 1
+        _finish(attempt, log)
+        ends += 1
+        same = outcome(command, noisy, log) == expected
+    seconds = round(time.monotonic() - started, 1)
+    return {"command": command, "kills": killed, "ends": ends, "seconds": seconds, "same": same}
+
+
+def main() -> None:
+    """Disturbs every command so often; fails if anything is lost, repeated or changed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="of each command, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    toy.register()
+    with tempfile.TemporaryDirectory() as directory:
+        for command in COMMANDS:
+            result = disturb(command, args.kills, rng, pathlib.Path(directory))
+            print(json.dumps(result), flush=True)
+            if not result["same"]:
+                raise SystemExit(f"{command}: what was killed did not end as what was not")
+
+
+if __name__ == "__main__":
+    main()
