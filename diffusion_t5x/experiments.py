@@ -124,8 +124,8 @@ class Run:
         results = self._report.collect(self.experiment, self.scale, self.stages_dir)
         self._report.write(self.results_dir, self.experiment, self.scale, results)
         self.show(results)
-        if getattr(self.experiment, "trajectory", None):
-            self._show_trajectory()
+        if isinstance(self.experiment, Experiment) and isinstance(self.scale, Scale):
+            self._show_trajectory(self.experiment, self.scale)
         where = ", ".join(str(self.results_dir / f"results.{kind}") for kind in ("json", "md"))
         print(f"\nresults of {self.name}: {where}")
         return results
@@ -139,17 +139,19 @@ class Run:
         results = self._report.collect(self.experiment, self.scale, self.stages_dir)
         return self._report.comparison(self.experiment, self.scale, results)
 
-    def _show_trajectory(self) -> None:
-        """Prints how one canvas was denoised by the model of the last row."""
-        [*_, (_, row)] = experiment_graph.rows(self.experiment)
-        task = self.scale.tasks[self.experiment.tasks[0]]
+    def _show_trajectory(self, experiment: Experiment, scale: Scale) -> None:
+        """Prints how one canvas was denoised by the model of the last row, if a text is given."""
+        if experiment.trajectory is None:
+            return
+        [*_, (_, row)] = experiment_graph.rows(experiment)
+        task = scale.tasks[experiment.tasks[0]]
         test = next(stage for stage in self.stages if stage.name == row.test(0, task))
         files = (*test.files[:2], "runs/sample.gin")
         kept = ("TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "RANDOM_SEED")
         bindings = {
             **{name: test.bindings[name] for name in kept},
-            **self.scale.model_bindings.get(row.size, {}),
-            "INPUTS": (self.experiment.trajectory,),
+            **scale.model_bindings.get(row.size, {}),
+            "INPUTS": (experiment.trajectory,),
             "SHOW_TRAJECTORY": True,
         }
         stage = Stage("", "sample", files, bindings, chosen_by=test.chosen_by, flags=test.flags)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +79,10 @@ def create_learning_rate_scheduler(
       ValueError: if a factor is unknown.
     """
 
-    def after_warmup(step: jax.Array) -> jax.Array:
+    def after_warmup(step: jax.Array | int) -> Any:
         return (step - warmup_steps) / max(steps_per_cycle, 1.0)
 
-    known: dict[str, Schedule] = {
+    known: dict[str, Callable[[jax.Array | int], Any]] = {
         "constant": lambda step: base_learning_rate,
         "linear_warmup": lambda step: jnp.minimum(1.0, step / max(warmup_steps, 1)),
         "linear_decay": lambda step: (

@@ -161,7 +161,7 @@ class PjitPartitioner:
 
         return multihost_utils.process_allgather(tree, tiled=True)
 
-    def jit(self, fn: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    def jit(self, fn: Callable[..., Any], **kwargs: Any) -> JittedFunction:
         """`jax.jit` in which flax's sharding constraints mean this mesh and these rules.
 
         Args:
@@ -173,13 +173,13 @@ class PjitPartitioner:
             with nn_partitioning.axis_rules(self.logical_axis_rules):
                 return fn(*args)
 
-        return _Jitted(jax.jit(in_context, **kwargs), self.mesh)
+        return JittedFunction(jax.jit(in_context, **kwargs), self.mesh)
 
 
-class _Jitted:
+class JittedFunction:
     """A jitted function that is called, lowered and compiled inside its mesh."""
 
-    def __init__(self, jitted: Callable[..., Any], mesh: Mesh):
+    def __init__(self, jitted: Any, mesh: Mesh):
         self._jitted = jitted
         self._mesh = mesh
 

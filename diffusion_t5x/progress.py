@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import rich.progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,7 +31,7 @@ class Progress:
         self._done = self._initial = initial
         self._started = self._last_line = time.monotonic()
         self._fields = ""
-        self._bar = None
+        self._bar: rich.progress.Progress | None = None
         import jax
 
         self._silent = jax.process_index() != 0
@@ -38,7 +41,7 @@ class Progress:
     def _start_bar(self) -> None:
         from rich import console, progress
 
-        self._bar = progress.Progress(
+        self._bar = bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -47,10 +50,10 @@ class Progress:
             progress.TextColumn("{task.fields[fields]}"),
             console=console.Console(stderr=True),
         )
-        self._task = self._bar.add_task(
+        self._task = bar.add_task(
             self._description, total=self._total, completed=self._initial, rate="", fields=""
         )
-        self._bar.start()
+        bar.start()
 
     def update(self, count: int = 1, **fields: float) -> None:
         """Counts `count` more units; `fields` are numbers to show beside them."""

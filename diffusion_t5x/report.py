@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffusion_t5x.metric_logs import read_metrics, write_atomically
 NUM_SAMPLES = 4
 MISSING = "missing"
 # Columns beside the metrics -> how the seeds of a row are joined.
-COLUMNS = {
+COLUMNS: Mapping[str, Callable[[Sequence[float]], float]] = {
     "train_steps": statistics.mean,
     "train_seconds": statistics.mean,
     "decode_seconds_per_example": statistics.mean,
@@ -112,7 +112,7 @@ def details(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     body = []
     for (name, task), group in _groups(results).items():
         metrics = [[row["metrics"][m] for row in group if m in row["metrics"]] for m in names]
-        line = [name, task, *(spread(values) if values else None for values in metrics)]
+        line: list[Any] = [name, task, *(spread(values) if values else None for values in metrics)]
         line += [join([row[column] for row in group]) for column, join in COLUMNS.items()]
         body.append([*line, len(group)])
     return ["row", "task", *names, *COLUMNS, "seeds"], body

@@ -83,8 +83,9 @@ def abstract_train_state(
                 break
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioner.replicated)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioner.replicated),
+        step=step,
         params=params,
         opt_state=jax.tree_util.tree_map_with_path(place, opt_state),
     )

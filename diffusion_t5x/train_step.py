@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import clu.metrics
@@ -125,10 +125,10 @@ class Trainer:
         self.leaf_names = list(named_leaves(abstract_state.params))
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         everywhere = partitioner.replicated
-        self.step: Callable[..., tuple[TrainState, Metrics, Health]] = partitioner.jit(
+        self.step = partitioner.jit(
             self._step, donate_argnums=(0, 1), out_shardings=(shardings, everywhere, everywhere)
         )
-        self.eval_step: Callable[[Any, Metrics, Batch], Metrics] = partitioner.jit(
+        self.eval_step = partitioner.jit(
             lambda params, metrics, batch: merge_metrics(metrics, model.eval_fn(params, batch)[1]),
             donate_argnums=(1,),
             out_shardings=everywhere,

@@ -105,6 +105,7 @@ def train(
         raise ValueError(f"EVAL_PERIOD = {eval_period}, log_period = {log_period}; expected >= 1.")
     if total_steps is None and relative_steps is None:
         raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
+    last_step = total_steps or 0
     layout = partitioner.data_layout(train_dataset_cfg.batch_size)
     iterator = datasets.get_training_iterator(
         train_dataset_cfg,
@@ -132,7 +133,7 @@ def train(
             (shapes, types),
         )  # fmt: skip
         if relative_steps is not None:
-            total_steps = first_step + relative_steps
+            last_step = first_step + relative_steps
         write_model_info(model_dir, abstract)
         if summarize_config_fn is not None and jax.process_index() == 0:
             summarize_config_fn(model_dir)
@@ -140,7 +141,7 @@ def train(
             loop = _Loop(
                 trainer, partitioner, iterator, evaluations, checkpointer, log, early_stopping
             )
-            return loop.run(state, total_steps, log_period, eval_period)
+            return loop.run(state, last_step, log_period, eval_period)
 
 
 @contextmanager
@@ -171,18 +172,19 @@ def _initial_state(
     The run's own latest checkpoint comes first, then the initial checkpoint, then fresh
     parameters.
     """
-    first_step, initial = 0, None
+    first_step, initial, params_only = 0, None, False
     if config.restore is not None:
         [(step, initial)] = select_checkpoints(dataclasses.replace(config.restore, mode="specific"))
-        first_step = 0 if config.restore.params_only else step
+        params_only = config.restore.params_only
+        first_step = 0 if params_only else step
     if checkpointer is not None and checkpointer.latest_step() is not None:
         return checkpointer.restore(abstract, iterator), first_step
-    if initial is not None and not config.restore.params_only:
+    if initial is not None and not params_only:
         return restore_train_state(initial, abstract), first_step
     rng = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
     state = create_train_state(model, partitioner, *spec, rng)
     if initial is not None:
-        state = state.replace(params=restore_params(initial, abstract.params))
+        state = dataclasses.replace(state, params=restore_params(initial, abstract.params))
     return state, first_step
 
 
@@ -196,7 +198,7 @@ class _Evaluations:
     ):  # fmt: skip
         self._model, self._partitioner, self._trainer = model, partitioner, trainer
         self._loss_cfg, self._steps, self._seed = loss_cfg, steps, seed
-        self._shapes = None
+        self._shapes: Metrics | None = None
         self._evaluator = None
         if text_cfg is not None and evaluator_cls is not None:
             self._evaluator = evaluator_cls(
@@ -211,17 +213,17 @@ class _Evaluations:
         """split -> metric -> value, e.g. {'training_eval': {'loss': 1.0}}."""
         results = {}
         if self._loss_cfg is not None:
-            results["training_eval"] = self._loss(state)
+            results["training_eval"] = self._loss(state, self._loss_cfg)
         if self._evaluator is not None:
             for task, metrics in self._evaluator.evaluate(state.params, int(state.step)).items():
                 results[f"inference_eval/{task}"] = metrics
         return results
 
-    def _loss(self, state: TrainState) -> dict[str, float]:
-        layout = self._partitioner.data_layout(self._loss_cfg.batch_size)
-        metrics = None
+    def _loss(self, state: TrainState, cfg: datasets.DatasetConfig) -> dict[str, float]:
+        layout = self._partitioner.data_layout(cfg.batch_size)
+        metrics: Metrics | None = None
         for local in datasets.get_eval_batches(
-            self._loss_cfg,
+            cfg,
             self._model.FEATURE_CONVERTER_CLS,
             shard_index=layout.shard_index,
             num_shards=layout.num_shards,
@@ -230,13 +232,13 @@ class _Evaluations:
         ):
             batch = self._partitioner.shard_batch(local)
             if metrics is None:
-                self._shapes = self._shapes or self._trainer.eval_metric_shapes(state, batch)
+                if self._shapes is None:
+                    self._shapes = self._trainer.eval_metric_shapes(state, batch)
                 metrics = self._trainer.empty_metrics(self._shapes)
             metrics = self._trainer.eval_step(state.params, metrics, batch)
         if metrics is None:
             raise ValueError(
-                f"split {self._loss_cfg.split!r} of {self._loss_cfg.mixture_or_task_name!r} has no "
-                "example to evaluate."
+                f"split {cfg.split!r} of {cfg.mixture_or_task_name!r} has no example to evaluate."
             )
         return _compute(metrics)
 

@@ -110,6 +110,11 @@ def get_dataset(
       ValueError: for an unknown task or split, or lengths that lack one of the task's features.
     """
     import_task_module(cfg.module)
+    if not isinstance(cfg.mixture_or_task_name, str):
+        raise ValueError(
+            f"MIXTURE_OR_TASK_NAME = {cfg.mixture_or_task_name!r}; expected one name, of a task or "
+            "of a mixture that joins several."
+        )
     task = get_mixture_or_task(cfg.mixture_or_task_name)
     if cfg.split not in task.splits:
         raise ValueError(

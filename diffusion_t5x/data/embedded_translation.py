@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import random
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from babel import Locale, UnknownLocaleError, dates, lists, numbers, units
 
@@ -89,7 +90,7 @@ def _number(rng: random.Random) -> Render:
 
 
 def _names(rng: random.Random) -> Render:
-    style = rng.choice(("standard", "or"))
+    style: Literal["standard", "or"] = rng.choice(("standard", "or"))
     if rng.random() < 0.5:
         codes = rng.sample(LANGUAGES, 2)
         return lambda locale: lists.format_list(

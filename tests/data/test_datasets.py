@@ -173,6 +173,12 @@ def test_an_unknown_task_is_refused_with_the_nearest_names():
         datasets.get_mixture_or_task("zzzzzzzz")
 
 
+def test_several_tasks_where_one_is_read_are_refused():
+    cfg = toy.dataset_cfg(mixture_or_task_name=(toy.TASK, toy.TASK))
+    with pytest.raises(ValueError, match="expected one name"):
+        datasets.get_dataset(cfg, CanvasFeatureConverter)
+
+
 def test_a_mixture_is_found_as_a_task_is():
     name = "toy_mixture"
     if name not in seqio.MixtureRegistry.names():
