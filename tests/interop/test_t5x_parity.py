@@ -1,6 +1,6 @@
 """Checkpoints that T5X wrote mean the same to our networks: logits, losses, scores, greedy text.
 
-The golden files were made by running T5X once (`tests/t5x/t5x_side.py`); `inputs.json` has what
+The golden files were made by running T5X once (`tests/t5x_side.py`); `inputs.json` has what
 went in.
 """
 

@@ -3,7 +3,7 @@
 As a program it writes the golden files of `tests/interop/golden`, each a checkpoint that T5X wrote
 and the numbers that T5X's own network computes with it:
 
-    python tests/t5x/t5x_side.py
+    python tests/t5x_side.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import types
 
 if __name__ == "__main__":
-    ROOT = pathlib.Path(__file__).resolve().parents[2]
+    ROOT = pathlib.Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import flax.core
@@ -193,7 +193,7 @@ def main():
                 archive.add(directory, arcname=".")
         np.savez_compressed(parity.GOLDEN / f"{network}.npz", **t5x_numbers(network, params))
     inputs = {
-        "made by": "python tests/t5x/t5x_side.py",
+        "made by": "python tests/t5x_side.py",
         "versions": {name: importlib.import_module(name).__version__
                      for name in ("jax", "flax", "orbax.checkpoint", "numpy")},
         "layouts": LAYOUTS,
