@@ -344,8 +344,11 @@ def open_params(path: str) -> dict[str, StoredArray]:
     """
     if t5x_checkpoints.is_t5x_checkpoint(path):
         params = t5x_checkpoints.open_checkpoint(path).params
-        if (note := t5x_networks.setting_of(params)) and jax.process_index() == 0:
-            print(f"{path}: {note}")
+        if t5x_networks.begins_with_zero(params) and jax.process_index() == 0:
+            print(
+                f"{path}: T5X begins each of its texts with a 0; so does "
+                "TransformerConfig.start_token = True."
+            )
         return t5x_networks.to_ours(params)
     directory = epath.Path(path).absolute() / "params"
     if not directory.exists():

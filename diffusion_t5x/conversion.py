@@ -93,8 +93,11 @@ def convert(
     final = epath.Path(destination) / f"{PREFIX}_{step}"
     if final.exists():
         raise FileExistsError(f"{final} is there already; remove it, or choose another --to.")
-    stored = open_params(path)
-    notes = _notes(path)
+    theirs = None
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        theirs = t5x_checkpoints.open_checkpoint(path)
+    stored = t5x_networks.to_ours(theirs.params) if theirs else open_params(path)
+    notes = _notes(path, theirs)
     known, dropped = dict(stored), ()
     if model is not None:
         known, dropped = _fit(path, known, model, partial, random_seed)
@@ -107,9 +110,7 @@ def convert(
         return Conversion(f"{final} (not written)", step, sources, known, dropped, notes)
     _write(destination, step, known, layout)
     if model is None and layout in FORMATS[:2]:
-        needs_start = t5x_checkpoints.is_t5x_checkpoint(path) and bool(
-            t5x_networks.setting_of(t5x_checkpoints.open_checkpoint(path).params)
-        )
+        needs_start = theirs is not None and t5x_networks.begins_with_zero(theirs.params)
         text = describe_network(stored, start_token=needs_start)
         epath.Path(destination, "network.gin").write_text(text)
         notes += (f"{destination}/network.gin tells a model file of this network's size.",)
@@ -128,10 +129,10 @@ def _check_settings(layout: str, model: Any, partial: bool) -> None:
         raise ValueError(f"--format={layout} writes T5X's network; it takes no gin files.")
 
 
-def _notes(path: str) -> tuple[str, ...]:
+def _notes(path: str, theirs: t5x_checkpoints.T5XCheckpoint | None) -> tuple[str, ...]:
     """What of a checkpoint is not taken over."""
-    if t5x_checkpoints.is_t5x_checkpoint(path):
-        if t5x_checkpoints.open_checkpoint(path).has_optimizer_state:
+    if theirs is not None:
+        if theirs.has_optimizer_state:
             return ("T5X's optimiser state is dropped: training starts with a fresh optimiser.",)
     elif (epath.Path(path) / "optimizer").exists():
         return ("the optimiser's state and the data's position are not converted.",)

@@ -39,13 +39,11 @@ class T5XCheckpoint:
     """What is of use in a T5X checkpoint.
 
     Attributes:
-      path: of `checkpoint_{step}/`.
       step: steps trained.
       params: by name such as 'decoder/decoder_norm/scale'.
       has_optimizer_state: whether there is an optimiser's state, which is not read.
     """
 
-    path: str
     step: int
     params: dict[str, StoredArray]
     has_optimizer_state: bool
@@ -150,9 +148,7 @@ def _open_indexed(directory: epath.Path) -> T5XCheckpoint:
             params[name] = StoredArray(source, value.shape, value.dtype, lambda v=value: v)
     _check(directory, params)
     state = index.get("state", {})
-    return T5XCheckpoint(
-        str(directory), _step(state, directory), params, bool(state.get("param_states"))
-    )
+    return T5XCheckpoint(_step(state, directory), params, bool(state.get("param_states")))
 
 
 # ------------------- The newer layout -----------------------------------------
@@ -188,9 +184,7 @@ def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
     _check(directory, params)
     state = tree.get("state", {})
     step = restored("step")["state"] if "step" in state else {}
-    return T5XCheckpoint(
-        str(directory), _step(step, directory), params, bool(state.get("param_states"))
-    )
+    return T5XCheckpoint(_step(step, directory), params, bool(state.get("param_states")))
 
 
 def _at(tree: Any, name: str) -> Any:

@@ -61,11 +61,9 @@ def network_of(names: Iterable[str]) -> str:
     )
 
 
-def setting_of(names: Iterable[str]) -> str:
-    """The setting of ours that a network of T5X's needs and that no shape tells; or ''."""
-    if network_of(names) == "decoder_only":
-        return "its network begins each text with a 0: TransformerConfig.start_token = True."
-    return ""
+def begins_with_zero(names: Iterable[str]) -> bool:
+    """Whether a network needs `TransformerConfig.start_token`, which no shape tells."""
+    return network_of(names) == "decoder_only"
 
 
 def hint(misfits: Iterable[str]) -> str:

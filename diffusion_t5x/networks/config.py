@@ -72,6 +72,12 @@ class TransformerConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
+        for name in ("relative_buckets", "decoder_buckets"):
+            if getattr(self, name) < 4 or getattr(self, name) % 2:
+                raise ValueError(
+                    f"{name.replace('decoder_', 'decoder_relative_')} = {getattr(self, name)}; "
+                    "expected an even number of at least 4: half for each direction."
+                )
         if self.remat not in REMAT_POLICIES:
             near = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=1, cutoff=0.0)[0]
             raise ValueError(

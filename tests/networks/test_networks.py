@@ -217,6 +217,8 @@ def test_unknown_names_are_refused_with_the_nearest():
         dataclasses.replace(CONFIG, remat="ful")
     with pytest.raises(ValueError, match="mlp_activations"):
         dataclasses.replace(CONFIG, mlp_activations=("gellu",))
+    with pytest.raises(ValueError, match="decoder_relative_buckets = 33; expected an even"):
+        dataclasses.replace(CONFIG, decoder_relative_buckets=33)
     with pytest.raises(ValueError, match="num_layers = 0"):
         dataclasses.replace(CONFIG, num_layers=0)
 
