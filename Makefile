@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint experiments bench clean
+.PHONY: demo test test-t5x lint experiments bench clean
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,11 @@ lint: $(INSTALLED)
 
 test: lint
 	$(RUN) -m pytest
+
+# The live comparison with T5X, which must be on PYTHONPATH, its dependencies in $(VENV); see
+# docs/t5x.md.
+test-t5x: $(INSTALLED)
+	$(RUN) -m pytest -m t5x tests/t5x
 
 # Overhead of the runtime over the bare compiled step.
 bench: $(INSTALLED)

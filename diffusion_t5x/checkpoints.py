@@ -1,12 +1,14 @@
 """Checkpoints through Orbax: written in the background, whole or not at all, and checked on read.
 
 A run's directory holds `checkpoint_{step}/` with three items: `params`, `optimizer` (its state and
-the step) and `dataset` (the position of each process's data iterator).
+the step) and `dataset` (the position of each process's data iterator). Checkpoints of T5X are read
+as well, their parameters and step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -14,10 +16,13 @@ from typing import Any, Literal, Protocol
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
+from diffusion_t5x.interop.arrays import StoredArray, place
 from diffusion_t5x.train_state import TrainState, named_leaves
 
 PREFIX = "checkpoint"
@@ -185,15 +190,15 @@ class Checkpointer:
     ) -> None:
         """Starts writing `checkpoint_{state.step}`, unless it is there already.
 
-        The arrays are copied before this returns, so the state may be donated afterwards.
+        The arrays are copied before this returns, so the state may be donated afterwards. A state
+        whose `opt_state` is None is saved as parameters alone.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave(_optimizer_item(state)),
-        }
+        items = {"params": ocp.args.StandardSave(state.params)}
+        if state.opt_state is not None:
+            items["optimizer"] = ocp.args.StandardSave(_optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
             items["dataset"] = _DatasetArgs(iterator)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
@@ -240,7 +245,9 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
       FileNotFoundError: if there is neither a checkpoint nor a run with one.
     """
     directory = epath.Path(path)
-    if (match := _NAME.match(directory.name)) and (directory / "params").exists():
+    if directory.name == t5x_checkpoints.INDEX and directory.is_file():
+        directory = directory.parent
+    if (match := _NAME.match(directory.name)) and _is_checkpoint(directory):
         return [(int(match.group(1)), str(directory.absolute()))]
     found = []
     if directory.is_dir():
@@ -253,6 +260,10 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
             f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000."
         )
     return sorted(found)
+
+
+def _is_checkpoint(directory: epath.Path) -> bool:
+    return (directory / "params").exists() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
 
 
 def select_checkpoints(config: RestoreCheckpointConfig) -> list[tuple[int, str]]:
@@ -279,15 +290,8 @@ def _describe(leaf: Any) -> str:
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _check_fit(path: epath.Path, item: str, abstract: Any) -> None:
-    """Compares names and shapes of a stored item with those expected.
-
-    Raises:
-      CheckpointMismatchError: if they differ.
-    """
-    metadata = ocp.StandardCheckpointer().metadata(path / item).item_metadata
-    stored = named_leaves(getattr(metadata, "tree", metadata))
-    expected = named_leaves(abstract)
+def compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Lines that say in which names and shapes `stored` differs from `expected`."""
     lines = [f"  the checkpoint lacks {name}: {_describe(expected[name])}"
              for name in sorted(expected.keys() - stored.keys())]  # fmt: skip
     lines += [f"  the model has no {name}: {_describe(stored[name])}"
@@ -298,35 +302,94 @@ def _check_fit(path: epath.Path, item: str, abstract: Any) -> None:
         for name in sorted(expected.keys() & stored.keys())
         if tuple(stored[name].shape) != tuple(expected[name].shape)
     ]
-    if lines:
-        hint = (
-            "\nWith RestoreCheckpointConfig.params_only = True the optimiser starts afresh."
-            if item == "optimizer"
-            else ""
-        )
+    return lines
+
+
+def _check_fit(path: str, item: str, stored: Mapping[str, Any], abstract: Any) -> None:
+    """Compares names and shapes of a stored item with those expected.
+
+    Raises:
+      CheckpointMismatchError: if they differ.
+    """
+    if lines := compare(stored, named_leaves(abstract)):
+        what = "optimiser" if item == "optimizer" else "model"
+        hint = t5x_networks.hint(lines)
+        if item == "optimizer":
+            hint = "\nWith RestoreCheckpointConfig.params_only = True the optimiser starts afresh."
         raise CheckpointMismatchError(
-            f"{path} does not fit this {'optimiser' if item == 'optimizer' else 'model'}:\n"
-            + "\n".join(lines)
-            + hint
+            f"{path} does not fit this {what}:\n" + "\n".join(lines) + hint
         )
+
+
+def _stored_leaves(item: epath.Path) -> dict[str, Any]:
+    """Names, shapes and dtypes in an Orbax item."""
+    metadata = ocp.StandardCheckpointer().metadata(item).item_metadata
+    return named_leaves(getattr(metadata, "tree", metadata))
 
 
 def _restore_item(path: str, item: str, abstract: Any) -> Any:
     directory = epath.Path(path).absolute()
     if not (directory / item).exists():
         raise FileNotFoundError(f"{path} is not a checkpoint of this kind: it has no {item!r}.")
-    _check_fit(directory, item, abstract)
+    _check_fit(path, item, _stored_leaves(directory / item), abstract)
     return ocp.StandardCheckpointer().restore(directory / item, abstract)
 
 
+def open_params(path: str) -> dict[str, StoredArray]:
+    """The parameters of a checkpoint, ours or T5X's, under our names, one per layer.
+
+    Raises:
+      FileNotFoundError: if `path` is no checkpoint.
+      ValueError: if it is one of T5X's with a network that is not known here.
+    """
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        params = t5x_checkpoints.open_checkpoint(path).params
+        if t5x_networks.begins_with_zero(params) and jax.process_index() == 0:
+            print(
+                f"{path}: T5X begins each of its texts with a 0; so does "
+                "TransformerConfig.start_token = True."
+            )
+        return t5x_networks.to_ours(params)
+    directory = epath.Path(path).absolute() / "params"
+    if not directory.exists():
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no 'params'.")
+
+    @functools.cache
+    def restored() -> dict[str, Any]:
+        return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(directory)))
+
+    return t5x_networks.to_ours(
+        {
+            name: StoredArray(
+                f"params/{name}",
+                tuple(leaf.shape),
+                np.dtype(leaf.dtype),
+                lambda name=name: restored()[name],
+            )
+            for name, leaf in _stored_leaves(directory).items()
+        }
+    )
+
+
+def has_optimizer_state(path: str) -> bool:
+    """Whether training can go on from a checkpoint with its optimiser's state; not T5X's."""
+    return (epath.Path(path) / "optimizer").exists()
+
+
 def restore_params(path: str, abstract_params: Any) -> Any:
-    """Parameters of a checkpoint of any run, laid out as `abstract_params` says.
+    """Parameters of a checkpoint of any run, ours or T5X's, laid out as `abstract_params` says.
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
       CheckpointMismatchError: if they do not fit.
     """
-    return _restore_item(path, "params", abstract_params)
+    if not t5x_checkpoints.is_t5x_checkpoint(path):
+        return _restore_item(path, "params", abstract_params)
+    stored, expected = open_params(path), named_leaves(abstract_params)
+    if t5x_networks.is_scanned(expected):
+        stored = t5x_networks.scan(stored)
+    _check_fit(path, "params", stored, abstract_params)
+    return place(stored, expected, f"reading {path}")
 
 
 def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:

@@ -58,20 +58,34 @@ def run(function: str, description: str, argv: Sequence[str] | None = None) -> A
     Returns:
       What the function returns.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    args = make_parser(description).parse_args(rewrite_gin_flags(argv))
-    _import_tensorflow()
+    args = parse(make_parser(description), argv)
+    configure(args)
     import gin
-    from diffusion_t5x import gin_utils
 
-    _initialize_processes(args)
-    gin.clear_config()
-    search_paths = [path for path in args.gin_search_paths.split(",") if path]
-    gin_utils.parse_config(args.gin_file, args.gin_bindings, search_paths)
-    _configure_seqio(args)
     module, _, name = function.rpartition(".")
     configured = gin.get_configurable(getattr(importlib.import_module(module), name))
     return configured(dry_run=True) if args.dry_run else configured()
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses `argv`, or this process's arguments, and joins the processes that they tell of."""
+    args = parser.parse_args(rewrite_gin_flags(sys.argv[1:] if argv is None else argv))
+    _import_tensorflow()
+    _initialize_processes(args)
+    return args
+
+
+def configure(
+    args: argparse.Namespace, files: Sequence[str] = (), bindings: Sequence[str] = ()
+) -> None:
+    """Parses gin files and bindings, `files` and `bindings` before those of the command line."""
+    import gin
+    from diffusion_t5x import gin_utils
+
+    gin.clear_config()
+    search_paths = [path for path in args.gin_search_paths.split(",") if path]
+    gin_utils.parse_config([*files, *args.gin_file], [*bindings, *args.gin_bindings], search_paths)
+    _configure_seqio(args)
 
 
 def _import_tensorflow() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from diffusion_t5x import launch_local
 from diffusion_t5x.exit_codes import PREEMPTED
 
-COMMANDS = ("train", "eval", "infer", "speed")
+COMMANDS = ("train", "eval", "infer", "speed", "convert")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from diffusion_t5x.checkpoints import (
     CheckpointConfig,
     Checkpointer,
+    has_optimizer_state,
     restore_params,
     restore_train_state,
     select_checkpoints,
@@ -179,12 +180,23 @@ def _initial_state(
         first_step = 0 if params_only else step
     if checkpointer is not None and checkpointer.latest_step() is not None:
         return checkpointer.restore(abstract, iterator), first_step
-    if initial is not None and not params_only:
+    goes_on = initial is not None and not params_only
+    if initial is not None and goes_on and has_optimizer_state(initial):
         return restore_train_state(initial, abstract), first_step
     rng = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
     state = create_train_state(model, partitioner, *spec, rng)
     if initial is not None:
         state = dataclasses.replace(state, params=restore_params(initial, abstract.params))
+    if goes_on:
+        state = dataclasses.replace(
+            state, step=jax.device_put(np.int32(first_step), abstract.step.sharding)
+        )
+        if jax.process_index() == 0:
+            print(
+                f"{initial}: parameters and step {first_step} are taken over; it has no optimiser "
+                "state that can be read here (a T5X optimiser's is dropped), so the optimiser "
+                "starts afresh."
+            )
     return state, first_step
 
 

@@ -128,6 +128,8 @@ def _statements(name):
     parser = config_parser.ConfigParser((ROOT / name).read_text(encoding="utf-8"), _Text())
     for statement in parser:
         if isinstance(statement, config_parser.IncludeStatement):
+            if not (ROOT / statement.filename).exists():  # one of T5X's
+                continue
             theirs, beneath = _statements(statement.filename)
             included.update({**beneath, **theirs})
         elif isinstance(statement, config_parser.BindingStatement):
@@ -140,7 +142,7 @@ def _statements(name):
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_repeats_a_binding_of_a_file_it_includes(name):
     own, included = _statements(name)
-    assert own
+    assert own or name.startswith("t5x/")  # where T5X's run files bind the rest
     repeated = [key for key in own.keys() & included.keys() if own[key] == included[key]]
     assert not repeated
 

@@ -57,28 +57,21 @@ def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
     return same_segment & visible
 
 
-def relative_position_bucket(
-    distance: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
-) -> Array:
+def relative_position_bucket(distance: Array, *, num_buckets: int, max_distance: int) -> Array:
     """T5's bucket of a relative position (Raffel et al. 2020, section 2.1).
 
-    Half of the buckets hold one distance each, the others grow logarithmically up to
-    `max_distance`, beyond which all share the last.
+    Keys after the query get half of the buckets. In either half, half of the buckets hold one
+    distance each, the others grow logarithmically up to `max_distance`, beyond which all share
+    the last.
 
     Args:
       distance: key position minus query position, any shape.
-      bidirectional: whether keys after the query get half of the buckets; otherwise they share
-        bucket 0 with distance 0.
       num_buckets: buckets in all.
       max_distance: where the last bucket starts.
     """
-    offset = jnp.zeros_like(distance)
-    if bidirectional:
-        num_buckets //= 2
-        offset = jnp.where(distance > 0, num_buckets, 0)
-        distance = jnp.abs(distance)
-    else:
-        distance = jnp.maximum(-distance, 0)
+    num_buckets //= 2
+    offset = jnp.where(distance > 0, num_buckets, 0)
+    distance = jnp.abs(distance)
     exact = num_buckets // 2
     ratio = np.log(max_distance / exact)
     # The small term keeps exact powers on the upper side of their bucket's border, as T5 has it.
@@ -88,15 +81,15 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias per head and distance bucket, shared by the layers of a stack.
+    """A learned bias per head and distance bucket.
 
     Attributes:
       config: the network's configuration.
-      bidirectional: whether tokens may look ahead.
+      num_buckets: buckets of distances, both directions together.
     """
 
     config: TransformerConfig
-    bidirectional: bool
+    num_buckets: int
 
     @nn.compact
     def __call__(self, query_positions: Array, key_positions: Array) -> Array:
@@ -109,14 +102,13 @@ class RelativePositionBias(nn.Module):
         table = nn_partitioning.param_with_axes(
             "rel_embedding",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            (config.num_heads, config.relative_buckets),
+            (config.num_heads, self.num_buckets),
             jnp.float32,
             axes=("heads", "relpos_buckets"),
         )
         bucket = relative_position_bucket(
             key_positions[None, :] - query_positions[:, None],
-            bidirectional=self.bidirectional,
-            num_buckets=config.relative_buckets,
+            num_buckets=self.num_buckets,
             max_distance=config.relative_max_distance,
         )
         return table[:, bucket][None].astype(config.dtype)

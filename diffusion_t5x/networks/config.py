@@ -35,12 +35,15 @@ class TransformerConfig:
       dtype: of activations, 'float32' or 'bfloat16'; parameters and logits are float32.
       remat: 'none', 'dots' (keep matrix products with weights) or 'full' (keep nothing).
       scan_layers: compile one layer and scan over it; parameters get a leading `layers` axis.
-      relative_buckets: buckets of relative distances.
-      causal_buckets: under causal attention give all buckets to distances backwards, as T5's
-        decoders do. By default half of them are kept for distances forwards, which causal
-        attention never asks for, so that a network pretrained causally keeps the meaning of its
-        buckets when it goes on as a bidirectional one (AR2Diff).
+      relative_buckets: buckets of relative distances, half of them backwards, half forwards.
+        Causal attention never asks for the forward half, so that a network pretrained causally
+        keeps the meaning of its buckets when it goes on as a bidirectional one (AR2Diff).
+      decoder_relative_buckets: the same for the decoder alone; None for `relative_buckets`. 64
+        hold the table of T5's decoders, all of whose 32 buckets are for distances backwards.
       relative_max_distance: tokens, beyond which all distances share a bucket.
+      relative_bias_per_layer: give each layer a table of distances of its own, as T5X's
+        `scalable_t5` does, instead of one that the layers of a stack share.
+      start_token: begin each text of a decoder-only network with a 0, as T5X's does.
     """
 
     vocab_size: int
@@ -57,8 +60,10 @@ class TransformerConfig:
     remat: str = "none"
     scan_layers: bool = False
     relative_buckets: int = 32
-    causal_buckets: bool = False
+    decoder_relative_buckets: int | None = None
     relative_max_distance: int = 128
+    relative_bias_per_layer: bool = False
+    start_token: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -67,6 +72,12 @@ class TransformerConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
+        for name in ("relative_buckets", "decoder_buckets"):
+            if getattr(self, name) < 4 or getattr(self, name) % 2:
+                raise ValueError(
+                    f"{name.replace('decoder_', 'decoder_relative_')} = {getattr(self, name)}; "
+                    "expected an even number of at least 4: half for each direction."
+                )
         if self.remat not in REMAT_POLICIES:
             near = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -80,6 +91,7 @@ class TransformerConfig:
                     "function in jax.nn, such as 'gelu'."
                 )
 
-    def splits_buckets(self, attention_pattern: str) -> bool:
-        """Whether distance buckets tell before from after under this attention pattern."""
-        return attention_pattern != "causal" or not self.causal_buckets
+    @property
+    def decoder_buckets(self) -> int:
+        """Buckets of relative distances in the decoder."""
+        return self.decoder_relative_buckets or self.relative_buckets

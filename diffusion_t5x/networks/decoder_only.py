@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusion_t5x.networks.attention import LayerCache, make_mask, repeat_rows
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
-from diffusion_t5x.networks.layout import Prefix, merge, read_prefix, take_targets
+from diffusion_t5x.networks.layout import Prefix, merge, read_prefix, start_texts, take_targets
 
 Array = jax.Array
 
@@ -79,7 +79,7 @@ class DecoderOnly(nn.Module):
 
     def setup(self):
         self.token_embedder = TokenEmbedding(self.config)
-        self.decoder = Stack(self.config, self.config.num_layers)
+        self.decoder = Stack(self.config, self.config.num_layers, self.config.decoder_buckets)
 
     def __call__(self, prefix: Array, target: Array, attention_pattern: str) -> Array:
         """Encodes and decodes without dropout: what initialisation runs."""
@@ -98,7 +98,7 @@ class DecoderOnly(nn.Module):
           deterministic: unused here.
         """
         del deterministic
-        return read_prefix(tokens, segment_ids)
+        return read_prefix(tokens, segment_ids, start=self.config.start_token)
 
     def decode(
         self,
@@ -119,19 +119,26 @@ class DecoderOnly(nn.Module):
           segment_ids: `[batch, length]`, where rows are packed.
           deterministic: no dropout.
         """
+        causal = attention_pattern != "bidirectional"
         row = merge(prefix, target, segment_ids)
+        started = prefix.packed and self.config.start_token
+        if started:
+            if not causal:
+                raise ValueError(
+                    "TransformerConfig.start_token = True: packed rows have no room for it under "
+                    "bidirectional attention; set PACK = False."
+                )
+            row = start_texts(row)
         mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix)
         positions = jnp.arange(row.tokens.shape[1])
         hidden, _ = self.decoder(
             self.token_embedder(row.tokens, deterministic),
             mask,
-            bidirectional=self.config.splits_buckets(attention_pattern),
             deterministic=deterministic,
             query_positions=positions,
             key_positions=positions,
         )
-        causal = attention_pattern != "bidirectional"
-        return take_targets(hidden, row, target.shape[1], before=causal)
+        return take_targets(hidden, row, target.shape[1], before=causal and not started)
 
     def prefill(
         self, prefix: Prefix, attention_pattern: str, max_length: int, repeats: int
@@ -153,7 +160,6 @@ class DecoderOnly(nn.Module):
         hidden, memory = self.decoder(
             self.token_embedder(prefix.tokens, True),
             make_mask(attention_pattern, prefix.segment_ids, is_prefix),
-            bidirectional=self.config.splits_buckets(attention_pattern),
             deterministic=True,
             query_positions=positions,
             key_positions=positions,
@@ -168,23 +174,21 @@ class DecoderOnly(nn.Module):
         self, cache: DecodeCache, tokens: Array, attention_pattern: str
     ) -> tuple[DecodeCache, Array]:
         """Appends `tokens [batch]`; returns the cache and `[batch, embed]`."""
-        return step_stack(self, cache, tokens, attention_pattern)
+        del attention_pattern
+        return step_stack(self, cache, tokens)
 
     def logits(self, hidden: Array) -> Array:
         """`hidden [..., embed] -> [..., vocab]`, float32."""
         return self.token_embedder.logits(hidden)
 
 
-def step_stack(
-    network: nn.Module, cache: DecodeCache, tokens: Array, attention_pattern: str
-) -> tuple[DecodeCache, Array]:
+def step_stack(network: nn.Module, cache: DecodeCache, tokens: Array) -> tuple[DecodeCache, Array]:
     """One token through a network's `token_embedder` and `decoder` with a cache.
 
     Args:
       network: the bound module.
       cache: of the tokens so far.
       tokens: `[batch]` int32.
-      attention_pattern: the pattern that the cache was filled under.
 
     Returns:
       The cache with one token more, and `[batch, embed]`.
@@ -194,7 +198,6 @@ def step_stack(
     hidden, memory = network.decoder(
         network.token_embedder(tokens[:, None], True),
         mask,
-        bidirectional=network.config.splits_buckets(attention_pattern),
         deterministic=True,
         query_positions=cache.index[None],
         key_positions=keys,

@@ -50,8 +50,11 @@ class EncoderDecoder(nn.Module):
     def setup(self):
         config = self.config
         self.token_embedder = TokenEmbedding(config)
-        self.encoder = Stack(config, config.num_encoder_layers or config.num_layers)
-        self.decoder = Stack(config, config.num_layers, cross_attention=True)
+        encoder_layers = config.num_encoder_layers or config.num_layers
+        self.encoder = Stack(config, encoder_layers, config.relative_buckets)
+        self.decoder = Stack(
+            config, config.num_layers, config.decoder_buckets, cross_attention=True
+        )
 
     def __call__(self, prefix: Array, target: Array, attention_pattern: str) -> Array:
         """Encodes and decodes without dropout: what initialisation runs."""
@@ -69,12 +72,11 @@ class EncoderDecoder(nn.Module):
           segment_ids: `[batch, prefix_length]`, where rows are packed.
           deterministic: no dropout.
         """
-        prefix = read_prefix(tokens, segment_ids)
+        prefix = read_prefix(tokens, segment_ids, start=False)
         positions = jnp.arange(tokens.shape[1])
         hidden, _ = self.encoder(
             self.token_embedder(prefix.tokens, deterministic),
             make_mask("bidirectional", prefix.segment_ids, prefix.segment_ids > 0),
-            bidirectional=True,
             deterministic=deterministic,
             query_positions=positions,
             key_positions=positions,
@@ -111,7 +113,6 @@ class EncoderDecoder(nn.Module):
         hidden, _ = self.decoder(
             self.token_embedder(tokens, deterministic),
             make_mask(pattern, segments, segments < 0),
-            bidirectional=self.config.splits_buckets(pattern),
             deterministic=deterministic,
             query_positions=positions,
             key_positions=positions,
@@ -140,7 +141,6 @@ class EncoderDecoder(nn.Module):
         hidden, memory = self.decoder(
             self.token_embedder(start, True),
             jnp.ones((1, 1, 1), bool),
-            bidirectional=self.config.splits_buckets("causal"),
             deterministic=True,
             query_positions=jnp.arange(1),
             key_positions=jnp.arange(1),
@@ -163,7 +163,7 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[DecodeCache, Array]:
         """Appends `tokens [batch]`; returns the cache and `[batch, embed]`."""
         del attention_pattern
-        return step_stack(self, cache, tokens, "causal")
+        return step_stack(self, cache, tokens)
 
     def logits(self, hidden: Array) -> Array:
         """`hidden [..., embed] -> [..., vocab]`, float32."""

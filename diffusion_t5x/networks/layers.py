@@ -135,7 +135,8 @@ class Attended:
 
     Attributes:
       mask: `[batch or 1, queries, keys]` bool, for self-attention.
-      bias: `[1, heads, queries, keys]`.
+      bias: `[1, heads, queries, keys]`; None where each layer has its own.
+      positions: of queries `[queries]` and keys `[keys]`, int32.
       encoded: `[batch, encoder_length, embed]`, or None without cross-attention or where the
         cache already holds its keys and values.
       encoded_mask: `[batch, 1, encoder_length]` bool, or None.
@@ -143,7 +144,8 @@ class Attended:
     """
 
     mask: Array
-    bias: Array
+    bias: Array | None
+    positions: tuple[Array, Array]
     encoded: Array | None = None
     encoded_mask: Array | None = None
     index: Array | None = None
@@ -167,12 +169,14 @@ class TransformerLayer(nn.Module):
 
     Attributes:
       config: the network's configuration.
+      num_buckets: of distances.
       cross_attention: whether to attend to an encoder's output.
       deterministic: no dropout.
       keep_memory: return keys and values for a cache.
     """
 
     config: TransformerConfig
+    num_buckets: int
     cross_attention: bool
     deterministic: bool
     keep_memory: bool
@@ -204,7 +208,12 @@ class TransformerLayer(nn.Module):
                 memory.own,
                 own,
             )
-        y = attention(y, own, attended.mask, attended.bias, deterministic=deterministic)
+        bias = attended.bias
+        if bias is None:
+            bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
+                *attended.positions
+            )
+        y = attention(y, own, attended.mask, bias, deterministic=deterministic)
         x = x + dropout(y, deterministic=deterministic)
         encoded = None
         if self.cross_attention:
@@ -221,16 +230,18 @@ class TransformerLayer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers under one relative position bias, and a final norm.
+    """Layers, their relative position bias, and a final norm.
 
     Attributes:
       config: the network's configuration.
       num_layers: how many layers.
+      num_buckets: of relative distances.
       cross_attention: whether layers attend to an encoder's output.
     """
 
     config: TransformerConfig
     num_layers: int
+    num_buckets: int
     cross_attention: bool = False
 
     @nn.compact
@@ -239,7 +250,6 @@ class Stack(nn.Module):
         x: Array,
         mask: Array,
         *,
-        bidirectional: bool,
         deterministic: bool,
         query_positions: Array,
         key_positions: Array,
@@ -254,7 +264,6 @@ class Stack(nn.Module):
         Args:
           x: `[batch, length, embed]`.
           mask: `[batch or 1, length, keys]` bool.
-          bidirectional: whether distance buckets tell before from after.
           deterministic: no dropout.
           query_positions: `[length]` int32.
           key_positions: `[keys]` int32.
@@ -268,10 +277,11 @@ class Stack(nn.Module):
           `[batch, length, embed]` and the keys and values, or None.
         """
         config = self.config
-        bias = RelativePositionBias(config, bidirectional, name="relpos_bias")(
-            query_positions, key_positions
-        )
-        attended = Attended(mask, bias, encoded, encoded_mask, index)
+        positions = query_positions, key_positions
+        bias = None
+        if not config.relative_bias_per_layer:
+            bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(*positions)
+        attended = Attended(mask, bias, positions, encoded, encoded_mask, index)
         layer = TransformerLayer
         if config.remat != "none":
             layer = nn_partitioning.remat(
@@ -280,6 +290,7 @@ class Stack(nn.Module):
         make = functools.partial(
             layer,
             config=config,
+            num_buckets=self.num_buckets,
             cross_attention=self.cross_attention,
             deterministic=deterministic,
             keep_memory=keep_memory,

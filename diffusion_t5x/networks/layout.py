@@ -30,7 +30,7 @@ class Prefix:
     packed: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def read_prefix(tokens: Array, segment_ids: Array | None) -> Prefix:
+def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Prefix:
     """Right-aligns unpacked prefixes.
 
     A row without any prefix token reads its last padding token as the start of the text, so that
@@ -39,14 +39,18 @@ def read_prefix(tokens: Array, segment_ids: Array | None) -> Prefix:
     Args:
       tokens: `[batch, prefix_length]` int32, padded with 0 at the end.
       segment_ids: `[batch, prefix_length]`, where rows are packed.
+      start: put a 0 before the first token of every text, which makes the prefix one token longer;
+        packed rows are left to `start_texts`.
     """
     if segment_ids is not None:
         return Prefix(tokens, segment_ids, packed=True)
     length = tokens.shape[1]
     used = jnp.max(jnp.where(tokens != 0, jnp.arange(length) + 1, 0), axis=1, keepdims=True)
-    source = jnp.arange(length)[None] - (length - used)
+    width = length + start
+    index = jnp.arange(width)[None]
+    source = index - (width - used)
     aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)
-    is_text = (source >= 0) | (jnp.arange(length)[None] == length - 1)
+    is_text = (source >= (-1 if start else 0)) | (index == width - 1)
     return Prefix(jnp.where(source >= 0, aligned, 0), is_text.astype(jnp.int32))
 
 
@@ -94,6 +98,21 @@ def merge(prefix: Prefix, target: Array, segment_ids: Array | None) -> Row:
     where = jnp.argsort(order, axis=1)
     take = lambda x: jnp.take_along_axis(x, order, axis=1)  # noqa: E731
     return Row(take(tokens), take(segments), take(is_prefix), where[:, prefix_length:])
+
+
+def start_texts(row: Row) -> Row:
+    """A packed row whose texts begin with a 0, each token one place later, the last one left out.
+
+    The token at a position is then the one that predicts what `row` has there, and the last prefix
+    token is where the target begins.
+    """
+    before = jnp.pad(row.segment_ids, [(0, 0), (1, 0)])[:, :-1]
+    inside = row.segment_ids == before
+
+    def shift(x: Array, first: int | bool) -> Array:
+        return jnp.where(inside, jnp.roll(x, 1, axis=1), first)
+
+    return row.replace(tokens=shift(row.tokens, 0), is_prefix=shift(row.is_prefix, True))
 
 
 def take_targets(hidden: Array, row: Row, length: int, before: bool) -> Array:

@@ -217,5 +217,19 @@ def test_unknown_names_are_refused_with_the_nearest():
         dataclasses.replace(CONFIG, remat="ful")
     with pytest.raises(ValueError, match="mlp_activations"):
         dataclasses.replace(CONFIG, mlp_activations=("gellu",))
+    with pytest.raises(ValueError, match="decoder_relative_buckets = 33; expected an even"):
+        dataclasses.replace(CONFIG, decoder_relative_buckets=33)
     with pytest.raises(ValueError, match="num_layers = 0"):
         dataclasses.replace(CONFIG, num_layers=0)
+
+
+def test_texts_that_begin_with_a_zero_have_no_room_for_it_in_packed_canvases():
+    network, params = _make(DecoderOnly, start_token=True)
+    segments = jnp.ones_like(PREFIX), jnp.ones_like(TARGET)
+    with pytest.raises(ValueError, match="start_token = True: packed rows"):
+        _hidden(network, params, PREFIX, TARGET, "bidirectional", *segments)
+    canvas = _hidden(network, params, PREFIX, TARGET, "bidirectional")
+    zero_first = jnp.pad(PREFIX[:1], [(0, 0), (1, 0)])
+    plain, _ = _make(DecoderOnly)
+    by_hand = _hidden(plain, params, zero_first, TARGET[:1], "bidirectional")
+    np.testing.assert_allclose(canvas[:1], by_hand, atol=1e-5)

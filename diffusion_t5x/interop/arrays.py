@@ -1,0 +1,114 @@
+"""Arrays that lie in a checkpoint and are read when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from diffusion_t5x.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array in a checkpoint.
+
+    Attributes:
+      source: name in the checkpoint, or names.
+      shape: of the array.
+      dtype: of the array.
+      read: reads it.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def derive(
+        self, shape: Sequence[int], change: Callable[[np.ndarray], np.ndarray]
+    ) -> StoredArray:
+        """What `change`, which gives an array of `shape`, makes of this one."""
+        return dataclasses.replace(self, shape=tuple(shape), read=lambda: change(self.read()))
+
+    def reshape(self, *shape: int) -> StoredArray:
+        """The same numbers in another shape, given in full."""
+        return self.derive(shape, lambda x: x.reshape(shape))
+
+    def cast(self, dtype: Any) -> StoredArray:
+        """The same numbers in another type."""
+        dtype = np.dtype(dtype)
+        return dataclasses.replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
+
+
+def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
+    """One array for each index of `axis`; together they read `stored` once, if read in turn."""
+    count = stored.shape[axis]
+    shape = stored.shape[:axis] + stored.shape[axis + 1 :]
+    whole: dict[str, Any] = {"taken": 0}
+
+    def take(index: int) -> np.ndarray:
+        if "array" not in whole:
+            whole.update(array=stored.read(), taken=0)
+        part = np.ascontiguousarray(np.take(whole["array"], index, axis=axis))
+        whole["taken"] += 1
+        if whole["taken"] == count:
+            del whole["array"]
+        return part
+
+    return [
+        StoredArray(f"{stored.source}[layer {index}]", shape, stored.dtype, lambda i=index: take(i))
+        for index in range(count)
+    ]
+
+
+def stack(parts: Sequence[StoredArray], axis: int) -> StoredArray:
+    """The parts along a new axis.
+
+    Raises:
+      ValueError: if their shapes differ.
+    """
+    shapes = {part.shape for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"{parts[0].source} and the same of other layers differ: {shapes}.")
+    shape = parts[0].shape
+    return StoredArray(
+        source=f"{parts[0].source} … {parts[-1].source}" if len(parts) > 1 else parts[0].source,
+        shape=(*shape[:axis], len(parts), *shape[axis:]),
+        dtype=parts[0].dtype,
+        read=lambda: np.stack([part.read() for part in parts], axis=axis),
+    )
+
+
+def read_all(stored: Mapping[str, StoredArray], description: str) -> dict[str, np.ndarray]:
+    """Reads every array, showing progress."""
+    arrays = {}
+    with Progress(len(stored), description, "arrays") as progress:
+        for name, array in stored.items():
+            arrays[name] = array.read()
+            progress.update()
+    return arrays
+
+
+def place(stored: Mapping[str, StoredArray], abstract: Mapping[str, Any], description: str) -> Any:
+    """Reads arrays to where they belong, one after the other; a nested tree.
+
+    Args:
+      stored: by name such as 'decoder/final_layer_norm/scale'.
+      abstract: `jax.ShapeDtypeStruct`s with shardings, under the same names.
+      description: what is being read, for the progress shown.
+    """
+    placed = {}
+    with Progress(len(stored), description, "arrays") as progress:
+        for name, array in stored.items():
+            leaf = abstract[name]
+            value = array.read().astype(leaf.dtype)
+            placed[name] = jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda index, value=value: value[index]
+            )
+            progress.update()
+    return flax.traverse_util.unflatten_dict(placed, sep="/")

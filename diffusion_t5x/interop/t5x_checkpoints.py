@@ -1,0 +1,255 @@
+"""T5X's checkpoints on disk, read and written without T5X.
+
+T5X has had two layouts of `checkpoint_{step}/`. The older, which every T5X reads, is a msgpack file
+`checkpoint` whose leaves are arrays or TensorStore specs of zarr arrays beside it. The newer is an
+Orbax item `state/`. Either holds a tree with the parameters under `target`, the step under
+`state/step` and the optimiser's state under `state/param_states`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from diffusion_t5x.interop.arrays import StoredArray
+from diffusion_t5x.progress import Progress
+
+INDEX = "checkpoint"
+STATE = "state"
+# Since 2021: bfloat16 is stored as such.
+VERSION = 3
+CHUNK_BYTES = 64 * 2**20
+_PLACEHOLDER = "PLACEHOLDER://"
+
+
+@dataclasses.dataclass(frozen=True)
+class T5XCheckpoint:
+    """What is of use in a T5X checkpoint.
+
+    Attributes:
+      step: steps trained.
+      params: by name such as 'decoder/decoder_norm/scale'.
+      has_optimizer_state: whether there is an optimiser's state, which is not read.
+    """
+
+    step: int
+    params: dict[str, StoredArray]
+    has_optimizer_state: bool
+
+
+def is_t5x_checkpoint(path: str) -> bool:
+    """Whether a directory is one T5X checkpoint, in either layout."""
+    directory = epath.Path(path)
+    return (directory / STATE).is_dir() or (directory / INDEX).is_file()
+
+
+def open_checkpoint(path: str) -> T5XCheckpoint:
+    """Reads the index of a checkpoint, and no parameter yet.
+
+    Raises:
+      ValueError: if it is no checkpoint of T5X's, or holds no parameters.
+    """
+    directory = epath.Path(path)
+    if (directory / STATE).is_dir():
+        return _open_orbax(directory)
+    return _open_indexed(directory)
+
+
+def _step(state: Mapping[str, Any], directory: epath.Path) -> int:
+    """The step that a checkpoint tells, else that of its name."""
+    step = state.get("step")
+    if step is not None and np.ndim(step) == 0:
+        return int(step)
+    match = re.search(r"(\d+)$", directory.name)
+    return int(match.group(1)) if match else 0
+
+
+def _check(directory: epath.Path, params: Mapping[str, StoredArray]) -> None:
+    if not params:
+        raise ValueError(f"{directory} has no parameters: its index lacks 'target'.")
+    for name, array in params.items():
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
+            raise ValueError(
+                f"{directory}: {name} is {array.dtype}; expected a floating type. Checkpoints that "
+                "T5X wrote before June 2021 keep bfloat16 as uint16, which T5X no longer reads."
+            )
+
+
+# ------------------- The older layout ----------------------------------------
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, dict) and "driver" in value and "kvstore" in value
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of a tree in an index, by names such as 'decoder/decoder_norm/scale'."""
+    return flax.traverse_util.flatten_dict(tree, is_leaf=lambda _, x: _is_spec(x), sep="/")
+
+
+def kvstore(path: str) -> dict[str, str]:
+    """TensorStore's address of a directory, local or `gs://bucket/…`."""
+    path = path.rstrip("/") + "/"
+    if match := re.fullmatch(r"gs://([^/]+)/(.*)", path, re.DOTALL):
+        return {"driver": "gcs", "bucket": match.group(1), "path": match.group(2)}
+    return {"driver": "file", "path": path}
+
+
+def _location(leaf: Any) -> str:
+    """Name of the directory of an array that a leaf of the index points to, or ''."""
+    if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+        return leaf.removeprefix(_PLACEHOLDER)
+    if _is_spec(leaf):
+        # The path is in the spec where an old TensorStore wrote it.
+        return (leaf.get("path") or leaf["kvstore"]["path"]).strip("/")
+    return ""
+
+
+def _open_indexed(directory: epath.Path) -> T5XCheckpoint:
+    content = (directory / INDEX).read_bytes()
+    if content.startswith(b"model_checkpoint_path"):
+        raise ValueError(
+            f"{directory} is a TensorFlow checkpoint of Mesh TensorFlow's T5; convert it with "
+            "T5X's scripts/convert_tf_checkpoint.py first."
+        )
+    try:
+        index = flax.serialization.msgpack_restore(content)
+    except Exception as error:
+        raise ValueError(f"{directory / INDEX} is no index of a T5X checkpoint: {error}") from error
+    index = index.get("optimizer", index) if isinstance(index, dict) else {}
+    leaves = {k: v for k, v in flatten(index.get("target", {})).items() if v is not None}
+    # All are opened at once, which matters where each takes a round trip.
+    opened = {
+        name: ts.open({"driver": "zarr", "kvstore": kvstore(str(directory / _location(leaf)))})
+        for name, leaf in leaves.items()
+        if _location(leaf)
+    }
+    params = {}
+    for name, leaf in leaves.items():
+        source = f"target/{name}"
+        if name in opened:
+            store = opened[name].result()
+            read = functools.partial(lambda store: store.read().result(), store)
+            params[name] = StoredArray(source, store.shape, store.dtype.numpy_dtype, read)
+        else:
+            value = np.asarray(leaf)
+            params[name] = StoredArray(source, value.shape, value.dtype, lambda v=value: v)
+    _check(directory, params)
+    state = index.get("state", {})
+    return T5XCheckpoint(_step(state, directory), params, bool(state.get("param_states")))
+
+
+# ------------------- The newer layout -----------------------------------------
+
+
+def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
+    checkpointer = ocp.PyTreeCheckpointer()
+    path = (directory / STATE).absolute()
+    metadata = checkpointer.metadata(path).item_metadata
+    tree = getattr(metadata, "tree", metadata)
+    target = tree.get("target", {})
+
+    @functools.cache
+    def restored(part: str) -> Any:
+        """One subtree, as NumPy arrays: the devices may have no room for what is not ours yet."""
+        wanted = target if part == "target" else tree["state"]["step"]
+        item = {"target": wanted} if part == "target" else {"state": {"step": wanted}}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        return checkpointer.restore(
+            path, ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+        )
+
+    flat = flax.traverse_util.flatten_dict(target, sep="/")
+    params = {
+        name: StoredArray(
+            f"target/{name}",
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+            lambda name=name: _at(restored("target")["target"], name),
+        )
+        for name, leaf in flat.items()
+    }
+    _check(directory, params)
+    state = tree.get("state", {})
+    step = restored("step")["state"] if "step" in state else {}
+    return T5XCheckpoint(_step(step, directory), params, bool(state.get("param_states")))
+
+
+def _at(tree: Any, name: str) -> Any:
+    return functools.reduce(lambda node, key: node[key], name.split("/"), tree)
+
+
+# ------------------- Writing ---------------------------------------------------
+
+
+def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray]) -> str:
+    """Writes `{directory}/checkpoint_{step}` in the layout that every T5X reads.
+
+    It appears whole or not at all: what a killed writer left is cleared away by the next.
+
+    Args:
+      directory: of the run, local or `gs://bucket/…`.
+      step: steps trained.
+      params: by T5X's name.
+
+    Returns:
+      The checkpoint's path.
+
+    Raises:
+      FileExistsError: if it is there already.
+    """
+    final = epath.Path(directory) / f"checkpoint_{step}"
+    if final.exists():
+        raise FileExistsError(f"{final} is there already; remove it, or write elsewhere.")
+    temporary = epath.Path(directory) / f"{final.name}.tmp"
+    if temporary.exists():
+        temporary.rmtree()
+    temporary.mkdir(parents=True)
+    specs = {}
+    with Progress(len(params), f"writing {final}", "arrays") as progress:
+        for name, array in params.items():
+            specs[name] = _write_array(temporary, f"target.{name.replace('/', '.')}", array)
+            progress.update()
+    target = flax.traverse_util.unflatten_dict(specs, sep="/")
+    index = {
+        "version": VERSION,
+        "optimizer": {"target": target, "state": {"step": np.int32(step)}},
+    }
+    (temporary / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
+    temporary.rename(final)
+    return str(final)
+
+
+def _write_array(directory: epath.Path, name: str, array: StoredArray) -> dict[str, Any]:
+    """Writes one zarr array; returns what the index keeps of it."""
+    chunks = _chunks(array.shape, CHUNK_BYTES // array.dtype.itemsize)
+    metadata = {"compressor": {"id": "gzip"}, "shape": list(array.shape), "chunks": chunks}
+    spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
+    address = kvstore(str(directory / name))
+    ts.open({**spec, "kvstore": address}, create=True).result().write(array.read()).result()
+    relative = {**address, "path": name}
+    if "bucket" in relative:
+        relative["bucket"] = "t5x-dummy-bucket"  # as T5X has it; a checkpoint may be moved
+    return {**spec, "kvstore": relative}
+
+
+def _chunks(shape: tuple[int, ...], elements: int) -> list[int]:
+    """Chunks that divide `shape` evenly and hold at most `elements`, made by halving and so on."""
+    chunks = list(shape)
+    while np.prod(chunks) > elements:
+        axis = int(np.argmax(chunks))
+        divisor = next(d for d in range(2, chunks[axis] + 1) if chunks[axis] % d == 0)
+        chunks[axis] //= divisor
+    return chunks

@@ -1,0 +1,241 @@
+"""The parameters of T5X's example networks, and those of ours that mean the same.
+
+| network | what |
+|---|---|
+| `t5` | `t5x.examples.t5`: encoder-decoder, one table of distances per stack |
+| `scalable_t5` | `t5x.examples.scalable_t5`: the same, one table per layer, layers scanned |
+| `decoder_only` | `t5x.examples.decoder_only`: one causal stack |
+| `diffusion_t5x` | ours, as it is where T5X's trainer trains our models |
+
+T5X's decoders give all buckets of distances to what is before a token; ours give them half. A table
+of T5X's becomes the backward half of one of twice the size, and its forward half starts as the bias
+of distance 0, which is what T5X reads there. A causal network then computes the same numbers, and
+one that goes on bidirectionally keeps the meaning of its buckets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from diffusion_t5x.interop.arrays import StoredArray, stack, unstack
+
+OURS = "diffusion_t5x"
+NETWORKS = ("t5", "scalable_t5", "decoder_only", OURS)
+Params = dict[str, StoredArray]
+
+# T5X's names, and ours.
+_RENAMES = (
+    (r"^decoder/token_embedder/", "token_embedder/"),
+    (r"^decoder/logits_dense/kernel$", "token_embedder/logits_kernel"),
+    (r"^(encoder|decoder)/\1_norm/", r"\1/final_layer_norm/"),
+    (r"^(encoder/layers_\d+)/attention/", r"\1/self_attention/"),
+    (r"^(encoder/layers_\d+)/pre_attention_layer_norm/", r"\1/pre_self_attention_layer_norm/"),
+    (r"/mlp/wi/", "/mlp/wi_0/"),
+)
+_LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*)$")
+_TABLE = re.compile(r"^decoder/(layers_\d+/)?relpos_bias/rel_embedding$")
+_INPUT_KERNEL = re.compile(r"attention/(query|key|value)/kernel$")
+_OUTPUT_KERNEL = re.compile(r"attention/out/kernel$")
+
+
+def network_of(names: Iterable[str]) -> str:
+    """Which of `NETWORKS` has parameters of these names.
+
+    Raises:
+      ValueError: if none has.
+    """
+    names = set(names)
+    if "decoder/final_layer_norm/scale" in names:
+        return OURS
+    if "decoder/decoder_norm/scale" in names:
+        if "decoder/token_embedder/embedding" in names:
+            return "decoder_only"
+        shared = "decoder/relpos_bias/rel_embedding" in names
+        return "t5" if shared else "scalable_t5"
+    raise ValueError(
+        f"parameters such as {', '.join(sorted(names)[:3])} are of no network known here; "
+        f"known: {', '.join(NETWORKS)}."
+    )
+
+
+def begins_with_zero(names: Iterable[str]) -> bool:
+    """Whether a network needs `TransformerConfig.start_token`, which no shape tells."""
+    return network_of(names) == "decoder_only"
+
+
+def hint(misfits: Iterable[str]) -> str:
+    """What to set where these lines say that a checkpoint does not fit; or ''."""
+    text = "\n".join(misfits)
+    hints = {
+        r"decoder/.*rel_embedding.*, 64\], the model .*, 32\]": "decoder_relative_buckets = 64",
+        r"lacks decoder/relpos_bias/": "relative_bias_per_layer = True",
+        r"lacks decoder/layers\w*/relpos_bias/": "relative_bias_per_layer = False",
+        r"lacks token_embedder/logits_kernel": "tied_logits = True",
+        r"model has no token_embedder/logits_kernel": "tied_logits = False",
+    }
+    settings = [setting for pattern, setting in hints.items() if re.search(pattern, text)]
+    return "".join(f"\nIt may want TransformerConfig.{setting}." for setting in settings)
+
+
+def to_ours(params: Mapping[str, StoredArray]) -> Params:
+    """Parameters of any network known here under our names, one per layer.
+
+    Raises:
+      ValueError: if the network is unknown.
+    """
+    network = network_of(params)
+    ours: Params = {}
+    for name, stored in params.items():
+        for layer_name, array in _layers(name, stored):
+            if network == OURS:
+                ours[layer_name] = array
+            else:
+                our_name = _rename(layer_name)
+                ours[our_name] = _to_our_shape(our_name, array)
+    return ours
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _layers(name: str, stored: StoredArray) -> list[tuple[str, StoredArray]]:
+    """A parameter of scanned layers as one per layer; any other as it is."""
+    for pattern, axis in ((r"^(encoder|decoder)/layers/", 0), (r"^(encoder|decoder)/\1/", 1)):
+        if match := re.match(pattern, name):
+            rest = name[match.end() :]
+            parts = enumerate(unstack(stored, axis))
+            return [(f"{match.group(1)}/layers_{i}/{rest}", part) for i, part in parts]
+    return [(name, stored)]
+
+
+def _to_our_shape(name: str, array: StoredArray) -> StoredArray:
+    if _TABLE.match(name):
+        heads, buckets = array.shape
+        return array.derive(
+            (heads, 2 * buckets),
+            lambda table: np.concatenate([table, np.repeat(table[:, :1], buckets, 1)], axis=1),
+        )
+    if len(array.shape) == 3 and _INPUT_KERNEL.search(name):
+        return array.reshape(array.shape[0], array.shape[1] * array.shape[2])
+    if len(array.shape) == 3 and _OUTPUT_KERNEL.search(name):
+        return array.reshape(array.shape[0] * array.shape[1], array.shape[2])
+    return array
+
+
+def scan(params: Mapping[str, StoredArray], axis: int = 0, prefix: str = "layers") -> Params:
+    """Parameters of one layer each as parameters of scanned layers.
+
+    Args:
+      params: under our names, or T5X's.
+      axis: that the layers lie on.
+      prefix: what stands for the layer's number, 'layers' for ours.
+    """
+    scanned: Params = {}
+    groups: dict[str, dict[int, StoredArray]] = {}
+    for name, array in params.items():
+        if match := _LAYER.match(name):
+            side, number, rest = match.groups()
+            group = f"{side}/{prefix or side}/{rest}"
+            groups.setdefault(group, {})[int(number)] = array
+        else:
+            scanned[name] = array
+    for name, layers in groups.items():
+        scanned[name] = stack([layers[number] for number in sorted(layers)], axis)
+    return scanned
+
+
+def is_scanned(names: Iterable[str]) -> bool:
+    """Whether these are our names of a network whose layers are scanned."""
+    return any(re.match(r"^(encoder|decoder)/layers/", name) for name in names)
+
+
+def from_ours(params: Mapping[str, StoredArray], network: str) -> Params:
+    """Our parameters, one per layer, under the names and in the shapes of a network of T5X's.
+
+    Raises:
+      ValueError: if the network is unknown or cannot hold them.
+    """
+    if network not in NETWORKS[:-1]:
+        raise ValueError(f"network {network!r} is unknown; known: {', '.join(NETWORKS[:-1])}.")
+    has_encoder = "encoder/final_layer_norm/scale" in params
+    if has_encoder == (network == "decoder_only"):
+        have = "an encoder-decoder" if has_encoder else "a decoder-only network"
+        raise ValueError(f"network {network!r} cannot hold the parameters of {have}.")
+    gated = any(name.endswith("/mlp/wi_1/kernel") for name in params)
+    params = _share_tables(params, shared=network != "scalable_t5")
+    theirs: Params = {}
+    for name, array in params.items():
+        array = _narrow(array) if _TABLE.match(name) else array  # noqa: PLW2901
+        if network == "scalable_t5":
+            array = _split_heads(name, array, params)  # noqa: PLW2901
+        theirs[_their_name(name, network, gated)] = array
+    return scan(theirs, axis=1, prefix="") if network == "scalable_t5" else theirs
+
+
+def _their_name(name: str, network: str, gated: bool) -> str:
+    name = re.sub(r"^(encoder|decoder)/final_layer_norm/", r"\1/\1_norm/", name)
+    name = re.sub(r"^(encoder/layers_\d+)/self_attention/", r"\1/attention/", name)
+    name = re.sub(
+        r"^(encoder/layers_\d+)/pre_self_attention_layer_norm/",
+        r"\1/pre_attention_layer_norm/",
+        name,
+    )
+    name = name.replace("token_embedder/logits_kernel", "decoder/logits_dense/kernel")
+    if network == "decoder_only":
+        name = re.sub(r"^token_embedder/", "decoder/token_embedder/", name)
+    return name if gated else name.replace("/mlp/wi_0/", "/mlp/wi/")
+
+
+def _share_tables(params: Mapping[str, StoredArray], *, shared: bool) -> Params:
+    """Tables of distances per stack, or per layer.
+
+    Raises:
+      ValueError: if the tables of layers differ where one is to serve all.
+    """
+    result: Params = {}
+    for name, array in params.items():
+        side, _, rest = name.partition("/")
+        match = re.match(r"(layers_(\d+)/)?relpos_bias/", rest)
+        if match is None or bool(match.group(1)) != shared:
+            result[name] = array
+        elif shared:
+            first = params[f"{side}/layers_0/relpos_bias/rel_embedding"]
+            if not np.array_equal(first.read(), array.read()):
+                raise ValueError(
+                    f"{name} differs from that of layer 0, but the network asked for has one table "
+                    "of distances for all layers; 'scalable_t5' has one for each."
+                )
+            result[f"{side}/relpos_bias/rel_embedding"] = first
+        else:
+            numbers = {m.group(2) for n in params if (m := _LAYER.match(n)) and m.group(1) == side}
+            for number in sorted(numbers, key=int):
+                result[f"{side}/layers_{number}/relpos_bias/rel_embedding"] = array
+    return result
+
+
+def _narrow(table: StoredArray) -> StoredArray:
+    """The backward half of a decoder's table, which is all that T5X's networks have."""
+    heads, buckets = table.shape
+    if buckets != 64:
+        raise ValueError(
+            f"{table.source} has {buckets} buckets of distances, {buckets // 2} of them backwards; "
+            "T5X's decoders have 32 backwards, which is "
+            "TransformerConfig.decoder_relative_buckets = 64."
+        )
+    return table.derive((heads, buckets // 2), lambda x: x[:, : buckets // 2])
+
+
+def _split_heads(name: str, array: StoredArray, params: Mapping[str, StoredArray]) -> StoredArray:
+    """`[embed, heads * head_dim] -> [embed, heads, head_dim]`, and outputs alike."""
+    heads = next(p.shape[0] for n, p in params.items() if n.endswith("relpos_bias/rel_embedding"))
+    if _INPUT_KERNEL.search(name):
+        return array.reshape(array.shape[0], heads, array.shape[1] // heads)
+    if _OUTPUT_KERNEL.search(name):
+        return array.reshape(heads, array.shape[0] // heads, array.shape[1])
+    return array
