@@ -136,7 +136,7 @@ def _mode(allow_unprotected: bool) -> str:
     """
     if sys.platform != "linux":
         raise SandboxError(f"generated code runs on Linux only; this is {sys.platform!r}.")
-    modes = ["root"] * (os.geteuid() == 0) + ["user", "landlock"] + ["bare"] * allow_unprotected
+    modes = ["root" if os.geteuid() == 0 else "user", "landlock"] + ["bare"] * allow_unprotected
     reasons = []
     for mode in modes:
         try:

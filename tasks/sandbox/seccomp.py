@@ -62,7 +62,8 @@ _SIGNALS = {
 }
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT = (56, 220), 435, (234, 131), (302, 261)
-_NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags of clone
+_FORK, _VFORK = 57, 58  # on x86-64 alone
+_NEW_NAMESPACES, _THREAD = 0x7E020000, 0x00010000  # flags of clone
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCH, _ARG0 = 0, 4, 16  # offsets in struct seccomp_data
@@ -74,7 +75,7 @@ def supported() -> bool:
     return platform.machine() in _ARCHITECTURES
 
 
-def _program(keep_signals: bool) -> list[tuple[int, int, int, int]]:
+def _program(keep_signals: bool, keep_fork: bool) -> list[tuple[int, int, int, int]]:
     """The filter, as (code, jump if true, jump if false, operand)."""
     column, architecture = _ARCHITECTURES[platform.machine()]
     refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
@@ -87,12 +88,18 @@ def _program(keep_signals: bool) -> list[tuple[int, int, int, int]]:
     if platform.machine() == "x86_64":  # the x32 numbers would go round the list
         code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
     names = _REFUSED if keep_signals else _REFUSED | _SIGNALS
-    for number in sorted(numbers[column] for numbers in names.values()):
+    numbers = [numbers[column] for numbers in names.values()]
+    if not keep_fork and column == 0:
+        numbers += [_FORK, _VFORK]
+    for number in sorted(numbers):
         code += [(_EQUAL, 0, 1, number), refuse]
     # The C library falls back from clone3, whose flags are in memory, to clone, whose are not.
     code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     code += [(_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _ARG0)]
     code += [(_ANY_BIT, 0, 1, _NEW_NAMESPACES), refuse, (_LOAD, 0, 0, _NUMBER)]
+    if not keep_fork:
+        code += [(_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _ARG0)]
+        code += [(_ANY_BIT, 1, 0, _THREAD), refuse, (_LOAD, 0, 0, _NUMBER)]
     # Limits of others: only 0, which is oneself, may be named.
     code += [(_EQUAL, 0, 3, _PRLIMIT[column]), (_LOAD, 0, 0, _ARG0)]
     code += [(_EQUAL, 1, 0, 0), refuse, (_LOAD, 0, 0, _NUMBER)]
@@ -106,16 +113,17 @@ class _Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
-def install(keep_signals: bool) -> None:
+def install(keep_signals: bool, keep_fork: bool) -> None:
     """Installs the filter for this process and all that it starts.
 
     Args:
       keep_signals: whether it may send signals to whatever process it sees.
+      keep_fork: whether it may start processes; threads it always may.
 
     Raises:
       OSError: if the kernel has no such filters.
     """
-    packed = b"".join(struct.pack("=HBBI", *step) for step in _program(keep_signals))
+    packed = b"".join(struct.pack("=HBBI", *step) for step in _program(keep_signals, keep_fork))
     program = _Filter(len(packed) // 8, packed)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0):
