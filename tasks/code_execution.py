@@ -3,8 +3,8 @@
 A program runs in one process and the assertions in another. The assertions call the program's
 functions through a pipe and get results back as plain data, so the program is told arguments and
 never an assertion, the value it expects, or the verdict. Whatever the program does to its own
-interpreter – ends it, overrides comparison, replaces built-in functions, looks through its frames
-or memory – it passes only if what its functions gave back satisfies the assertions.
+interpreter (ends it, overrides comparison, replaces built-in functions, looks through its frames
+or memory), it passes only if what its functions gave back satisfies the assertions.
 
 What is guaranteed, what is not, and on which kernel: docs/sandbox.md.
 """
@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 
-from tasks.sandbox import wire
+from tasks.sandbox.values import Encoder
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sandbox import launch; launch.main()"
 # What a launcher takes to start and to stop, on a machine that is busy.
@@ -87,7 +87,7 @@ def configure(**limits: float) -> Limits:
       TypeError: if there is no such field.
       ValueError: if a value is not positive.
     """
-    global _limits
+    global _limits  # noqa: PLW0603
     _limits = dataclasses.replace(_limits, **limits)
     return _limits
 
@@ -113,6 +113,7 @@ def run_all(programs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:
     Raises:
       SandboxError: if programs cannot be kept in on this machine.
     """
+    _mode(_limits.allow_unprotected)  # found out once, before many ask
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda job: run(*job), programs))
 
@@ -157,7 +158,7 @@ def _mode(allow_unprotected: bool) -> str:
 
 def _run(mode: str, program: str, tests: Sequence[str], limits: Limits) -> bool:
     """`run` under a given protection."""
-    job = wire.Encoder(None, [])
+    job = Encoder(None, [])
     job.encode((program, tuple(tests)))
     settings = json.dumps(_settings(limits))
     with (

@@ -13,12 +13,13 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import wire
+from .values import BadMessage, Decoder, Reference
+from .wire import Gone, Peer
 
 _DUNDERS = ("__name__", "__doc__", "__qualname__")
 
 
-class Proxy(wire.Reference):
+class Proxy(Reference):
     """An object of the program: calls, attributes, items and iteration happen there.
 
     Comparison with a value of the assertion happens here. So does `in`, by iteration, and there is
@@ -82,19 +83,19 @@ class Proxy(wire.Reference):
         return bool(contents) and contents[0] == other
 
 
-class ExaminerPeer(wire.Peer):
+class ExaminerPeer(Peer):
     """Asks the program; answers nothing but calls of functions that were passed to it."""
 
     def answer(self, operation: str, *args: Any) -> Any:
         if operation != "call" or len(args) != 3:
-            raise wire.BadMessage(operation)
+            raise BadMessage(operation)
         function, positional, named = args
         return function(*positional, **named)
 
     def request(self, operation: str, *args: Any) -> Any:
         try:
             return super().request(operation, *args)
-        except wire.Gone:  # nothing that the assertions catch can make up for it
+        except Gone:  # nothing that the assertions catch can make up for it
             os._exit(1)
 
     def lend(self, value: Any) -> tuple[bytes, tuple]:
@@ -148,7 +149,7 @@ def examine(reader: int, writer: int, job: bytes, verdict: int) -> None:
     """
     try:
         peer = ExaminerPeer(reader, writer)
-        program, tests = wire.Decoder(peer, [], job).decode()
+        program, tests = Decoder(peer, [], job).decode()
         codes = [compile(test, "<test>", "exec") for test in tests]
         defined = peer.request("load", program)
         names = Names(peer, defined, set().union(*map(_names, codes)))

@@ -213,8 +213,8 @@ def limit(limits: Mapping[str, int]) -> None:
     for name, most in limits.items():
         what = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(what)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (most, most))
+        most_allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (most_allowed, most_allowed))
 
 
 def tasks_of_user(uid: int) -> int:

@@ -128,7 +128,7 @@ def _serve(job: _Jail, reader: int, writer: int, output: int) -> None:
 
 
 def _init(job: _Jail, *fds: int) -> None:
-    """Process 1 of the program's namespace, whose end is the end of all that the program started."""
+    """Process 1 of the program's namespace; its end is the end of all that the program started."""
     pid = _child(lambda: _serve(job, *fds))
     jail.become(job.uid)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -196,7 +196,7 @@ class _Supervisor:
         )
 
     def _scratch_fits(self, most: int) -> bool:
-        """Whether the scratch directory, which no file system bounds, holds at most `most` bytes."""
+        """Whether the scratch directory, which is of no bounded file system, holds that little."""
         size = count = 0
         for parent, _, names in os.walk("."):
             for name in names:

@@ -11,17 +11,18 @@ import sys
 import types
 from typing import Any
 
-from . import wire
+from .values import Reference
+from .wire import Peer
 
 
-class Callback(wire.Reference):
+class Callback(Reference):
     """A function that an assertion passed as an argument; it runs where it was written."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._peer.request("call", self, args, kwargs)
 
 
-class ProgramPeer(wire.Peer):
+class ProgramPeer(Peer):
     """Holds the program's names and objects."""
 
     trusting = True

@@ -119,7 +119,7 @@ FORGERIES = {
     "no end of answers": "import itertools\nadd = lambda a, b: itertools.count()\n",
     "too much of an answer": "add = lambda a, b: bytes(2**26)\n",
     "an answer in itself": "def add(a, b):\n    x = []\n    x.append(x)\n    return x\n",
-    "a deep answer": "def add(a, b):\n    x = 0\n    for _ in range(10**5): x = [x]\n    return x\n",
+    "a deep answer": "def add(a, b):\n    for _ in range(10**5): a = [a]\n    return a\n",
 }
 WAYS_TO_ASK = [
     "assert add(1, 2) == 3",
@@ -194,7 +194,8 @@ at_first = search()
 
 
 def test_a_program_can_look_everywhere_and_finds_no_assertion():
-    tests = ["'needle'", "'second needle'", "assert at_first == []", "assert search() == []", "assert mapped() == []"]  # fmt: skip
+    tests = ["'needle'", "'second needle'", "assert at_first == []", "assert search() == []"]
+    tests += ["assert mapped() == []"]
     assert code_execution.run(SEARCH, tests)
     # The search does find what is there.
     assert not code_execution.run(SEARCH + "hidden = ['needle']", tests)
@@ -203,8 +204,9 @@ def test_a_program_can_look_everywhere_and_finds_no_assertion():
 @KEPT_IN
 def test_nothing_is_written_outside_the_scratch_directory(mode, tmp_path):
     repository = pathlib.Path(__file__).parents[2]
-    places = [str(repository), str(tmp_path), "/etc", "/usr/lib", "/dev/shm", "/var/tmp", "/", "/dev",
-              os.path.dirname(os.__file__), str(pathlib.Path.home()), "/run", "/proc/self", ".."]  # fmt: skip
+    places = ["/", "..", "/etc", "/usr/lib", "/dev", "/dev/shm", "/var/tmp", "/run", "/proc/self"]
+    places += [str(path) for path in (repository, tmp_path, pathlib.Path.home())]
+    places += [os.path.dirname(os.__file__)]
     tmp_path.chmod(0o777)
     existing = tmp_path / "existing"
     existing.write_text("kept")
@@ -213,7 +215,7 @@ def test_nothing_is_written_outside_the_scratch_directory(mode, tmp_path):
 import os
 written = []
 for place in {places!r}:
-    for attempt in (lambda: open(place + '/hostile', 'w').close(), lambda: os.mkdir(place + '/dir')):
+    for attempt in (lambda: open(place + '/hostile', 'w'), lambda: os.mkdir(place + '/dir')):
         try: attempt(); written.append(place)
         except OSError: pass
 for attempt in (lambda: open({str(existing)!r}, 'w'), lambda: os.remove({str(existing)!r}),
@@ -246,7 +248,7 @@ for name in {files!r}:
     try: got.append(open(name, 'rb').read())
     except OSError: pass
 for name in {folders!r}:
-    try: got.append(sorted(set(os.listdir(name)) - set(('dev', 'tmp', 'usr', 'lib', 'lib64', 'root'))))
+    try: got.append(sorted(set(os.listdir(name)) - {{'dev', 'tmp', 'usr', 'lib', 'lib64', 'root'}}))
     except OSError: pass
 got = [item for item in got if item]
 import os, sys
@@ -412,7 +414,9 @@ def test_printing_without_end_ends(mode):
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root may become another user")
 def test_a_user_without_rights_is_protected_as_well():
-    python = next((p for p in ("/usr/bin/python3", "/usr/local/bin/python3") if os.path.exists(p)), "")
+    python = next(
+        (p for p in ("/usr/bin/python3", "/usr/local/bin/python3") if os.path.exists(p)), ""
+    )
     tasks = str(pathlib.Path(code_execution.__file__).parent)
     script = f"""
 import sys, types, warnings
