@@ -12,6 +12,7 @@ What is guaranteed, what is not, and on which kernel: docs/sandbox.md.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tasks.sandbox.values import Encoder
 
@@ -156,13 +157,26 @@ def _mode(allow_unprotected: bool) -> str:
     )
 
 
+@contextlib.contextmanager
+def _directory() -> Iterator[str]:
+    """A directory that is removed afterwards, whatever was put into it."""
+    directory = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
+    try:
+        yield directory.name
+    finally:
+        try:
+            directory.cleanup()
+        except RecursionError:  # directories in directories in directories
+            subprocess.run(["rm", "-rf", "--", directory.name], check=False)
+
+
 def _run(mode: str, program: str, tests: Sequence[str], limits: Limits) -> bool:
     """`run` under a given protection."""
     job = Encoder(None, [])
     job.encode((program, tuple(tests)))
     settings = json.dumps(_settings(limits))
     with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        _directory() as directory,
         tempfile.TemporaryFile() as text,
         tempfile.TemporaryFile() as verdict,
         tempfile.TemporaryFile() as complaints,

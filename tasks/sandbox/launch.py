@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -75,7 +76,7 @@ def note(text: str) -> None:
 
 
 def _kernel() -> tuple[int, ...]:
-    return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def _child(work: Callable[[], None]) -> int:
@@ -147,7 +148,9 @@ class _Supervisor:
         self._pid = int(os.readlink("self", dir_fd=self._proc))
         self._deadline = time.monotonic() + job.settings["wall_seconds"]
         if not os.path.exists(f"/proc/{self._pid}/task/{self._pid}/children"):
-            note("total memory and number of processes: this kernel does not list children")
+            if not job.namespaces:
+                raise OSError("this kernel does not list children, so that they cannot be ended")
+            note("a limit on the memory of all processes: this kernel does not list children")
 
     def run(self) -> None:
         """Starts the two and waits."""
@@ -198,14 +201,20 @@ class _Supervisor:
     def _scratch_fits(self, most: int) -> bool:
         """Whether the scratch directory, which is of no bounded file system, holds that little."""
         size = count = 0
-        for parent, _, names in os.walk("."):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    size += os.lstat(os.path.join(parent, name)).st_blocks * 512
-            count += 1 + len(names)
-            if size > most or count > 1024:
+        folders = ["."]
+        while folders and size <= most and count <= 1024:
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        count += 1
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except OSError:  # what cannot be looked into, or is too deep to be, may hold anything
                 return False
-        return True
+        return size <= most and count <= 1024
 
     def kill_all(self, but: int = 0) -> None:
         """Kills every descendant, and those that they start meanwhile."""

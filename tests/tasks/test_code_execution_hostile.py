@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -401,6 +402,22 @@ def total(): return written
 
 
 @KEPT_IN
+def test_directories_without_end_are_removed(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+import os
+for number in range(3000):
+    try:
+        os.mkdir('d')
+        os.chdir('d')
+    except OSError: break
+os.chmod('.', 0)
+"""
+    _run(mode, program + ADD, TESTS)  # it may be killed for it, or not
+    assert list(tmp_path.iterdir()) == []
+
+
+@KEPT_IN
 def test_printing_without_end_ends(mode):
     start = time.monotonic()
     program = "import os\nwhile True: print('x' * 1000)"
@@ -410,6 +427,17 @@ def test_printing_without_end_ends(mode):
     )
     assert not _run(mode, persistent, TESTS, wall_seconds=0.5)
     assert time.monotonic() - start < 10
+
+
+FORKS = """
+import os, time
+count = 0
+try:
+    while count < 200:
+        if os.fork() == 0: time.sleep(9)
+        count += 1
+except OSError: pass
+"""
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root may become another user")
@@ -431,6 +459,11 @@ assert not code_execution.run("add = max", {TESTS!r})
 files = "import os\\nfound = os.path.exists('/etc/passwd')\\ntry: open('/etc/passwd')\\n" \\
         "except OSError: found = False"
 assert code_execution.run(files, ["assert not found"])
+assert code_execution._run("landlock", files, ["assert not found"], code_execution.Limits())
+forks = {FORKS!r}
+for mode in ("landlock", code_execution._mode(False)):
+    limits = code_execution.Limits(processes=20, wall_seconds=2)
+    assert not code_execution._run(mode, forks, ["assert count >= 100"], limits)
 print("protected by", code_execution._mode(False))
 """
     if not python:
