@@ -1,6 +1,9 @@
 """pass@k of generated code, from a checkpoint to the numbers, through chunks and the sandbox."""
 
 import json
+import pathlib
+import re
+import shlex
 
 import jax
 import numpy as np
@@ -10,7 +13,8 @@ import toy
 
 import diffusion_t5x.eval
 import diffusion_t5x.train
-from diffusion_t5x import evaluation
+import gin
+from diffusion_t5x import evaluation, gin_utils
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, restore_params, select_checkpoints
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.partitioning import PjitPartitioner
@@ -204,3 +208,16 @@ def test_the_command_takes_the_number_of_candidates_from_gin(tmp_path):
     assert values["pass_at_1"] == pytest.approx(np.mean(passed))
     assert values["pass_at_10"] == np.mean([any(row) for row in passed])
     assert "pass_at_80" not in values
+
+
+def test_the_documented_command_parses():
+    text = (pathlib.Path(__file__).parent.parent / "docs/sandbox.md").read_text(encoding="utf-8")
+    [command] = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "diffusion_t5x.eval"]
+    files = [word.partition("=")[2] for word in words if word.startswith("--gin_file=")]
+    bindings = [word.removeprefix("--gin.") for word in words if word.startswith("--gin.")]
+    gin_utils.parse_config(files, bindings)
+    settings = "evaluation.InferenceEvaluator"
+    assert gin.query_parameter(f"{settings}.num_decodes").scoped_configurable_fn() == 80
+    assert gin.query_parameter(f"{settings}.decodes_per_chunk").scoped_configurable_fn() == 8

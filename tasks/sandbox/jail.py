@@ -87,7 +87,8 @@ def private_uid(job: int) -> int:
 def readable_paths() -> list[str]:
     """What an interpreter reads while it runs: its standard library and the system's libraries."""
     paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
-    paths += [os.path.dirname(os.__file__)]
+    # With its neighbours: the shared libraries that some interpreters bring along.
+    paths += [os.path.dirname(os.path.dirname(os.__file__))]
     return [path for path in paths if os.path.isdir(path)]
 
 
