@@ -90,6 +90,9 @@ class ExaminerPeer(Peer):
         if operation != "call" or len(args) != 3:
             raise BadMessage(operation)
         function, positional, named = args
+        # Nothing but what the assertions passed: no type or function that the program thought of.
+        if not any(function is value for value in self._lent):
+            raise BadMessage(repr(function))
         return function(*positional, **named)
 
     def request(self, operation: str, *args: Any) -> Any:

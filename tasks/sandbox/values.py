@@ -15,6 +15,10 @@ from typing import Any
 
 _MUTABLE = (list, dict, set, bytearray)
 _PURE_MODULES = ("math", "cmath")
+# The types that are the same on both sides; another one, such as `type`, could make classes.
+_PLAIN_TYPES = (
+    int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, range,
+)  # fmt: skip
 # Values of the standard library that are copied: how to make each again.
 _VALUES: dict[str, Callable[[Any], tuple]] = {
     "decimal.Decimal": lambda v: (str(v),),
@@ -138,7 +142,7 @@ class Encoder:
             self.out += b"y" + struct.pack("<I", value._number)
         elif isinstance(value, types.ModuleType):
             self._items(b"m", (value.__name__,))
-        elif (known := _global_name(value)) is not None:
+        elif (known := _global_name(value, not self._peer.trusting)) is not None:
             self._items(b"g", known)
         elif name in _VALUES and getattr(sys.modules.get(kind.__module__), kind.__name__) is kind:
             self._items(b"v", (name, _VALUES[name](value)))
@@ -151,14 +155,21 @@ class Encoder:
             self._items(tag, parts)
 
 
-def _global_name(value: Any) -> tuple[str, str] | None:
-    """Module and name of a built-in type or function, or of a function of mathematics."""
+def _global_name(value: Any, trusted: bool) -> tuple[str, str] | None:
+    """Module and name of what both sides have: plain types, mathematics, and built-in names.
+
+    Args:
+      value: perhaps one of them.
+      trusted: whether the other side takes built-in names; else it takes no more than it must.
+    """
     if not isinstance(value, type | types.BuiltinFunctionType):
         return None
     module, name = value.__module__, value.__name__
-    if module in ("builtins", *_PURE_MODULES):
-        return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
-    return None
+    if module not in ("builtins", *_PURE_MODULES):
+        return None
+    if module == "builtins" and not trusted and not any(value is kind for kind in _PLAIN_TYPES):
+        return None
+    return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
 
 
 _CONSTANTS = {b"N": None, b"T": True, b"F": False, b"E": Ellipsis}
@@ -234,8 +245,8 @@ class Decoder:
                 return importlib.import_module(name)
             case b"g", [str(module), str(name)] if module in ("builtins", *_PURE_MODULES):
                 value = getattr(importlib.import_module(module), name)
-                # A function is called where it was named; types and mathematics do no harm.
-                if self._peer.trusting or isinstance(value, type) or module in _PURE_MODULES:
+                plain = module in _PURE_MODULES or any(value is kind for kind in _PLAIN_TYPES)
+                if self._peer.trusting or plain:
                     return value
             case b"v", [str(name), tuple(args)] if name in _VALUES:
                 module, _, name = name.rpartition(".")

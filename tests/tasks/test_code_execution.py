@@ -291,7 +291,8 @@ def test_honest_programs_are_not_in_the_way_of_the_sandbox(name):
 def test_no_process_outlives_a_trainer_that_is_killed(tmp_path):
     tasks = str(pathlib.Path(code_execution.__file__).parent)
     script = textwrap.dedent(f"""
-        import sys, types
+        import sys, tempfile, types
+        tempfile.tempdir = {str(tmp_path)!r}
         package = types.ModuleType("tasks")
         package.__path__ = [{tasks!r}]
         sys.modules["tasks"] = package

@@ -112,6 +112,14 @@ FORGERIES = {
         "add = lambda a, b: 0\n"
         "os._exit(0)\n"
     ),
+    "a class made where it is compared": (
+        "import sys\n"
+        "def add(a, b):\n"
+        "    frame = sys._getframe()\n"
+        "    while not hasattr(frame.f_locals.get('self'), 'request'): frame = frame.f_back\n"
+        "    peer, attributes = frame.f_locals['self'], {'__eq__': bool, '__call__': bool}\n"
+        "    return peer.request('call', type, ('Any', (), attributes), {})()\n"
+    ),
     "an exception that is equal to everything": (
         "class Any(AssertionError):\n"
         "    def __eq__(self, other): return True\n"
