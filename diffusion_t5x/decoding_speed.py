@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x.evaluation import INIT_SHAPES, Predictor
 from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES, Predictor
 from diffusion_t5x.train_state import create_params
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import seqio
+import tensorflow as tf
 
 import diffusion_t5x
-from diffusion_t5x import tables
+from diffusion_t5x import candidates, tables
 from diffusion_t5x.checkpoints import (
     RestoreCheckpointConfig,
     restore_params,
@@ -24,12 +24,11 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES, Predictor
 from diffusion_t5x.progress import Progress
 from diffusion_t5x.train_state import abstract_params
 
 Metrics = dict[str, float]
-# A network's parameters do not depend on the lengths it is initialised with.
-INIT_SHAPES = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (1, 8)}
 
 
 def task_names(mixture_or_task_name: str | Sequence[str]) -> tuple[str, ...]:
@@ -37,51 +36,6 @@ def task_names(mixture_or_task_name: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(mixture_or_task_name, str):
         return (mixture_or_task_name,)
     return tuple(mixture_or_task_name)
-
-
-class Predictor:
-    """A model's compiled predict and score functions, reused wherever shapes are the same."""
-
-    def __init__(self, model: Any, partitioner: PjitPartitioner, random_seed: int, **flags: Any):
-        """Prepares the functions.
-
-        Args:
-          model: of `models.Model`'s kind.
-          partitioner: devices and sharding.
-          random_seed: batch `i` is decoded with the key that is folded with `i`.
-          **flags: for `predict_batch_with_aux`.
-        """
-        self._partitioner = partitioner
-        self._rng = jax.random.PRNGKey(random_seed)
-        self._functions = {
-            "predict": partitioner.jit(
-                lambda params, batch, rng: model.predict_batch_with_aux(params, batch, rng, **flags)
-            ),
-            "score": partitioner.jit(lambda params, batch, rng: model.score_batch(params, batch)),
-        }
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self.seconds = 0.0
-
-    def __call__(self, mode: str, params: Any, batch: datasets.Batch, index: int) -> Any:
-        """Runs one global batch of numpy rows; the result is numpy, whole, on every process.
-
-        Args:
-          mode: 'predict' or 'score'.
-          params: the network's parameters.
-          batch: `[rows, ...]` each, the same on every process.
-          index: of the batch, which decides its key.
-        """
-        layout = self._partitioner.data_layout(len(next(iter(batch.values()))))
-        start = layout.shard_index * layout.batch_size
-        local = {k: v[start : start + layout.batch_size] for k, v in batch.items()}
-        args = params, self._partitioner.shard_batch(local), jax.random.fold_in(self._rng, index)
-        key = mode, tuple((name, value.shape) for name, value in sorted(batch.items()))
-        if key not in self._compiled:
-            self._compiled[key] = self._functions[mode].lower(*args).compile()
-        started = time.monotonic()
-        result = self._partitioner.gather(self._compiled[key](*args))
-        self.seconds += time.monotonic() - started
-        return result
 
 
 class InferenceEvaluator:
@@ -101,6 +55,8 @@ class InferenceEvaluator:
         random_seed: int = 0,
         num_examples: int | None = None,
         return_all_decodes: bool = False,
+        num_decodes: int = 1,
+        decodes_per_chunk: int = 8,
     ):
         """Reads the data.
 
@@ -111,11 +67,23 @@ class InferenceEvaluator:
           output_dir: gets `{task}/predictions-{step}.jsonl`.
           random_seed: of decoding.
           num_examples: at most so many of each task; None for all.
-          return_all_decodes: hand all samples of an example to the metrics, as pass@k wants.
+          return_all_decodes: hand all samples that the decoder reranks to the metrics.
+          num_decodes: candidates per example, each a text that the decoder gave as its best; above
+            1 the metrics get all of them, as pass@k wants.
+          decodes_per_chunk: candidates per example that are decoded, kept and judged at a time;
+            chunk `c` has keys of its own, so that it is the same whether others were drawn or not.
+            A batch holds `batch_size` of them at once whatever this is.
 
         Raises:
-          ValueError: if a task is unknown, or none has metrics on the split.
+          ValueError: if a task is unknown, none has metrics on the split, or settings contradict
+            each other.
         """
+        if return_all_decodes and num_decodes > 1:
+            raise ValueError(
+                f"return_all_decodes = True and NUM_DECODES = {num_decodes}; expected one of them: "
+                "either all samples of one decoding, or the best sample of each of several."
+            )
+        self._chunks = candidates.ChunkConfig(num_decodes, decodes_per_chunk)
         datasets.import_task_module(dataset_cfg.module)
         self._model, self._partitioner, self._cfg = model, partitioner, dataset_cfg
         self._output_dir = pathlib.Path(output_dir)
@@ -130,6 +98,8 @@ class InferenceEvaluator:
             "num_examples": num_examples,
             "task_feature_lengths": dict(dataset_cfg.task_feature_lengths or {}) or None,
             "return_all_decodes": return_all_decodes,
+            "num_decodes": num_decodes,
+            "decodes_per_chunk": decodes_per_chunk if num_decodes > 1 else None,
             "version": diffusion_t5x.__version__,
         }
         self._evaluators: dict[str, seqio.Evaluator] = {}
@@ -156,7 +126,11 @@ class InferenceEvaluator:
         )
 
     def evaluate(
-        self, params: Any, step: int, tasks: Sequence[str] | None = None
+        self,
+        params: Any,
+        step: int,
+        tasks: Sequence[str] | None = None,
+        resume_key: str | None = None,
     ) -> dict[str, Metrics]:
         """Decodes and measures.
 
@@ -164,12 +138,35 @@ class InferenceEvaluator:
           params: the network's parameters.
           step: they were trained for, in the names of files.
           tasks: some of `self.tasks`; by default all.
+          resume_key: tells these parameters and settings from all others; with it, chunks of
+            candidates are kept until `forget` is called, and are not drawn again.
 
         Returns:
           task -> metric -> value; besides the task's metrics 'examples' and
-          'decode_seconds_per_example', which does not count compilation.
+          'decode_seconds_per_example' (all candidates of one), which does not count compilation.
         """
+        self._resume_key = resume_key
         return {name: self._evaluate(name, params, step) for name in tasks or self.tasks}
+
+    def _chunk_dir(self, name: str, step: int, key: str | None) -> pathlib.Path | None:
+        return self._output_dir / name / f".candidates-{step}-{key}" if key else None
+
+    def forget(self, name: str, step: int, resume_key: str) -> None:
+        """Removes the chunks of a task, whose results are known."""
+        candidates.forget(self._chunk_dir(name, step, resume_key))
+
+    def _draw(self, name: str, params: Any, step: int, dataset: Any) -> candidates.Outputs:
+        """All candidates of a task's examples."""
+
+        def chunk(number: int, size: int) -> tuple[candidates.Outputs, float]:
+            self._predict.seconds = 0.0
+            outputs = self._run("predict", name, params, dataset, (number,), size)
+            return outputs, self._predict.seconds
+
+        judges = candidates.TaskJudges(self._evaluators[name], name)
+        directory = self._chunk_dir(name, step, self._resume_key)
+        outputs, self._predict.seconds = candidates.draw(chunk, self._chunks, judges, directory)
+        return outputs
 
     def _evaluate(self, name: str, params: Any, step: int) -> Metrics:
         evaluator = self._evaluators[name]
@@ -177,7 +174,10 @@ class InferenceEvaluator:
         predictions: dict[int, tuple[np.ndarray, Any]] = {}
 
         def predict(dataset: Any) -> list[tuple[int, np.ndarray]]:
-            predictions.update(self._run("predict", name, params, dataset))
+            if self._chunks.num_decodes > 1:
+                predictions.update(self._draw(name, params, step, dataset))
+            else:
+                predictions.update(self._run("predict", name, params, dataset))
             return [(index, tokens) for index, (tokens, _) in predictions.items()]
 
         def predict_with_aux(dataset: Any) -> tuple[list[tuple[int, np.ndarray]], dict[str, list]]:
@@ -203,23 +203,52 @@ class InferenceEvaluator:
             self._write_predictions(name, step, predictions)
         return values
 
-    def _run(self, mode: str, name: str, params: Any, dataset: Any) -> dict[int, Any]:
-        """index -> outputs of the examples of an enumerated dataset."""
-        outputs: dict[int, Any] = {}
+    def _run(
+        self,
+        mode: str,
+        name: str,
+        params: Any,
+        dataset: Any,
+        position: tuple[int, ...] = (),
+        repeats: int | None = None,
+    ) -> dict[int, Any]:
+        """index -> outputs of the examples of an enumerated dataset.
+
+        Args:
+          mode: 'predict' or 'score'.
+          name: of the task.
+          params: the network's parameters.
+          dataset: of (index, features).
+          position: numbers that, before a batch's index, decide its key.
+          repeats: rows per example; its outputs are then stacked, `[repeats, ...]`.
+        """
+        outputs: dict[int, list[Any]] = {}
         size = self._cfg.batch_size
         eos_id = self._model.output_vocabulary.eos_id
-        total = int(dataset.cardinality()) if int(dataset.cardinality()) >= 0 else None
-        with Progress(total, f"{mode} {name}", "examples") as progress:
+        total = int(dataset.cardinality()) * (repeats or 1)
+        if repeats is not None:
+            dataset = dataset.flat_map(
+                lambda *example: tf.data.Dataset.from_tensors(example).repeat(repeats)
+            )
+        title = " ".join([mode, name, *map(str, position)])
+        with Progress(total if total >= 0 else None, title, "examples") as progress:
             for number, (indices, batch) in enumerate(dataset.batch(size).as_numpy_iterator()):
-                result = self._predict(mode, params, datasets.pad_batch(batch, size), number)
+                padded = datasets.pad_batch(batch, size)
+                result = self._predict(mode, params, padded, *position, number)
                 for row, index in enumerate(indices):
                     if mode == "score":
-                        outputs[int(index)] = float(result[row])
+                        output = float(result[row])
                     else:
                         tokens, aux = result
-                        outputs[int(index)] = end_text(tokens[row], eos_id), aux["scores"][row]
+                        output = end_text(tokens[row], eos_id), aux["scores"][row]
+                    outputs.setdefault(int(index), []).append(output)
                 progress.update(len(indices))
-        return outputs
+        if repeats is None:
+            return {index: output for index, [output] in outputs.items()}
+        return {
+            index: tuple(np.stack(parts) for parts in zip(*several, strict=True))
+            for index, several in outputs.items()
+        }
 
     def _write_predictions(
         self, name: str, step: int, predictions: Mapping[int, tuple[np.ndarray, Any]]
@@ -338,14 +367,16 @@ def _evaluate_checkpoint(
             except FileNotFoundError:
                 print(f"{path} is gone: the run no longer keeps it; skipped.")
                 return rows
+        key = digest.hexdigest()
         row = {
             "step": step,
             "task": task,
-            "metrics": evaluator.evaluate(params, step, [task])[task],
+            "metrics": evaluator.evaluate(params, step, [task], key)[task],
             "settings": settings,
-            "digest": digest.hexdigest(),
+            "digest": key,
         }
         if jax.process_index() == 0:
             write_atomically(file, json.dumps(row, indent=1))
+        evaluator.forget(task, step, key)
         rows.append(row)
     return rows

@@ -24,9 +24,10 @@ from diffusion_t5x.checkpoints import (
 )
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
-from diffusion_t5x.evaluation import INIT_SHAPES, Predictor, task_names
+from diffusion_t5x.evaluation import task_names
 from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES, Predictor
 from diffusion_t5x.progress import Progress
 from diffusion_t5x.train_state import abstract_params
 

@@ -14,8 +14,8 @@ from diffusion_t5x.checkpoints import (
     select_checkpoints,
 )
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation import INIT_SHAPES, Predictor
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES, Predictor
 from diffusion_t5x.train_state import abstract_params
 
 

@@ -14,14 +14,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import sacrebleu
 
-from tasks import code_execution
+from tasks import verdicts
 
 
-def _check(targets: Sequence, predictions: Sequence) -> None:
+def _check(targets: Sequence, predictions: Sequence, several: bool = False) -> None:
     if len(targets) != len(predictions):
         raise ValueError(f"{len(targets)} targets, but {len(predictions)} predictions.")
     if not targets:
         raise ValueError("there is nothing to measure: no targets.")
+    if not several and not isinstance(predictions[0], str):
+        raise ValueError(
+            f"{len(predictions[0])} predictions of an example, but this metric measures one; "
+            "expected NUM_DECODES = 1 and return_all_decodes = False."
+        )
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
@@ -107,9 +112,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def code_passes(
     targets: Sequence[Mapping[str, Sequence[str]]],
     predictions: Sequence[str | Sequence[str]],
-    ks: Sequence[int] = (1,),
+    ks: Sequence[int] = (1, 10, 80),
 ) -> Mapping[str, float]:
-    """pass@k by running each program with its assertions in a subprocess.
+    """pass@k by running each program with its assertions in the sandbox.
 
     Args:
       targets: per problem `{'tests': assertions, 'code': reference}`.
@@ -118,24 +123,24 @@ def code_passes(
 
     Raises:
       ValueError: if there are no targets, or not as many predictions.
+      SandboxError: if programs cannot be kept in on this machine.
     """
-    _check(targets, predictions)
-    samples = [[text] if isinstance(text, str) else list(text) for text in predictions]
-    programs = [
-        (program, target["tests"])
-        for target, texts in zip(targets, samples, strict=True)
-        for program in texts
-    ]
-    passed = iter(code_execution.run_all(programs))
-    correct = [sum(next(passed) for _ in texts) for texts in samples]
+    _check(targets, predictions, several=True)
+    samples = verdicts.as_lists(predictions)
+    passed = verdicts.judge(targets, samples)["passed"]
+    verdicts.forget()
     same = [
         texts[-1].strip() == target["code"].strip()
         for target, texts in zip(targets, samples, strict=True)
     ]
-    counts = list(zip(samples, correct, strict=True))
     fewest = min(len(texts) for texts in samples)
     return {"exact_match": float(np.mean(same))} | {
-        f"pass_at_{k}": float(np.mean([pass_at_k(len(texts), c, k) for texts, c in counts]))
+        f"pass_at_{k}": float(np.mean([pass_at_k(len(row), sum(row), k) for row in passed]))
         for k in ks
         if k <= fewest
     }
+
+
+# Candidates are run while others are still being decoded.
+code_passes.judge = verdicts.judge
+code_passes.remember = verdicts.remember

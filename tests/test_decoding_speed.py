@@ -6,8 +6,8 @@ import pytest
 import toy
 
 from diffusion_t5x.decoding_speed import measure
-from diffusion_t5x.evaluation import Predictor
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import Predictor
 
 LENGTHS = {"inputs": 6, "targets": 4}
 

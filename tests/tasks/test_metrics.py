@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from tasks import metrics
+from tasks import code_execution, metrics
 
 
 def test_exact_match_is_a_fraction():
@@ -130,3 +130,45 @@ def test_lengths_that_differ_and_nothing_at_all_are_refused(metric):
         metric(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="no targets"):
         metric([], [])
+
+
+@pytest.mark.parametrize("metric", [metrics.exact_match, metrics.bleu, metrics.squad])
+def test_a_metric_of_one_text_refuses_several(metric):
+    with pytest.raises(ValueError, match=r"2 predictions of an example.*NUM_DECODES = 1"):
+        metric(["a"], [["a", "b"]])
+
+
+def test_programs_judged_ahead_are_not_run_again_and_equal_ones_once(monkeypatch):
+    ran = []
+    original = code_execution.run_all
+    monkeypatch.setattr(
+        code_execution, "run_all", lambda jobs: ran.extend(p for p, _ in jobs) or original(jobs)
+    )
+    targets = [{"tests": ["assert x == 1"], "code": ""}, {"tests": ["assert x == 2"], "code": ""}]
+    some = [["x = 1", "x = 2"], ["x = 1", "x = 1"]]
+    first = metrics.code_passes.judge(targets, some)
+    assert first["passed"] == [[True, False], [False, False]]
+    assert sorted(ran) == ["x = 1", "x = 1", "x = 2"]  # the same text under other assertions
+    scores = metrics.code_passes(targets, [[*some[0], "x = 3"], [*some[1], "x = 2"]])
+    assert sorted(ran[3:]) == ["x = 2", "x = 3"]
+    assert scores["pass_at_1"] == pytest.approx(1 / 3)
+    assert "pass_at_10" not in scores
+    # In a later process what was judged is taken back, unless limits have changed since.
+    ran.clear()
+    metrics.code_passes.remember(targets, some, first)
+    assert metrics.code_passes(targets, some)["pass_at_1"] == 0.25
+    assert ran == []
+    other = {**first, "limits": first["limits"].replace("5", "6")}
+    metrics.code_passes.remember(targets, some, other)
+    metrics.code_passes(targets, some)
+    assert len(ran) == 3
+
+
+def test_pass_at_1_10_and_80_are_told_where_there_are_as_many_samples():
+    target = {"tests": ["assert x == 1"], "code": "x = 1"}
+    samples = ["x = 1"] * 20 + ["x = 2"] * 60
+    scores = metrics.code_passes([target], [samples])
+    at_10 = 1 - math.comb(60, 10) / math.comb(80, 10)
+    assert scores == pytest.approx(
+        {"exact_match": 0, "pass_at_1": 0.25, "pass_at_10": at_10, "pass_at_80": 1}
+    )
