@@ -24,9 +24,9 @@ from diffusion_t5x.checkpoints import (
     list_checkpoints,
     open_params,
 )
-from diffusion_t5x.evaluation import INIT_SHAPES
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, read_all
+from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.train_state import TrainState, named_leaves
 
 OURS = t5x_networks.OURS

@@ -12,9 +12,9 @@ import diffusion_t5x.eval
 import gin
 from diffusion_t5x import commands, gin_utils, infer, models, sample, train
 from diffusion_t5x.checkpoints import list_checkpoints, restore_params
-from diffusion_t5x.evaluation import INIT_SHAPES
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.train_state import abstract_params
 
 COMMANDS = {"train": train, "eval": diffusion_t5x.eval, "infer": infer, "sample": sample}

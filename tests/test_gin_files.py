@@ -12,8 +12,8 @@ import pytest
 import gin
 from diffusion_t5x import experiments, gin_utils, models
 from diffusion_t5x.data import datasets
-from diffusion_t5x.evaluation import INIT_SHAPES
 from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.trainer import train
 from gin import config_parser
 

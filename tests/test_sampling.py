@@ -94,7 +94,7 @@ def test_the_text_is_that_of_the_models_own_decoding(run_dir):
     import jax
 
     from diffusion_t5x.checkpoints import list_checkpoints, restore_params
-    from diffusion_t5x.evaluation import INIT_SHAPES
+    from diffusion_t5x.predictor import INIT_SHAPES
     from diffusion_t5x.train_state import abstract_params
 
     model = toy.model("autoregressive")

@@ -17,9 +17,9 @@ from interop import parity
 import gin
 from diffusion_t5x import conversion, gin_utils, models
 from diffusion_t5x.checkpoints import restore_params
-from diffusion_t5x.evaluation import INIT_SHAPES
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.train_state import abstract_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
