@@ -118,7 +118,7 @@ def test_t5xs_inference_writes_predictions(runs):
 
 def test_t5xs_own_t5_goes_on_as_a_diffusion_model_here(runs):
     lines = read_metrics(str(runs / "ar2diff_here"))
-    assert {line["step"] for line in lines} == {14}  # 4 steps of T5X's, 10 of ours
+    assert lines[-1]["step"] == 14  # 4 steps of T5X's, 10 of ours
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
