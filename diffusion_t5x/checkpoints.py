@@ -8,7 +8,6 @@ as well, their parameters and step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -16,13 +15,12 @@ from typing import Any, Literal, Protocol
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
-from diffusion_t5x.interop.arrays import StoredArray, place
+from diffusion_t5x.interop.arrays import StoredArray, place, read_together
 from diffusion_t5x.train_state import TrainState, named_leaves
 
 PREFIX = "checkpoint"
@@ -354,21 +352,11 @@ def open_params(path: str) -> dict[str, StoredArray]:
     if not directory.exists():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no 'params'.")
 
-    @functools.cache
-    def restored() -> dict[str, Any]:
+    def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(directory)))
 
-    return t5x_networks.to_ours(
-        {
-            name: StoredArray(
-                f"params/{name}",
-                tuple(leaf.shape),
-                np.dtype(leaf.dtype),
-                lambda name=name: restored()[name],
-            )
-            for name, leaf in _stored_leaves(directory).items()
-        }
-    )
+    stored = read_together(_stored_leaves(directory), "params", read)
+    return t5x_networks.to_ours(stored)
 
 
 def has_optimizer_state(path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,28 @@ class StoredArray:
         """The same numbers in another type."""
         dtype = np.dtype(dtype)
         return dataclasses.replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
+
+
+def read_together(
+    leaves: Mapping[str, Any], item: str, read: Callable[[], Mapping[str, np.ndarray]]
+) -> dict[str, StoredArray]:
+    """Arrays of which all are read as soon as one is asked for.
+
+    Args:
+      leaves: what has each array's shape and dtype, by name.
+      item: that the names are in.
+      read: reads all, by name.
+    """
+    read = functools.cache(read)
+    return {
+        name: StoredArray(
+            f"{item}/{name}",
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+            lambda name=name: read()[name],
+        )
+        for name, leaf in leaves.items()
+    }
 
 
 def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:

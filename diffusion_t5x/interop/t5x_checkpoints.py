@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from diffusion_t5x.interop.arrays import StoredArray
+from diffusion_t5x.interop.arrays import StoredArray, read_together
 from diffusion_t5x.progress import Progress
 
 INDEX = "checkpoint"
@@ -161,34 +161,20 @@ def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
     tree = getattr(metadata, "tree", metadata)
     target = tree.get("target", {})
 
-    @functools.cache
-    def restored(part: str) -> Any:
-        """One subtree, as NumPy arrays: the devices may have no room for what is not ours yet."""
-        wanted = target if part == "target" else tree["state"]["step"]
-        item = {"target": wanted} if part == "target" else {"state": {"step": wanted}}
+    def restore(item: Any) -> Any:
+        """As NumPy arrays: the devices may have no room for what is not ours yet."""
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         return checkpointer.restore(
             path, ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
         )
 
-    flat = flax.traverse_util.flatten_dict(target, sep="/")
-    params = {
-        name: StoredArray(
-            f"target/{name}",
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype),
-            lambda name=name: _at(restored("target")["target"], name),
-        )
-        for name, leaf in flat.items()
-    }
+    params = read_together(
+        flatten(target), "target", lambda: flatten(restore({"target": target})["target"])
+    )
     _check(directory, params)
     state = tree.get("state", {})
-    step = restored("step")["state"] if "step" in state else {}
+    step = restore({"state": {"step": state["step"]}})["state"] if "step" in state else {}
     return T5XCheckpoint(_step(step, directory), params, bool(state.get("param_states")))
-
-
-def _at(tree: Any, name: str) -> Any:
-    return functools.reduce(lambda node, key: node[key], name.split("/"), tree)
 
 
 # ------------------- Writing ---------------------------------------------------

@@ -37,21 +37,15 @@ def test_our_network_computes_what_t5xs_does(network, tmp_path):
     parity.assert_equal(parity.our_numbers(network, params), theirs)
 
 
-def test_scanned_layers_are_read_into_layers_that_are_not(tmp_path):
-    params = restore(
-        "scalable_t5", parity.golden_checkpoint("scalable_t5", tmp_path), scan_layers=False
-    )
-    assert "layers_1" in params["decoder"]
-    theirs = dict(np.load(parity.GOLDEN / "scalable_t5.npz"))
-    ours = parity.our_numbers("scalable_t5", params, scan_layers=False)
-    parity.assert_equal(ours, theirs)
-
-
-def test_layers_that_are_not_scanned_are_read_into_scanned_ones(tmp_path):
-    params = restore("t5", parity.golden_checkpoint("t5", tmp_path), scan_layers=True)
-    assert "layers" in params["decoder"]
-    theirs = dict(np.load(parity.GOLDEN / "t5.npz"))
-    parity.assert_equal(parity.our_numbers("t5", params, scan_layers=True), theirs)
+@pytest.mark.parametrize("network", ["t5", "scalable_t5"])
+def test_layers_are_read_into_scanned_ones_and_into_ones_that_are_not(network, tmp_path):
+    path = parity.golden_checkpoint(network, tmp_path)
+    looped, scanned = (restore(network, path, scan_layers=scan) for scan in (False, True))
+    for side, count in (("encoder", parity.ENCODER_LAYERS), ("decoder", parity.LAYERS)):
+        layers = [looped[side].pop(f"layers_{number}") for number in range(count)]
+        stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
+        jax.tree.map(np.testing.assert_array_equal, scanned[side].pop("layers"), stacked)
+    jax.tree.map(np.testing.assert_array_equal, looped, scanned)
 
 
 def test_a_model_that_reads_distances_otherwise_is_refused(tmp_path):
