@@ -53,8 +53,9 @@ class Model:
         """Checks that the parts fit together.
 
         Raises:
-          ValueError: if the network has fewer embeddings than the vocabulary has tokens, or the
-            objective or decoder draws tokens that the network does not know.
+          ValueError: if the network has fewer embeddings than the vocabulary has tokens, the
+            objective or decoder draws tokens that the network does not know, or the decoder ends
+            texts with another token than the vocabulary.
         """
         rows = module.config.vocab_size
         if vocabulary.vocab_size > rows:
@@ -69,6 +70,12 @@ class Model:
                     f"{type(part).__name__}.corruption.vocab_size = {drawn}, but the network knows "
                     f"only {rows} tokens; set VOCAB_SIZE for both."
                 )
+        end = getattr(decoder, "eos_id", None)
+        if end is not None and vocabulary.eos_id is not None and end != vocabulary.eos_id:
+            raise ValueError(
+                f"{type(decoder).__name__}.eos_id = {end}, but the vocabulary ends texts with "
+                f"token {vocabulary.eos_id}; set it to that."
+            )
         losses.normalize_weights(loss_normalizing_factor, jnp.ones((1, 1)))
         self.module = module
         self.objective = objective

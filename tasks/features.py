@@ -1,8 +1,12 @@
-"""The features that all tasks here have."""
+"""What all tasks here share: their features, and how they are registered."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import seqio
+import tensorflow as tf
 
 from diffusion_t5x.data.vocabularies import get_vocabulary
 
@@ -18,3 +22,28 @@ def output_features() -> dict[str, seqio.Feature]:
         "inputs": seqio.Feature(vocabulary, add_eos=False, required=False),
         "targets": seqio.Feature(vocabulary, add_eos=True),
     }
+
+
+def register(
+    name: str,
+    source: seqio.DataSource,
+    preprocessors: Sequence[Callable[..., tf.data.Dataset]],
+    **kwargs: Any,
+) -> str:
+    """Registers a task once, and returns its name.
+
+    Args:
+      name: of the task.
+      source: its examples.
+      preprocessors: make tokens 'inputs' and 'targets' of them; the end-of-text token is added.
+      **kwargs: for `seqio.TaskRegistry.add`.
+    """
+    if name not in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.add(
+            name,
+            source=source,
+            preprocessors=[*preprocessors, seqio.preprocessors.append_eos_after_trim],
+            output_features=output_features(),
+            **kwargs,
+        )
+    return name

@@ -7,6 +7,7 @@ Names mean the same in every task: `exact_match` and `pass_at_k` are fractions i
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -43,11 +44,21 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[s
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
     """Corpus BLEU by sacrebleu with its default settings, in percent.
 
+    sacrebleu's signature, without which a BLEU cannot be compared, is printed once.
+
     Raises:
       ValueError: if there are no targets, or not as many predictions.
     """
     _check(targets, predictions)
-    return {"bleu": sacrebleu.corpus_bleu(list(predictions), [list(targets)]).score}
+    metric = sacrebleu.BLEU()
+    score = metric.corpus_score(list(predictions), [list(targets)]).score
+    _announce(f"BLEU by sacrebleu, signature {metric.get_signature()}")
+    return {"bleu": score}
+
+
+@functools.cache
+def _announce(line: str) -> None:
+    print(line, flush=True)
 
 
 def normalize_answer(text: str) -> str:
@@ -56,31 +67,46 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def token_f1(target: str, prediction: str) -> float:
-    """Harmonic mean of precision and recall over the tokens of normalised answers, in [0, 1]."""
+def token_f1(target: str, prediction: str, f1_of_nothing: float = 0.0) -> float:
+    """Harmonic mean of precision and recall over the tokens of normalised answers, in [0, 1].
+
+    Args:
+      target: a reference answer.
+      prediction: an answer.
+      f1_of_nothing: for two answers of which normalisation leaves nothing, such as 'the' and '!':
+        0 by SQuAD v1.1's script, 1 by v2.0's.
+    """
     wanted, given = normalize_answer(target).split(), normalize_answer(prediction).split()
+    if not wanted and not given:
+        return f1_of_nothing
     shared = sum((collections.Counter(wanted) & collections.Counter(given)).values())
-    if not wanted or not given:
-        return float(wanted == given)
     if not shared:
         return 0.0
     precision, recall = shared / len(given), shared / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 
-def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Mapping[str, float]:
+def squad(
+    targets: Sequence[Sequence[str]], predictions: Sequence[str], f1_of_nothing: float = 0.0
+) -> Mapping[str, float]:
     """SQuAD's F1 and exact match, the best over the reference answers, in percent.
+
+    'f1' and 'em' are those of the official script of v1.1, by which an answer that is nothing but
+    articles and punctuation has no F1; 'exact_match' compares the answers as they are.
 
     Args:
       targets: reference answers of each example.
       predictions: one answer each.
+      f1_of_nothing: see `token_f1`.
 
     Raises:
       ValueError: if there are no targets, or not as many predictions.
     """
     _check(targets, predictions)
     pairs = list(zip(targets, predictions, strict=True))
-    f1 = [max(token_f1(answer, text) for answer in answers) for answers, text in pairs]
+    f1 = [
+        max(token_f1(answer, text, f1_of_nothing) for answer in answers) for answers, text in pairs
+    ]
     em = [
         max(normalize_answer(answer) == normalize_answer(text) for answer in answers)
         for answers, text in pairs

@@ -1,39 +1,98 @@
-"""Pretraining on the standard library: docstrings 80 %, source 20 % (arXiv 2401.17181, §4)."""
+"""Pretraining corpora: mC4 with Python of The Stack, and the standard library's own text.
+
+Natural language gives 80 %, source code 20 % (arXiv 2401.17181, section 4).
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import preprocessors, sources
-from tasks.features import output_features
+from diffusion_t5x.data import language_mixture, preprocessors, sources, text_readers
+from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data.tfds_source import TfdsDataSource
+from tasks.features import register
 
 OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
     "prefix_lm": preprocessors.prefix_lm,
     "span_corruption": preprocessors.span_corruption,
 }
-# name -> (files of the documents, share of the mixture in percent)
-CORPORA = {"prose": (sources.prose_files, 80.0), "source": (sources.source_files, 20.0)}
+PROSE, SOURCE = 80.0, 20.0  # percent
+MC4_TFDS = "c4/multilingual:3.1.0"
+_MC4_CODES = """
+    af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga
+    gd gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb
+    lo lt lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so
+    sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu
+"""
+MC4_LANGUAGES = tuple(_MC4_CODES.split())
 
-for _objective, _preprocessor in OBJECTIVES.items():
-    _mixture = f"embedded_pretrain_{_objective}"
-    if _mixture in seqio.MixtureRegistry.names():
-        continue
-    for _corpus, (_files, _) in CORPORA.items():
-        seqio.TaskRegistry.add(
-            f"embedded_{_corpus}_{_objective}",
-            source=sources.EmbeddedDataSource(_files),
-            preprocessors=[
-                functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
-                functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-                _preprocessor,
-                seqio.preprocessors.append_eos_after_trim,
-            ],
-            output_features=output_features(),
-        )
-    seqio.MixtureRegistry.add(
-        _mixture, [(f"embedded_{_corpus}_{_objective}", r) for _corpus, (_, r) in CORPORA.items()]
+
+def mc4_name(language: str) -> str:
+    """The name of a language's source, such as 'mc4_bg_Latn' of 'bg-Latn'."""
+    return f"mc4_{language.replace('-', '_')}"
+
+
+def _documents(name: str, field: str, **kwargs) -> LocalFilesDataSource:
+    return LocalFilesDataSource(
+        name,
+        lambda settings: text_readers.Documents(settings.text_field or field, settings.documents),
+        **kwargs,
     )
+
+
+def _mc4(language: str) -> LocalFilesDataSource:
+    return _documents(
+        mc4_name(language),
+        "text",
+        otherwise=TfdsDataSource(
+            MC4_TFDS, splits={"train": language, "validation": f"{language}-validation"}
+        ),
+        to_record=lambda example: {"text": example["text"]},
+    )
+
+
+def _stack_files() -> Mapping[str, str]:
+    raise ValueError(
+        "'the_stack' is in no TFDS; set LOCAL_FILES = {'the_stack': {'train': FILES, 'validation': "
+        "FILES}} to its Parquet or JSON lines files of Python, e.g. "
+        "'/data/the-stack/data/python/*.parquet', whose programs are in 'content'."
+    )
+
+
+def _register(corpus: str, source: seqio.DataSource, objective: str) -> str:
+    """A corpus's task under an objective."""
+    steps = [
+        functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
+        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+        OBJECTIVES[objective],
+    ]
+    return register(f"{corpus}_{objective}", source, steps)
+
+
+def _mix(name: str, rates: list[tuple[str, float | Callable[[seqio.Task], float]]]) -> str:
+    if name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add(name, rates)
+    return name
+
+
+_EMBEDDED = {
+    "embedded_prose": sources.EmbeddedDataSource(sources.prose_files),
+    "embedded_source": sources.EmbeddedDataSource(sources.source_files),
+}
+_MIXTURE = language_mixture.LanguageMixture()
+_MC4 = {language: _mc4(language) for language in _MIXTURE.choose(MC4_LANGUAGES)}
+_STACK = _documents(
+    "the_stack", "content", default_files=_stack_files, splits=("train", "validation")
+)
+
+for _objective in OBJECTIVES:
+    _prose, _source = (_register(name, files, _objective) for name, files in _EMBEDDED.items())
+    _mix(f"embedded_pretrain_{_objective}", [(_prose, PROSE), (_source, SOURCE)])
+    _languages = [_register(mc4_name(name), _MC4[name], _objective) for name in _MC4]
+    _mc4_mixture = _mix(f"mc4_{_objective}", [(name, _MIXTURE.rate) for name in _languages])
+    _python = _register("the_stack", _STACK, _objective)
+    _mix(f"pretrain_{_objective}", [(_mc4_mixture, PROSE), (_python, SOURCE)])

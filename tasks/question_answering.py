@@ -1,45 +1,72 @@
-"""Extractive question answering about the standard library's signatures and docstrings."""
+"""Extractive question answering: SQuAD v1.1, and the standard library's signatures."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import sources
+from diffusion_t5x.data import file_readers, sources
+from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics
-from tasks.features import output_features
+from tasks.features import register
 
-NAME = "embedded_qa"
+EMBEDDED = "embedded_qa"
+SQUAD = "squad_v1_1"
+SQUAD_TFDS = "squad/v1.1:3.0.0"
 
 
 @seqio.map_over_dataset
 def to_text(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-    """The question first, then the context in which to find its answer."""
+    """The question first, then the context in which to find its answer.
+
+    Args:
+      example: 'context', 'question', and 'answers' `[n]`, of which the first is to be learned.
+    """
     return {
         "inputs": example["question"] + "\n" + example["context"] + "\n",
-        "targets": example["answer"],
-        "answer": example["answer"],
+        "targets": example["answers"][0],
+        "answers": example["answers"],
     }
 
 
 def postprocess(text: str, example: Mapping[str, Any], is_target: bool) -> str | list[str]:
     """Predictions stay text; targets become the list of reference answers."""
-    return [example["answer"].decode()] if is_target else text
+    return [answer.decode() for answer in example["answers"]] if is_target else text
 
 
-if NAME not in seqio.TaskRegistry.names():
-    seqio.TaskRegistry.add(
-        NAME,
-        source=sources.EmbeddedDataSource(sources.question_files),
-        preprocessors=[
-            to_text,
-            seqio.preprocessors.tokenize,
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=output_features(),
-        postprocess_fn=postprocess,
-        metric_fns=[metrics.squad],
-    )
+def _from_tfds(example: Mapping[str, Any]) -> Mapping[str, tf.Tensor]:
+    answers = example["answers"]["text"]
+    return {"context": example["context"], "question": example["question"], "answers": answers}
+
+
+@seqio.map_over_dataset
+def _single_answer(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    return {**example, "answers": example["answer"][None]}
+
+
+STEPS = (to_text, seqio.preprocessors.tokenize)
+register(
+    EMBEDDED,
+    sources.EmbeddedDataSource(sources.question_files),
+    [_single_answer, *STEPS],
+    postprocess_fn=postprocess,
+    # Many answers, such as the parameter `a` or the default `()`, are nothing once normalised.
+    metric_fns=[functools.partial(metrics.squad, f1_of_nothing=1.0)],
+)
+register(
+    SQUAD,
+    LocalFilesDataSource(
+        "squad_v1_1",
+        lambda settings: file_readers.Squad(),
+        TfdsDataSource(SQUAD_TFDS, splits=("train", "validation")),
+        _from_tfds,
+    ),
+    STEPS,
+    postprocess_fn=postprocess,
+    metric_fns=[metrics.squad],
+)

@@ -1,4 +1,4 @@
-"""Translation of CLDR's dates, durations, amounts, units and names, between any two locales."""
+"""Translation: WMT14, and CLDR's dates, durations, amounts, units and names between any locales."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ import functools
 
 import seqio
 
-from diffusion_t5x.data import sources
+from diffusion_t5x.data import sources, text_readers
 from diffusion_t5x.data.embedded_translation import parse_locale
+from diffusion_t5x.data.local_files import LocalFiles, LocalFilesDataSource
+from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics
-from tasks.features import output_features
+from tasks.features import register
+
+WMT14_TFDS = "wmt14_translate/fr-en:1.0.0"
+WMT14_LANGUAGES = ("en", "fr")
+
+
+def _wmt14_reader(settings: LocalFiles) -> text_readers.ParallelText:
+    return text_readers.ParallelText(
+        languages=WMT14_LANGUAGES, columns=tuple(settings.columns or WMT14_LANGUAGES)
+    )
+
+
+def _register(name: str, source: seqio.DataSource, inputs: str, targets: str, metric_fns) -> str:
+    """A task that translates one field of a source into another."""
+    rekey = functools.partial(
+        seqio.preprocessors.rekey, key_map={"inputs": inputs, "targets": targets}
+    )
+    return register(name, source, [rekey, seqio.preprocessors.tokenize], metric_fns=metric_fns)
 
 
 def register_translation(source_locale: str, target_locale: str) -> str:
@@ -19,23 +38,22 @@ def register_translation(source_locale: str, target_locale: str) -> str:
       ValueError: if CLDR lacks one of the locales.
     """
     parse_locale(source_locale), parse_locale(target_locale)
-    name = f"embedded_translation_{source_locale}_{target_locale}"
-    if name not in seqio.TaskRegistry.names():
-        files = functools.partial(sources.translation_files, source_locale, target_locale)
-        seqio.TaskRegistry.add(
-            name,
-            source=sources.EmbeddedDataSource(files),
-            preprocessors=[
-                functools.partial(
-                    seqio.preprocessors.rekey, key_map={"inputs": "source", "targets": "target"}
-                ),
-                seqio.preprocessors.tokenize,
-                seqio.preprocessors.append_eos_after_trim,
-            ],
-            output_features=output_features(),
-            metric_fns=[metrics.exact_match, metrics.bleu],
-        )
-    return name
+    files = functools.partial(sources.translation_files, source_locale, target_locale)
+    return _register(
+        f"embedded_translation_{source_locale}_{target_locale}",
+        sources.EmbeddedDataSource(files),
+        "source",
+        "target",
+        [metrics.exact_match, metrics.bleu],
+    )
 
 
-register_translation("en", "fr")
+EMBEDDED = register_translation("en", "fr")
+
+_WMT14 = LocalFilesDataSource(
+    "wmt14",
+    _wmt14_reader,
+    TfdsDataSource(WMT14_TFDS, splits=("train", "validation", "test")),
+)
+for _inputs, _targets in (WMT14_LANGUAGES, WMT14_LANGUAGES[::-1]):
+    _register(f"wmt14_{_inputs}_{_targets}", _WMT14, _inputs, _targets, [metrics.bleu])

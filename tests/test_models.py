@@ -40,7 +40,7 @@ def make_model(network_class, objective, dropout_rate=0.0, **kwargs):
             StepUnrolledDenoising(CORRUPTION, cross_entropy=CrossEntropy(z_loss=1e-3)),
             DiffusionDecoder(CORRUPTION, num_steps=3, num_samples=4),
         )
-    vocabulary = types.SimpleNamespace(vocab_size=VOCAB)
+    vocabulary = types.SimpleNamespace(vocab_size=VOCAB, eos_id=1)
     return Model(network_class(config), *parts, vocabulary, None, **kwargs)
 
 
@@ -243,5 +243,9 @@ def test_parts_that_do_not_fit_together_are_refused():
             model.output_vocabulary,
             None,
         )
+    with pytest.raises(ValueError, match=r"AutoregressiveDecoder.eos_id = 1, .* token 2; set it"):
+        model = make_model(DecoderOnly, "autoregressive")
+        vocabulary = types.SimpleNamespace(vocab_size=VOCAB, eos_id=2)
+        Model(model.module, model.objective, model.decoder, vocabulary, None)
     with pytest.raises(ValueError, match="loss_normalizing_factor"):
         make_model(DecoderOnly, "diffusion", loss_normalizing_factor="SUM")

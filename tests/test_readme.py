@@ -1,5 +1,6 @@
 """What the README tells a reader to type runs as written."""
 
+import ast
 import json
 import pathlib
 import re
@@ -7,11 +8,14 @@ import shlex
 
 import pytest
 
+import tasks  # noqa: F401
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import experiments, infer, launch, sample, train
+from diffusion_t5x.data import local_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
+TASKS = ROOT / "docs" / "tasks.md"
 COMMANDS = {
     "train": train.main,
     "eval": eval_command.main,
@@ -55,6 +59,18 @@ def test_the_commands_of_the_page_on_experiments_run(tmp_path, monkeypatch, caps
     for name, argv in _commands(ROOT / "docs" / "experiments.md"):
         COMMANDS[name](argv)
         assert capsys.readouterr().out
+
+
+def test_the_page_on_tasks_gives_files_to_sources_that_exist():
+    words = [word for block in _blocks("sh", TASKS) for word in shlex.split(block)]
+    sources = {
+        source
+        for word in words
+        if word.startswith("--gin.LOCAL_FILES=")
+        for source in ast.literal_eval(word.split("=", 1)[1])
+    }
+    assert sources == {"wmt14", "squad_v1_1", "mbpp", "human_eval", "the_stack", "mc4_en"}
+    assert sources <= local_files._KNOWN
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data.vocabularies import sentinel_ids
+
 Features = Mapping[str, tf.Tensor]
 
 
@@ -84,8 +86,8 @@ def span_corruption(
 ) -> tf.data.Dataset:
     """T5's span corruption (Raffel et al. 2020, section 3.1.4), without end-of-text tokens.
 
-    Random spans are replaced in 'inputs' by sentinels, which count down from the vocabulary's
-    last token; 'targets' repeats each sentinel followed by the tokens that it stands for.
+    Random spans are replaced in 'inputs' by the vocabulary's sentinels, see
+    `vocabularies.sentinel_ids`; 'targets' repeats each followed by the tokens that it stands for.
 
     Args:
       dataset: of `{'targets': tokens [n]}`.
@@ -97,7 +99,7 @@ def span_corruption(
     Raises:
       ValueError: if the lengths leave no room, or need more sentinels than there are.
     """
-    vocabulary = output_features["targets"].vocabulary
+    all_sentinels = sentinel_ids(output_features["targets"].vocabulary)
     fits = [
         size
         for size in range(2, sum(sequence_length.values()))
@@ -113,11 +115,11 @@ def span_corruption(
     if not fits:
         raise ValueError(f"TASK_FEATURE_LENGTHS = {sequence_length} has no room for a span.")
     most_spans = _noise_sizes(fits[-1], noise_density, mean_span_length)[1]
-    if most_spans > vocabulary.extra_ids:
+    if most_spans > len(all_sentinels):
         raise ValueError(
-            f"extra_ids = {vocabulary.extra_ids}, but {fits[-1]} tokens hold {most_spans} "
-            "corrupted spans, each needing a sentinel; raise get_vocabulary.extra_ids or lower "
-            "the lengths."
+            f"extra_ids = {len(all_sentinels)}, but {fits[-1]} tokens hold {most_spans} "
+            "corrupted spans, each needing a sentinel; raise get_vocabulary.extra_ids, unless the "
+            "vocabulary has its own sentinels, or lower the lengths."
         )
 
     @seqio.map_over_dataset(num_seeds=2)
@@ -136,7 +138,7 @@ def span_corruption(
             axis=1,
         )
         is_noise = tf.repeat(tf.tile([False, True], [spans]), tf.reshape(lengths, [-1]))
-        sentinels = vocabulary.vocab_size - 1 - tf.range(spans, dtype=tf.int32)
+        sentinels = tf.constant(all_sentinels, tf.int32)[:spans]
         return {
             "inputs": _replace_spans(tokens, is_noise, sentinels),
             "targets": _replace_spans(tokens, ~is_noise, sentinels),

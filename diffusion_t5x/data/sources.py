@@ -88,7 +88,7 @@ def source_files() -> dict[str, str]:
 
 
 class EmbeddedDataSource(seqio.FunctionDataSource):
-    """Examples of a cached family, every field a string; lists are JSON.
+    """Examples of a cached family, every field a string or a vector of strings.
 
     Attributes:
       files: makes and names the files of the splits.
@@ -103,11 +103,7 @@ class EmbeddedDataSource(seqio.FunctionDataSource):
     ) -> tf.data.Dataset:
         del shuffle_files, seed  # One file a split; examples are shuffled later.
         records = cache.read_jsonl(self.files()[split])
-        columns = {
-            name: [
-                value if isinstance(value, str) else json.dumps(value)
-                for value in (record[name] for record in records)
-            ]
-            for name in records[0]
-        }
+        columns = {name: [record[name] for record in records] for name in records[0]}
+        lists = {name: values for name, values in columns.items() if isinstance(values[0], list)}
+        columns |= {name: tf.ragged.constant(values) for name, values in lists.items()}
         return tf.data.Dataset.from_tensor_slices(columns)

@@ -10,6 +10,7 @@ import pathlib
 
 import sentencepiece
 import seqio
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 import gin
@@ -72,15 +73,66 @@ def _train_sentencepiece(path: pathlib.Path) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
+def sentinel_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
+    """The tokens that stand for corrupted spans: of the first span, of the second, and so on.
+
+    They are the pieces `<extra_id_0>`, `<extra_id_1>` ... of a SentencePiece model, wherever they
+    are, be they its own, as mT5's, or added; the last tokens, counted down, of other vocabularies.
+    """
+    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        last = vocabulary.vocab_size - 1
+        return tuple(last - number for number in range(vocabulary.extra_ids))
+    tokenizer = vocabulary.tokenizer
+    ids = []
+    while True:
+        pieces = (f"{mark}<extra_id_{len(ids)}>" for mark in ("\u2581", ""))
+        found = [tokenizer.PieceToId(piece) for piece in pieces]
+        known = [token for token in found if token != tokenizer.unk_id()]
+        if not known:
+            return tuple(ids)
+        ids.append(known[0])
+
+
+def _sentencepiece(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
+    """The model of a file, with sentinels added unless it has its own.
+
+    Raises:
+      ValueError: if it has no end-of-text token, or its token 0 may stand in a text.
+    """
+    vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=0)
+    try:
+        tokenizer = vocabulary.tokenizer
+    except (RuntimeError, DecodeError) as error:
+        raise ValueError(f"vocabulary {path!r} is not a SentencePiece model: {error}") from error
+    if tokenizer.eos_id() <= 0:
+        raise ValueError(
+            f"vocabulary {path!r} has the end-of-text token {tokenizer.eos_id()}; expected one "
+            "above 0. SentencePiece models are trained with --eos_id."
+        )
+    has_bytes = tokenizer.IsByte(tokenizer.PieceToId("<0x00>"))
+    if not (
+        tokenizer.IsControl(0) or tokenizer.IsUnused(0) or (tokenizer.IsUnknown(0) and has_bytes)
+    ):
+        raise ValueError(
+            f"vocabulary {path!r} has {tokenizer.IdToPiece(0)!r} as its token 0, which texts may "
+            "hold; here token 0 is padding. Expected a model with --pad_id=0, as T5's and Gemma's, "
+            "or one whose token 0 is the unknown token and never used because all bytes have "
+            "tokens, as Llama's."
+        )
+    if sentinel_ids(vocabulary):
+        return vocabulary
+    return seqio.SentencePieceVocabulary(path, extra_ids)
+
+
 @functools.cache
 def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
     if name == "embedded":
         path = cache.cached_file("embedded.model", _train_sentencepiece)
-        return seqio.SentencePieceVocabulary(str(path), extra_ids)
+        return _sentencepiece(str(path), extra_ids)
     if name == "bytes":
         return seqio.ByteVocabulary(extra_ids)
     if "://" in name or pathlib.Path(name).is_file():
-        return seqio.SentencePieceVocabulary(name, extra_ids)
+        return _sentencepiece(name, extra_ids)
     near = difflib.get_close_matches(name, ("embedded", "bytes"), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
@@ -95,10 +147,11 @@ def get_vocabulary(name: str = "embedded", extra_ids: int = 32) -> seqio.Vocabul
 
     Args:
       name: 'embedded' (768 tokens with 32 sentinels, trained once from the embedded text),
-        'bytes' (ByT5's), or the path of a SentencePiece model.
-      extra_ids: sentinels added at the end, for span corruption.
+        'bytes' (ByT5's), or the path of a SentencePiece model. Its token 0 is padding: one
+        that has this token, or never writes another as 0; any end-of-text token above 0 will do.
+      extra_ids: sentinels added at the end, for span corruption, unless the model has its own.
 
     Raises:
-      ValueError: if `name` is neither a known name nor a file.
+      ValueError: if `name` is neither a known name nor a file, or the file's model does not fit.
     """
     return _get_vocabulary(name, extra_ids)

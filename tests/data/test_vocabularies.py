@@ -1,12 +1,16 @@
 """Vocabularies lose no text, whatever it is, and say which names there are."""
 
+import io
 import random
 
 import pytest
+import sentencepiece
 import seqio
+import tensorflow as tf
+from sentencepiece import sentencepiece_model_pb2
 
 import gin
-from diffusion_t5x.data import cache, sources, vocabularies
+from diffusion_t5x.data import cache, preprocessors, sources, vocabularies
 
 TEXTS = (
     "",
@@ -96,6 +100,103 @@ def test_any_sentencepiece_file_is_a_vocabulary(tmp_path):
     mine = vocabularies.get_vocabulary(str(path), extra_ids=10)
     assert mine.vocab_size == 746
     assert mine.encode(TEXTS[5]) == embedded.encode(TEXTS[5])
+
+
+def _model(tmp_path, pieces=(), **settings):
+    """Trains a small SentencePiece model, as other projects have it, and appends `pieces`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "a dog ate the hat", "0 1 2 3"] * 20),
+        model_writer=model,
+        **{"vocab_size": 320, "hard_vocab_limit": False, "minloglevel": 2, **settings},
+    )
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    for piece in pieces:
+        kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces.add(piece=piece, score=0.0, type=kind)
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.model"
+    path.write_bytes(proto.SerializeToString())
+    return str(path)
+
+
+T5 = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "byte_fallback": True}
+LLAMA = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "byte_fallback": True}
+GEMMA |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+LLAMA |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+
+
+@pytest.mark.parametrize("settings,eos_id", [(T5, 1), (GEMMA, 1), (LLAMA, 2)])
+def test_models_of_other_projects_plug_in_and_get_sentinels(settings, eos_id, tmp_path):
+    path = _model(tmp_path, **settings)
+    size = sentencepiece.SentencePieceProcessor(model_file=path).GetPieceSize()
+    vocabulary = vocabularies.get_vocabulary(path, extra_ids=7)
+    assert vocabulary.vocab_size == size + 7
+    assert vocabulary.eos_id == eos_id
+    assert vocabularies.sentinel_ids(vocabulary) == tuple(range(size + 6, size - 1, -1))
+    for text in (
+        ("the cat sat", "été 日本 \n\n    x") if "byte_fallback" in settings else ("the cat",)
+    ):
+        tokens = vocabulary.encode(text)
+        assert vocabulary.decode(tokens) == text
+        assert vocabulary.encode_tf(text).numpy().tolist() == list(tokens)
+        assert not {0, eos_id} & set(tokens)  # text never looks like padding or the end
+
+
+@pytest.mark.parametrize("mark", ["\u2581", ""])
+def test_a_model_with_sentinels_keeps_its_own_wherever_they_are(mark, tmp_path):
+    descending = [f"{mark}<extra_id_{number}>" for number in reversed(range(5))]  # as mT5's
+    path = _model(tmp_path, pieces=descending, **T5)
+    size = sentencepiece.SentencePieceProcessor(model_file=path).GetPieceSize()
+    vocabulary = vocabularies.get_vocabulary(path, extra_ids=32)
+    assert vocabulary.vocab_size == size
+    assert vocabularies.sentinel_ids(vocabulary) == tuple(range(size - 1, size - 6, -1))
+    path = _model(tmp_path, pieces=[*descending[::-1], "other"], **T5)
+    vocabulary = vocabularies.get_vocabulary(path, extra_ids=32)
+    assert vocabularies.sentinel_ids(vocabulary) == tuple(range(size - 5, size))
+
+
+def test_spans_are_replaced_by_a_models_own_sentinels(tmp_path):
+    pieces = [f"<extra_id_{number}>" for number in range(9)]
+    vocabulary = vocabularies.get_vocabulary(_model(tmp_path, pieces=[*pieces, "other"], **T5))
+    sentinels = vocabularies.sentinel_ids(vocabulary)
+    document = tf.data.Dataset.from_tensors({"targets": tf.fill([40], 5)})
+    with seqio.map_seed_manager(0):
+        [example] = preprocessors.span_corruption(
+            document, {"inputs": 60, "targets": 20}, {"targets": seqio.Feature(vocabulary)}
+        )
+    for feature in ("inputs", "targets"):
+        found = [token for token in example[feature].numpy() if token != 5]
+        assert found == list(sentinels[:2])  # 40 tokens, 15 % of them in spans of 3
+
+
+def test_sentinels_of_vocabularies_of_other_kinds_count_down_from_the_end():
+    assert vocabularies.sentinel_ids(vocabularies.get_vocabulary("bytes", 3)) == (261, 260, 259)
+    embedded = vocabularies.get_vocabulary("embedded", 3)
+    assert vocabularies.sentinel_ids(embedded) == (738, 737, 736)
+    assert vocabularies.sentinel_ids(vocabularies.get_vocabulary("embedded", 0)) == ()
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"eos_id": -1, "pad_id": 0, "unk_id": 1, "bos_id": -1}, "end-of-text token -1; expected"),
+        ({"eos_id": 0, "pad_id": -1, "unk_id": 1, "bos_id": -1}, "end-of-text token 0; expected"),
+        ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}, "'<unk>' as its token 0"),
+        ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}, "'<unk>' as its token 0"),
+    ],
+)
+def test_a_model_without_padding_or_end_is_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"vocabulary '.*\.model' has .*{message}"):
+        vocabularies.get_vocabulary(_model(tmp_path, **settings))
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    for data in (b"not a model", b""):
+        path = tmp_path / f"{len(data)}.model"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"\.model' is not a SentencePiece model"):
+            vocabularies.get_vocabulary(str(path))
 
 
 def test_training_on_the_same_text_gives_the_same_model(tmp_path, monkeypatch):

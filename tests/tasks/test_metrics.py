@@ -65,12 +65,57 @@ def test_squad_normalisation(text, expected):
         ("x", "x x x", 0.5),  # a token counts as often as the target has it
         ("x", "y", 0.0),
         ("x", "", 0.0),
-        ("the", "a", 1.0),  # both are nothing once normalised
+        ("the", "a", 0.0),  # both are nothing once normalised, which SQuAD v1.1 gives no F1
+        ("", "", 0.0),
     ],
 )
 def test_token_f1_by_hand(target, prediction, expected):
     assert metrics.token_f1(target, prediction) == pytest.approx(expected)
     assert metrics.token_f1(prediction, target) == pytest.approx(expected)
+
+
+def test_answers_of_which_nothing_is_left_count_as_is_set():
+    assert metrics.token_f1("the", "!", f1_of_nothing=1.0) == 1.0  # as SQuAD v2.0
+    assert metrics.token_f1("the", "x", f1_of_nothing=1.0) == 0.0
+    scores = metrics.squad([["the", "()"]], ["a"])
+    assert scores == {"f1": 0.0, "em": 100.0, "exact_match": 0.0}
+    assert metrics.squad([["the"]], ["a"], f1_of_nothing=1.0)["f1"] == 100.0
+
+
+@pytest.mark.parametrize(
+    "answers,prediction,f1,em",
+    [
+        (["Saint Bernadette Soubirous"], "saint bernadette soubirous.", 1, 1),
+        (["the Grotto"], "A grotto, the", 1, 1),
+        (["1,000"], "1000", 1, 1),  # punctuation goes without leaving a space
+        (["mid-1990s"], "mid 1990s", 0, 0),
+        (["Beyonc\u00e9"], "beyonc\u00c9", 1, 1),
+        (["Beyonc\u00e9"], "Beyonce", 0, 0),
+        (["\u201cyes\u201d"], "yes", 0, 0),  # only ASCII punctuation is any
+        (["a b"], "ab", 0, 0),
+        (["Ana and the others"], "ana and others", 1, 1),
+        (["10th century", "in the 10th century"], "the 10th", 2 / 3, 0),
+        (["x", "x y z"], "x y", 0.8, 0),
+        (["x"], "", 0, 0),
+        (["under score_s"], "under\u00a0scores", 1, 1),
+    ],
+)
+def test_squad_by_hand_as_its_official_script_says(answers, prediction, f1, em):
+    scores = metrics.squad([answers], [prediction])
+    assert scores["f1"] == pytest.approx(100 * f1)
+    assert scores["em"] == pytest.approx(100 * em)
+
+
+def test_bleu_says_its_signature_once(capsys):
+    metrics._announce.cache_clear()
+    for _ in range(2):
+        metrics.bleu(["a b c d"], ["a b c d"])
+    version = f"version:{sacrebleu.__version__}"
+    out = capsys.readouterr().out
+    assert (
+        out
+        == f"BLEU by sacrebleu, signature nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|{version}\n"
+    )
 
 
 def test_squad_takes_the_best_reference_and_reports_percent():

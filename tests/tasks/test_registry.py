@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 
 import numpy as np
@@ -21,6 +22,7 @@ from diffusion_t5x.trainer import train
 
 LENGTHS = {"inputs": 40, "targets": 24}
 MIXTURES = ("embedded_all", "embedded_pretrain_prefix_lm", "embedded_pretrain_span_corruption")
+FAMILIES = ("wmt14", "squad", "mbpp", "human", "mc4", "the", "pretrain", "embedded")
 # A task, the metrics of a perfect prediction, and those of an empty one.
 TASKS = {
     "embedded_translation_en_fr": (
@@ -51,8 +53,21 @@ def _text(example, feature):
 
 def test_the_registry_is_what_the_module_says():
     assert set(MIXTURES) | set(TASKS) <= set(NAMES)
-    documented = {line.split("`")[1] for line in tasks.__doc__.splitlines() if "| `" in line}
-    assert documented == set(MIXTURES) | set(TASKS)
+    documented = {
+        name
+        for line in tasks.__doc__.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    registered = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
+    assert documented <= registered
+    # What is not named there is a part of a mixture that is.
+    parts = {
+        part for name in documented for part in seqio.get_subtasks(seqio.get_mixture_or_task(name))
+    }
+    assert {name for name in registered if name.split("_")[0] in FAMILIES} <= (
+        documented | {part.name for part in parts}
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -1,0 +1,189 @@
+"""Readers take what is well formed and say of the rest where it is and what is wrong."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from diffusion_t5x.data import file_readers
+from diffusion_t5x.data.file_readers import OPTIONAL_TEXT, TEXT, TEXTS, JsonLines, Refusal, Squad
+
+FIELDS = {"text": TEXT, "tests": TEXTS, "setup": OPTIONAL_TEXT}
+GOOD = {"text": "t", "tests": ["a", "b"], "setup": ""}
+
+
+def _read(tmp_path, data, reader, name="file.jsonl", split=None):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return list(reader.read((str(path),), split))
+
+
+def _lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_json_lines_give_the_fields_asked_for_in_order(tmp_path):
+    rows = [
+        {**GOOD, "other": 1},
+        {"text": "Ünï\u2028cödé\n", "tests": ["é"], "setup": "x = 1"},
+        {"tests": ["c"], "text": "u"},
+    ]
+    expected = [
+        GOOD,
+        {"text": "Ünï\u2028cödé\n", "tests": ["é"], "setup": "x = 1"},
+        {"text": "u", "tests": ["c"], "setup": ""},
+    ]
+    assert _read(tmp_path, _lines(*rows), JsonLines(FIELDS)) == expected
+    # Characters that end lines elsewhere, but not here; other line ends; no end at the end.
+    raw = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    assert _read(tmp_path, raw, JsonLines(FIELDS)) == expected
+    assert _read(tmp_path, raw.replace("\n", "\r\n\r\n"), JsonLines(FIELDS)) == expected
+    assert _read(tmp_path, b"\xef\xbb\xbf" + raw.encode(), JsonLines(FIELDS)) == expected
+
+
+def test_gzip_is_seen_in_the_file_whatever_its_name(tmp_path):
+    data = gzip.compress(_lines(GOOD, GOOD).encode())
+    for name in ("a.jsonl.gz", "a.jsonl", "a"):
+        assert _read(tmp_path, data, JsonLines(FIELDS), name) == [GOOD, GOOD]
+
+
+@pytest.mark.parametrize(
+    "line,reason",
+    [
+        (b"{", "not JSON at column 2"),
+        (b'{"text": "t",}', "not JSON at column"),
+        (b"[1]", "expected a JSON object, found list"),
+        (b'"text"', "expected a JSON object, found str"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 11 of the line"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'{"tests": ["a"]}', r"lacks 'text'; it has \['tests'\]"),
+        (b'{"text": 3, "tests": ["a"]}', "'text' is int, expected a text that is not empty"),
+        (b'{"text": null, "tests": ["a"]}', "'text' is NoneType"),
+        (b'{"text": " \\n", "tests": ["a"]}', "'text' is empty"),
+        (b'{"text": "\\ud800", "tests": ["a"]}', "'text' holds half of a surrogate pair"),
+        (b'{"text": "t", "tests": "a"}', "'tests' is 'a', expected a list of texts"),
+        (b'{"text": "t", "tests": []}', r"'tests' is \[\], expected a list of texts"),
+        (b'{"text": "t", "tests": ["a", ""]}', "'tests' is empty"),
+        (b'{"text": "t", "tests": ["a", 1]}', "'tests' is int"),
+        (b'{"text": "t", "tests": ["a"], "setup": []}', "'setup' is list"),
+    ],
+)
+def test_a_malformed_record_is_refused_with_its_line_and_the_others_are_kept(
+    line, reason, tmp_path
+):
+    data = _lines(GOOD).encode() + b"\n" + line + b"\n" + _lines(GOOD).encode()
+    first, refusal, last = _read(tmp_path, data, JsonLines(FIELDS))
+    assert first == last == GOOD
+    assert isinstance(refusal, Refusal)
+    assert (refusal.file, refusal.line) == (str(tmp_path / "file.jsonl"), 3)
+    assert str(refusal).startswith(f"{tmp_path / 'file.jsonl'}:3: ")
+    assert re.search(reason, refusal.reason), refusal.reason
+
+
+def test_a_damaged_gzip_stream_is_an_error_and_no_shorter_file(tmp_path):
+    whole = gzip.compress(b"".join(_lines({**GOOD, "text": str(i)}).encode() for i in range(5000)))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{path} is damaged after line \d\d+"):
+        list(JsonLines(FIELDS).read((str(path),), None))
+
+
+def test_one_file_may_hold_all_splits(tmp_path):
+    reader = JsonLines({"text": TEXT}, "id", {"test": (11, 20), "train": (21, 30)})
+    rows = [{"text": f"t{i}", "id": i} for i in (10, 11, 20, 21, 31)]
+    bad = [{"text": "x"}, {"text": "x", "id": "11"}, {"text": "x", "id": True}]
+    data = _lines(*rows, *bad)
+    assert [r["text"] for r in _read(tmp_path, data, reader, split="test")[:2]] == ["t11", "t20"]
+    assert [r["text"] for r in _read(tmp_path, data, reader, split="train")[:1]] == ["t21"]
+    refused = _read(tmp_path, data, reader, split="train")[1:]
+    assert [r.line for r in refused] == [6, 7, 8]
+    assert all("'id' is" in r.reason and "whole number" in r.reason for r in refused)
+    assert len(_read(tmp_path, _lines(*rows), reader)) == 5
+
+
+@pytest.mark.parametrize(
+    "name,form",
+    [
+        ("/a.b/c.jsonl.gz", ".jsonl"),
+        ("c.TXT", ".txt"),
+        ("gs://x/y.tsv", ".tsv"),
+        ("/a.b/c", ""),
+        ("c.gz", ""),
+    ],
+)
+def test_the_form_of_a_file_is_in_its_name(name, form):
+    assert file_readers.form_of(name) == form
+
+
+def _squad(*questions, context="The tower is tall."):
+    return {"version": "1.1", "data": [{"title": "T", "paragraphs": [
+        {"context": context, "qas": list(questions)}
+    ]}]}  # fmt: skip
+
+
+def _question(number, *answers):
+    return {
+        "id": f"id{number}",
+        "question": f"What is {number}?",
+        "answers": [{"text": text, "answer_start": 0} for text in answers],
+    }
+
+
+def test_squad_gives_each_question_with_all_its_answers(tmp_path):
+    document = _squad(_question(1, "The tower", "tower"), _question(2, "tall"))
+    document["data"].append({"paragraphs": []})
+    document["data"].append(_squad(_question(3, "é"), context="é")["data"][0])
+    for data in (json.dumps(document), json.dumps(document, indent=1, ensure_ascii=False)):
+        records = _read(tmp_path, data, Squad(), "train-v1.1.json")
+        assert records == [
+            {
+                "context": "The tower is tall.",
+                "question": "What is 1?",
+                "answers": ["The tower", "tower"],
+            },
+            {"context": "The tower is tall.", "question": "What is 2?", "answers": ["tall"]},
+            {"context": "é", "question": "What is 3?", "answers": ["é"]},
+        ]
+    zipped = gzip.compress(json.dumps(document).encode())
+    assert _read(tmp_path, zipped, Squad(), "dev.json.gz") == records
+
+
+@pytest.mark.parametrize(
+    "question,reason",
+    [
+        ({"id": "bad", "question": "?", "answers": []}, "has no answer; .*v2.0"),
+        ({"id": "bad", "question": "?"}, "'answers' is None, expected a list"),
+        ({"id": "bad", "answers": [{"text": "a"}]}, "lacks 'question'"),
+        ({"id": "bad", "question": "", "answers": [{"text": "a"}]}, "'question' is empty"),
+        ({"id": "bad", "question": "?", "answers": [{"text": " "}]}, "'text' is empty"),
+        ({"id": "bad", "question": "?", "answers": [{"start": 1}]}, "an entry without 'text'"),
+        ({"id": "bad", "question": "?", "answers": ["a"]}, "an entry without 'text'"),
+    ],
+)
+def test_a_question_is_refused_with_its_place_and_line(question, reason, tmp_path):
+    document = _squad(_question(1, "tower"), question, _question(2, "tall"))
+    data = json.dumps(document, indent=1)
+    first, refusal, last = _read(tmp_path, data, Squad(), "dev.json")
+    assert (first["question"], last["question"]) == ("What is 1?", "What is 2?")
+    assert refusal.line == data[: data.index('"bad"')].count("\n") + 1 > 10
+    assert re.search(r"^data\[0\]\.paragraphs\[0\]\.qas\[1\]: .*" + reason, refusal.reason)
+
+
+def test_other_json_than_squads_is_refused_whole_or_in_part(tmp_path):
+    assert "'data' is None" in _read(tmp_path, "{}", Squad())[0].reason
+    assert _read(tmp_path, '{"data":\n [}', Squad())[0].line == 2
+    assert "not UTF-8" in _read(tmp_path, b'{"data": "\xff"}', Squad())[0].reason
+    document = _squad(_question(1, "tower"))
+    document["data"] += [{"title": "none"}, 3]
+    document["data"][0]["paragraphs"] += [{"context": "c", "qas": 1}, {"qas": [_question(4, "a")]}]
+    record, *refused = _read(tmp_path, json.dumps(document), Squad())
+    assert record["question"] == "What is 1?"
+    places = [refusal.reason.split(":")[0] for refusal in refused]
+    assert places == [
+        "data[0].paragraphs[1].qas",
+        "data[0].paragraphs[2].qas[0]",
+        "data[1].paragraphs",
+        "data[2].paragraphs",
+    ]

@@ -1,0 +1,300 @@
+"""Users' files as sources: chosen by gin, checked once, resumed at the exact example."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+import gin
+from diffusion_t5x.data import cache, datasets, local_files
+from diffusion_t5x.data.datasets import DatasetConfig
+from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
+from diffusion_t5x.data.file_readers import TEXT, TEXTS, JsonLines
+from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data.text_readers import Documents, ParallelText
+
+NAME = "test_source"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setattr(local_files, "_KNOWN", set())
+
+
+def _bind(files, **settings):
+    for name, value in {"files": {NAME: files}, **settings}.items():
+        gin.bind_parameter(f"diffusion_t5x.data.local_files.LocalFiles.{name}", value)
+
+
+def _documents(**kwargs):
+    return LocalFilesDataSource(
+        NAME,
+        lambda settings: Documents(settings.text_field or "text", settings.documents),
+        **kwargs,
+    )
+
+
+def _write(directory, name, texts):
+    directory.mkdir(exist_ok=True)
+    path = directory / name
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
+    return str(path)
+
+
+def _texts(source, split="train", **kwargs):
+    dataset = source.get_dataset(split, **{"shuffle": False, **kwargs})
+    return [example["text"].decode() for example in dataset.as_numpy_iterator()]
+
+
+def test_files_of_a_split_are_read_in_the_order_of_their_names_and_lines(tmp_path):
+    texts = [f"t{number}" for number in range(60)]
+    for number in range(3):
+        _write(tmp_path / "data", f"{number}.jsonl.gz", texts[20 * number : 20 * number + 20])
+    extra = _write(tmp_path / "more", "extra[1].jsonl", ["x"])
+    source = _documents()
+    _bind({"train": (str(tmp_path / "data/*.gz"), extra), "validation": extra})
+    assert set(source.splits) == {"train", "validation"}
+    assert _texts(source) == [*texts, "x"]
+    assert _texts(source, "validation") == ["x"]
+    assert source.num_input_examples("train") == 61
+    assert len(source.list_shards("train")) == 4
+    shuffled = _texts(source, shuffle=True, seed=1)
+    assert shuffled != _texts(source)
+    assert sorted(shuffled) == sorted(_texts(source))
+    assert shuffled == _texts(source, shuffle=True, seed=1)
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path):
+    path = _write(tmp_path / "data", "a.jsonl", ["a"])
+    _bind({"train": [path, str(tmp_path / "**" / "*.jsonl")]})
+    assert _texts(_documents()) == ["a"]
+
+
+def test_files_may_lie_wherever_tensorflow_reads(tmp_path):
+    _write(tmp_path / "data", "a.jsonl", ["a"])
+    _write(tmp_path / "data", "b.jsonl.gz", ["b"])
+    _bind({"train": f"file://{tmp_path}/data/*.jsonl*"})
+    assert _texts(_documents()) == ["a", "b"]
+
+
+def test_shards_are_files_where_there_are_enough(tmp_path):
+    for number in range(4):
+        _write(tmp_path / "data", f"{number}.jsonl", [f"{number}a", f"{number}b"])
+    _bind({"train": str(tmp_path / "data/*")})
+    source = _documents()
+    shards = [_texts(source, shard_info=seqio.ShardInfo(index, 2)) for index in range(2)]
+    assert shards == [["0a", "0b", "2a", "2b"], ["1a", "1b", "3a", "3b"]]
+
+
+def test_lists_are_vectors_and_missing_texts_empty(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "t", "tests": ["a", "é"]}\n{"text": "u", "tests": ["b"]}\n')
+    source = LocalFilesDataSource(NAME, lambda settings: JsonLines({"text": TEXT, "tests": TEXTS}))
+    _bind({"test": str(path)})
+    dataset = source.get_dataset("test", shuffle=False)
+    assert dataset.element_spec["tests"] == tf.TensorSpec([None], tf.string)
+    rows = list(dataset.as_numpy_iterator())
+    assert [row["tests"].tolist() for row in rows] == [[b"a", "é".encode()], [b"b"]]
+    assert [row["text"] for row in rows] == [b"t", b"u"]
+
+
+def test_parallel_files_are_paired_by_the_order_of_their_names(tmp_path):
+    for name, text in {"a.en": "1", "b.en": "2", "a.fr": "un", "b.fr": "deux"}.items():
+        (tmp_path / name).write_text(text)
+    reader = ParallelText(("en", "fr"), ("en", "fr"))
+    source = LocalFilesDataSource(NAME, lambda settings: reader)
+    _bind({"train": {"fr": str(tmp_path / "*.fr"), "en": str(tmp_path / "*.en")}})
+    rows = list(source.get_dataset("train", shuffle=False).as_numpy_iterator())
+    assert rows == [{"en": b"1", "fr": b"un"}, {"en": b"2", "fr": b"deux"}]
+    (tmp_path / "c.en").write_text("3")
+    with pytest.raises(ValueError, match="'en' has 3 files, but 'fr' has 2"):
+        source.get_dataset("train")
+    _bind({"train": {"en": str(tmp_path / "*.en")}})
+    with pytest.raises(ValueError, match=r"expected \{'en': FILES, 'fr': FILES\}"):
+        source.get_dataset("train")
+
+
+def test_what_is_refused_is_said_once_with_the_first_few_reasons(tmp_path, capsys):
+    path = _write(tmp_path / "data", "a.jsonl", ["a", "", "b", "", "", "", "c"])
+    _bind({"train": path})
+    source = _documents()
+    assert _texts(source) == ["a", "b", "c"]
+    assert _texts(source) == ["a", "b", "c"]
+    out = capsys.readouterr().out
+    assert out.count("test_source:train: 3 records, 4 refused") == 1
+    reasons = [line for line in out.splitlines() if line.startswith("  ")]
+    assert reasons == [
+        f"  {path}:{line}: 'text' is empty, expected a text that is not empty" for line in (2, 4, 5)
+    ]
+
+
+def test_a_split_whose_records_are_all_refused_stops_the_run(tmp_path):
+    bad, empty = (_write(tmp_path / "data", f"{n}.jsonl", [""] * n) for n in (2, 0))
+    _bind({"train": (bad, empty)})
+    message = rf"test_source:train: none of 2 records of 2 files is good\n  {bad}:1: 'text' is"
+    for ask in (_documents().get_dataset, _documents().num_input_examples):
+        with pytest.raises(ValueError, match=message):
+            ask("train")
+
+
+@pytest.mark.parametrize(
+    "files,message",
+    [
+        ({"train": "DATA/corpus.jsn"}, r"\['train'\] = 'DATA/corpus.jsn' matches no file; did you "
+         r"mean 'DATA/corpus.json'\?"),
+        ({"train": "DATA/*.txt"}, r"'DATA/\*.txt' matches no file\."),
+        ({"train": "/no/such/place"}, r"'/no/such/place' matches no file\."),
+        ({"train": "DATA"}, "matches no file"),
+        ({"train": 3}, r"LOCAL_FILES\['test_source'\]\['train'\] = 3; expected a path, a glob"),
+        ({"train": ()}, r"\['train'\] = \[\]; expected a path"),
+        ({"train": (3,)}, r"\['train'\] = 3; expected a path"),
+        ({"train": {"en": "x"}}, r"\['train'\] = \{'en': 'x'\}; expected a path"),
+        ({"dev": "DATA/corpus.json"}, r"lacks the split 'train'; it has \['dev'\]"),
+        ("DATA/corpus.json", r"LOCAL_FILES\['test_source'\] = .*; expected \{split: files\}"),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_there_or_not_given_right_are_refused(files, message, tmp_path):
+    path = _write(tmp_path / "data", "corpus.json", ["a"])
+    directory = str(tmp_path / "data")
+    files = json.loads(json.dumps(files).replace("DATA", directory))
+    _bind(files)
+    with pytest.raises(ValueError, match=message.replace("DATA", directory)):
+        _documents().get_dataset("train")
+    assert path.startswith(directory)
+
+
+def test_a_source_that_does_not_exist_is_refused_with_the_nearest(tmp_path):
+    source = _documents()
+    gin.bind_parameter("diffusion_t5x.data.local_files.LocalFiles.files", {"test_sorce": {}})
+    with pytest.raises(ValueError, match=r"names 'test_sorce'.*did you mean 'test_source'.*Known"):
+        source.get_dataset("train")
+    gin.bind_parameter("diffusion_t5x.data.local_files.LocalFiles.files", "x")
+    with pytest.raises(ValueError, match=r"LOCAL_FILES = 'x'; expected"):
+        source.splits  # noqa: B018
+
+
+def test_without_files_the_other_source_is_read_and_asked(tmp_path):
+    other = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors({"body": "b", "n": 1}),
+        splits=("test",),
+        num_input_examples={"test": 7},
+    )
+    source = _documents(otherwise=other, to_record=lambda example: {"text": example["body"]})
+    assert source.splits == ("test",)
+    assert _texts(source, "test") == ["b"]
+    assert source.num_input_examples("test") == 7
+    assert list(source.list_shards("test")) == list(other.list_shards("test"))
+    _bind({"train": _write(tmp_path / "data", "a.jsonl", ["a"])})
+    assert _texts(source) == ["a"]
+    gin.clear_config()
+    assert source.splits == ("test",)
+
+
+def test_a_setting_may_be_of_one_source_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n\nthree")
+    _bind({"train": str(path)})
+    source = _documents()
+    gin.bind_parameter(f"{NAME}/diffusion_t5x.data.local_files.LocalFiles.documents", "blank_line")
+    assert _texts(source) == ["one\ntwo", "three"]
+    assert local_files.LocalFiles().documents == "line"
+
+
+def test_a_checked_file_is_read_again_only_if_it_or_a_setting_changed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo")
+    read = []
+
+    class Spy(Documents):
+        def read(self, files, split):
+            read.append((files, self.unit))
+            return super().read(files, split)
+
+    first = local_files.check_files(Spy("text"), (str(path),))
+    again = local_files.check_files(Spy("text"), (str(path),))
+    assert first == again
+    assert (first.records, first.refused, len(first.refusals)) == (2, 1, 1)
+    assert len(read) == 1
+    local_files.check_files(Spy("text", "blank_line"), (str(path),))
+    assert len(read) == 2
+    path.write_text("one\n\ntwo\nthree")
+    assert local_files.check_files(Spy("text"), (str(path),)).records == 3
+    assert len(read) == 3
+
+
+def test_a_check_that_was_interrupted_leaves_nothing_and_is_made_again(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo")
+
+    class Killed(Documents):
+        def read(self, files, split):
+            yield {"text": "half"}
+            raise KeyboardInterrupt
+
+    killed = Killed("text")
+    with pytest.raises(KeyboardInterrupt):
+        local_files.check_files(killed, (str(path),))
+    left = [item for item in (tmp_path / "cache").rglob("*") if item.is_file()]
+    assert left == []
+
+
+@pytest.mark.parametrize("num_files,num_shards,pack", [(1, 1, False), (5, 1, False), (5, 2, True)])
+def test_training_on_local_files_goes_on_at_the_exact_example(
+    num_files, num_shards, pack, tmp_path, monkeypatch
+):
+    for number in range(num_files):
+        texts = [f"{number} {line}" for line in range(30)]
+        _write(tmp_path / "data", f"{number}.jsonl", texts)
+    _bind({"train": str(tmp_path / "data/*")})
+    vocabulary = seqio.ByteVocabulary()
+    monkeypatch.setattr(seqio.TaskRegistry, "_REGISTRY", dict(seqio.TaskRegistry._REGISTRY))
+    seqio.TaskRegistry.add(
+        "test_resumed",
+        source=_documents(),
+        preprocessors=[
+            seqio.map_over_dataset(lambda e: {"inputs": e["text"], "targets": e["text"]}),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={
+            "inputs": seqio.Feature(vocabulary, add_eos=False),
+            "targets": seqio.Feature(vocabulary),
+        },
+    )
+    converter = EncDecFeatureConverter if pack else CanvasFeatureConverter
+    cfg = DatasetConfig(
+        "test_resumed",
+        {"inputs": 12, "targets": 12},
+        "train",
+        batch_size=4,
+        shuffle=True,
+        pack=pack,
+    )
+
+    def make():
+        return datasets.get_training_iterator(
+            cfg, converter, num_shards=num_shards, shard_index=num_shards - 1, seed=5
+        )
+
+    iterator = make()
+    for _ in range(23):  # in the middle of an epoch that is not the first
+        next(iterator)
+    iterator.save(tmp_path / "position")
+    expected = [next(iterator) for _ in range(12)]
+    restored = make()
+    next(restored)
+    restored.restore(tmp_path / "position")
+    for batch in expected:
+        for name, value in next(restored).items():
+            np.testing.assert_array_equal(value, batch[name])
+    targets = np.concatenate([batch["decoder_target_tokens"] for batch in expected])
+    assert len(np.unique(targets, axis=0)) > 10
