@@ -12,6 +12,10 @@ Array = jax.Array
 Cache = Any
 
 
+def _no_cached_prefix() -> BoundNetwork:
+    raise ValueError("prefix_cache = True: this network cannot cache its prefixes; set it False.")
+
+
 @dataclasses.dataclass(frozen=True)
 class BoundNetwork:
     """A network with its parameters and a batch of prefixes bound.
@@ -30,6 +34,10 @@ class BoundNetwork:
         every row; the hidden state predicts the next one.
       repeat: `n -> BoundNetwork` with every prefix repeated `n` times in place, so that row
         `i * n + j` is sample `j` of prefix `i`.
+      with_cached_prefix: `() -> BoundNetwork` whose `forward` gives the same numbers from keys and
+        values of the prefixes that are computed once, for all its `repeat`s too.
+      read_once: prefix positions that are read once for all of an example's rows and passes.
+      reread: prefix positions that each `forward` reads again for every row.
     """
 
     batch_size: int
@@ -38,3 +46,6 @@ class BoundNetwork:
     prefill: Callable[[int, int], tuple[Cache, Array]]
     step: Callable[[Cache, Array], tuple[Cache, Array]]
     repeat: Callable[[int], BoundNetwork]
+    with_cached_prefix: Callable[[], BoundNetwork] = _no_cached_prefix
+    read_once: int = 0
+    reread: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,29 +86,16 @@ class CrossEntropy:
         """
         if temperature < 0 or (temperature > 0 and rng is None):
             raise ValueError(f"temperature = {temperature}; expected >= 0, with an rng if > 0.")
-        length = targets.shape[1]
-        vocab_size = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
-        block_length = min(length, max(1, self.block_logits // vocab_size))
 
-        def read(hidden: Array, targets: Array, rng: Array | None) -> TokenReadout:
-            return self._read_block(logits_fn(hidden), targets, rng, temperature)
+        def read(logits: Array, targets: Array, rng: Array | None) -> TokenReadout:
+            return self._read_block(logits, targets, rng, temperature)
 
-        if block_length == length:
-            return read(hidden, targets, rng)
-        num_blocks = -(-length // block_length)
-        blocks = (
-            _split_length(hidden, num_blocks, block_length),
-            _split_length(targets, num_blocks, block_length),
-            None if rng is None else jax.random.split(rng, num_blocks),
-        )
-        readout = jax.lax.map(jax.checkpoint(lambda block: read(*block)), blocks)
-        return jax.tree.map(lambda x: _join_length(x, length), readout)
+        return read_in_blocks(read, hidden, logits_fn, targets, rng, self.block_logits)
 
     def _read_block(
         self, logits: Array, targets: Array, rng: Array | None, temperature: float
     ) -> TokenReadout:
-        """`logits [batch, block, vocab]`, `targets [batch, block]`."""
-        logits = logits.astype(jnp.float32)
+        """`logits [batch, block, vocab]` float32, `targets [batch, block]`."""
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         loss = log_z - target_logit
@@ -130,6 +117,45 @@ class CrossEntropy:
         entropy = -(confidence * np.log(confidence) + others * off_value * np.log(off_value))
         mean_other = (jnp.sum(logits, axis=-1) - target_logit) * off_value
         return self.label_smoothing * target_logit - mean_other - entropy
+
+
+def read_in_blocks(
+    read: Callable[[Array, Array, Array | None], Any],
+    hidden: Array,
+    logits_fn: Callable[[Array], Array],
+    tokens: Array,
+    rng: Array | None,
+    block_logits: int,
+) -> Any:
+    """What `read` says of every position, never holding the logits of long sequences at once.
+
+    Args:
+      read: `(logits [batch, block, vocab] float32, tokens [batch, block], rng)` to a tree of
+        `[batch, block]`.
+      hidden: `[batch, length, embed]`.
+      logits_fn: `hidden [..., embed] -> logits [..., vocab]`.
+      tokens: `[batch, length]` int32, handed to `read` with their positions.
+      rng: split among the blocks; may be None.
+      block_logits: logits per row that may be alive at once; where `length` needs more, blocks
+        of positions are read one after the other, and computed again for the gradient.
+    """
+    length = tokens.shape[1]
+    vocab_size = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
+    block_length = min(length, max(1, block_logits // vocab_size))
+
+    def read_block(hidden: Array, tokens: Array, rng: Array | None) -> Any:
+        return read(logits_fn(hidden).astype(jnp.float32), tokens, rng)
+
+    if block_length == length:
+        return read_block(hidden, tokens, rng)
+    num_blocks = -(-length // block_length)
+    blocks = (
+        _split_length(hidden, num_blocks, block_length),
+        _split_length(tokens, num_blocks, block_length),
+        None if rng is None else jax.random.split(rng, num_blocks),
+    )
+    readout = jax.lax.map(jax.checkpoint(lambda block: read_block(*block)), blocks)
+    return jax.tree.map(lambda x: _join_length(x, length), readout)
 
 
 def _split_length(x: Array, num_blocks: int, block_length: int) -> Array:

@@ -215,6 +215,15 @@ class Model:
                 ),
                 step=lambda cache, tokens: apply(module.step, cache, tokens, pattern),
                 repeat=lambda n: bind(repeat_rows(context, n), batch_size * n),
+                with_cached_prefix=lambda: cached(bind(context, batch_size), context),
+                read_once=context.read_once,
+                reread=context.reread,
+            )
+
+        def cached(network: BoundNetwork, context: Any) -> BoundNetwork:
+            cache = apply(module.cache_prefix, context, pattern)
+            return _replace_forward(
+                network, lambda canvas, rng: apply(module.denoise, cache, canvas, pattern)
             )
 
         return bind(context, batch["encoder_input_tokens"].shape[0])
@@ -231,6 +240,7 @@ class Model:
         *,
         return_all_decodes: bool = False,
         return_trajectory: bool = False,
+        return_position_forwards: bool = False,
         **decoder_params: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """Decodes as many tokens per example as the batch's targets are long.
@@ -242,6 +252,8 @@ class Model:
           return_all_decodes: return every sample, best last.
           return_trajectory: also return the canvas of every step, as aux['trajectory']
             `[batch, (num_samples,) num_steps + 1, length]`.
+          return_position_forwards: also return what decoding cost, as aux['position_forwards']
+            `[batch]` (see `decoding.rerank.Decoded`).
           **decoder_params: override fields of the decoder for this call.
 
         Returns:
@@ -259,12 +271,16 @@ class Model:
             rng,
             return_trajectory=return_trajectory,
         )
-        if not return_all_decodes:
-            decoded = jax.tree.map(lambda x: x[:, -1], decoded)
         aux = {"scores": decoded.scores}
         if return_trajectory:
             aux["trajectory"] = decoded.trajectory
-        return decoded.tokens, aux
+        result = decoded.tokens, aux
+        if not return_all_decodes:
+            result = jax.tree.map(lambda x: x[:, -1], result)
+        if return_position_forwards:
+            aux = {**result[1], "position_forwards": decoded.position_forwards}
+            result = result[0], aux
+        return result
 
     def score_batch(self, params: Any, batch: Batch, return_intermediates: bool = False) -> Array:
         """Scores of the given targets, higher is better: `[batch]`.
@@ -280,6 +296,17 @@ class Model:
         weights = batch.get("decoder_loss_weights", targets > 0).astype(jnp.float32)
         weights = self.objective.token_weights(targets, weights)
         return self.objective.score(self._bind(params, batch), targets, weights)
+
+
+def _replace_forward(network: BoundNetwork, forward: Callable[..., Array]) -> BoundNetwork:
+    """The network with a `forward` that takes any number of rows per prefix and rereads none."""
+    return dataclasses.replace(
+        network,
+        forward=forward,
+        repeat=lambda n: _replace_forward(network.repeat(n), forward),
+        read_once=network.read_once + network.reread,
+        reread=0,
+    )
 
 
 def _override(decoder: Any, fields: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ nor the data that it is given.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -43,6 +44,16 @@ def log_likelihood(
     return -jnp.sum(readout.loss * weights, axis=-1)
 
 
+def _check_pattern(pattern: str, known: tuple[str, ...], objective: str) -> None:
+    """Refuses an attention pattern under which an objective has no meaning."""
+    if pattern not in known:
+        near = difflib.get_close_matches(str(pattern), known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"attention_pattern = {pattern!r}; {objective} needs one of {', '.join(known)}; "
+            f"did you mean {near!r}?"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class NextToken:
     """Autoregressive prediction of the target given the prefix (a prefix LM).
@@ -58,11 +69,9 @@ class NextToken:
     packs: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.attention_pattern not in ("causal", "prefix_bidirectional"):
-            raise ValueError(
-                f"attention_pattern = {self.attention_pattern!r}; next-token prediction needs "
-                "'causal' or 'prefix_bidirectional'."
-            )
+        _check_pattern(
+            self.attention_pattern, ("causal", "prefix_bidirectional"), "next-token prediction"
+        )
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
         """The loss weights `[batch, length]` of the batch, unchanged."""
@@ -105,6 +114,8 @@ class StepUnrolledDenoising:
       reduction: 'sum' or 'mean' over the passes.
       padding_weight: loss weight of padding positions; 1 counts them like text, as the paper does.
       cross_entropy: the token loss.
+      attention_pattern: 'bidirectional' (the paper's), or 'cached_prefix', where the prefix does
+        not see the canvas, so that a decoder may keep the prefix's keys and values.
     """
 
     corruption: UniformCorruption
@@ -113,10 +124,11 @@ class StepUnrolledDenoising:
     reduction: str = "sum"
     padding_weight: float = 1.0
     cross_entropy: CrossEntropy = CrossEntropy()
-    attention_pattern: ClassVar[str] = "bidirectional"
+    attention_pattern: str = "bidirectional"
     packs: ClassVar[bool] = False
 
     def __post_init__(self):
+        _check_pattern(self.attention_pattern, ("bidirectional", "cached_prefix"), "denoising")
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction = {self.reduction!r}; expected 'sum' or 'mean'.")
         for name in ("num_unrolls", "unroll_temperature", "padding_weight"):

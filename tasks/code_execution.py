@@ -23,7 +23,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tasks.sandbox.values import Encoder
 
@@ -79,7 +78,7 @@ class Limits:
 _limits = Limits()
 
 
-def configure(**limits: Any) -> Limits:
+def configure(**limits: float) -> Limits:
     """Changes the limits of all programs that run from now on, and returns them.
 
     Args:

@@ -32,7 +32,8 @@ def perfect_network(targets, vocab_size, confidence=50.0):
     def forward(canvas, rng):
         del rng
         repeats = canvas.shape[0] // targets.shape[0]
-        return confidence * jax.nn.one_hot(jnp.repeat(targets, repeats, axis=0), vocab_size)
+        rows = jnp.repeat(targets, repeats, axis=0)[:, : canvas.shape[1]]
+        return confidence * jax.nn.one_hot(rows, vocab_size)
 
     return BoundNetwork(
         batch_size=targets.shape[0],

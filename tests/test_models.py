@@ -19,6 +19,7 @@ from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
 
 VOCAB = 19
 CORRUPTION = UniformCorruption(VOCAB)
+KEY = jax.random.PRNGKey(0)
 NETWORKS = (DecoderOnly, EncoderDecoder)
 OBJECTIVES = ("autoregressive", "diffusion")
 
@@ -190,6 +191,37 @@ def test_diffusion_scores_are_the_model_score_of_the_last_canvas_recomputed(netw
         np.testing.assert_allclose(
             aux["scores"][:, sample], model.score_batch(params, canvas), rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("settings", [{}, {"halve_every": 1, "trim_multiple": 2}])
+def test_a_cached_prefix_decodes_the_same_for_fewer_positions(network_class, settings):
+    model = make_model(network_class, "diffusion")
+    model.objective = StepUnrolledDenoising(CORRUPTION, attention_pattern="cached_prefix")
+    batch = make_batch()
+    params = init(model, batch)
+
+    def decode(**more):
+        return model.predict_batch_with_aux(
+            params, batch, KEY, return_all_decodes=True, return_position_forwards=True,
+            **settings, **more,
+        )  # fmt: skip
+
+    tokens, aux = decode()
+    cached_tokens, cached_aux = decode(prefix_cache=True)
+    np.testing.assert_array_equal(tokens, cached_tokens)
+    np.testing.assert_allclose(aux["scores"], cached_aux["scores"], rtol=1e-4)
+    if not settings:  # 3 steps, 4 canvases of 5, a prefix of 6
+        reread = 6 * 3 * 4 if network_class is DecoderOnly else 6
+        np.testing.assert_array_equal(aux["position_forwards"], [3 * 4 * 5 + reread] * 3)
+        np.testing.assert_array_equal(cached_aux["position_forwards"], [3 * 4 * 5 + 6] * 3)
+
+
+def test_the_papers_attention_pattern_does_not_allow_a_cached_prefix():
+    model = make_model(DecoderOnly, "diffusion")
+    batch = make_batch()
+    with pytest.raises(ValueError, match="the prefix sees the canvas"):
+        model.predict_batch_with_aux(init(model, batch), batch, KEY, prefix_cache=True)
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)

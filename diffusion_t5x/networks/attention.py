@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,11 @@ Array = jax.Array
 
 # Who sees whom in `[prefix; target]`. 'causal': each token sees itself and what comes before it.
 # 'prefix_bidirectional': the same, but prefix tokens see the whole prefix. 'bidirectional': all
-# see all, which is what denoising needs (arXiv 2401.17181, section 3).
-ATTENTION_PATTERNS = ("causal", "prefix_bidirectional", "bidirectional")
+# see all, which is what denoising needs (arXiv 2401.17181, section 3). 'cached_prefix': the target
+# sees all, the prefix only itself, so that a prefix's keys and values serve every canvas.
+AUTOREGRESSIVE_PATTERNS = ("causal", "prefix_bidirectional")
+DENOISING_PATTERNS = ("bidirectional", "cached_prefix")
+ATTENTION_PATTERNS = (*AUTOREGRESSIVE_PATTERNS, *DENOISING_PATTERNS)
 MASKED = -1e10
 
 
@@ -37,6 +41,20 @@ def check_pattern(pattern: str) -> None:
         )
 
 
+def check_shares_prefix(pattern: str) -> None:
+    """Refuses patterns under which a prefix's keys and values depend on the canvas.
+
+    Raises:
+      ValueError: naming the pattern under which they do not.
+    """
+    if pattern != "cached_prefix":
+        raise ValueError(
+            f"attention pattern {pattern!r}: the prefix sees the canvas, so its keys and values "
+            f"cannot be cached; train with 'cached_prefix' "
+            "(objectives/diffusion_cached_prefix.gin), or set prefix_cache = False."
+        )
+
+
 def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
     """Which keys each query sees: bool `[batch, length, length]`, or a leading 1.
 
@@ -50,6 +68,8 @@ def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
     same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
     if pattern == "bidirectional":
         return same_segment
+    if pattern == "cached_prefix":
+        return same_segment & (is_prefix[:, None, :] | ~is_prefix[:, :, None])
     index = jnp.arange(segment_ids.shape[1])
     visible = (index[:, None] >= index[None, :])[None]
     if pattern == "prefix_bidirectional":
@@ -159,32 +179,52 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         x: Array,
-        memory: LayerCache,
+        memories: Sequence[LayerCache],
         mask: Array,
         bias: Array | None,
         *,
         deterministic: bool,
     ) -> Array:
-        """Attends from `x [batch, queries, embed]` to `memory`; returns the shape of `x`.
+        """Attends from `x [batch, queries, embed]` to `memories`; returns the shape of `x`.
 
         Args:
           x: hidden states that ask.
-          memory: keys and values `[batch, keys, heads, head_dim]`.
-          mask: bool, broadcasting to `[batch, queries, keys]`; False is not seen.
+          memories: keys and values, one after the other; those of a prefix that `n` rows of `x`
+            share have `batch / n` rows, and row `i` serves rows `i * n ... i * n + n - 1` of `x`.
+          mask: bool, broadcasting to `[batch, queries, keys]`; False is not seen. `keys` counts
+            those of all memories.
           bias: added to the attention logits, broadcasting to `[batch, heads, queries, keys]`.
           deterministic: no dropout.
         """
         query = self.query(x)
         # [batch, heads, queries, keys]
-        logits = jnp.einsum(
-            "bqhd,bkhd->bhqk", query, memory.keys, preferred_element_type=jnp.float32
-        )
+        logits = jnp.concatenate([_dot_keys(query, m.keys) for m in memories], axis=-1)
         if bias is not None:
             logits = logits + bias
         logits = jnp.where(mask[:, None], logits, MASKED)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.config.dtype)
         weights = self.dropout(weights, deterministic=deterministic)
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, memory.values))
+        ends = np.cumsum([m.keys.shape[1] for m in memories])
+        parts = jnp.split(weights, ends[:-1], axis=-1)
+        return self.out(sum(_mix_values(w, m.values) for w, m in zip(parts, memories, strict=True)))
+
+
+def _dot_keys(query: Array, keys: Array) -> Array:
+    """`[batch, queries, heads, head_dim]`, keys of `batch / n` rows `-> [batch, heads, queries,
+    keys]` float32."""
+    rows = keys.shape[0]
+    grouped = query.reshape(rows, -1, *query.shape[1:])
+    logits = jnp.einsum("bnqhd,bkhd->bnhqk", grouped, keys, preferred_element_type=jnp.float32)
+    return logits.reshape(query.shape[0], *logits.shape[2:])
+
+
+def _mix_values(weights: Array, values: Array) -> Array:
+    """`[batch, heads, queries, keys]`, values of `batch / n` rows `-> [batch, queries, heads,
+    head_dim]`."""
+    rows = values.shape[0]
+    grouped = weights.reshape(rows, -1, *weights.shape[1:])
+    mixed = jnp.einsum("bnhqk,bkhd->bnqhd", grouped, values)
+    return mixed.reshape(weights.shape[0], *mixed.shape[2:])
 
 
 class Projection(nn.Module):

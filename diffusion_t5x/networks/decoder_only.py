@@ -7,7 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.networks.attention import LayerCache, make_mask, repeat_rows
+from diffusion_t5x.networks.attention import (
+    AUTOREGRESSIVE_PATTERNS,
+    LayerCache,
+    check_shares_prefix,
+    make_mask,
+    repeat_rows,
+)
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
 from diffusion_t5x.networks.layout import Prefix, merge, read_prefix, start_texts, take_targets
@@ -114,19 +120,19 @@ class DecoderOnly(nn.Module):
         Args:
           prefix: from `encode`.
           target: `[batch, length]` int32, target tokens or canvas.
-          attention_pattern: one of `attention.ATTENTION_PATTERNS`. Unless 'bidirectional', the
+          attention_pattern: one of `attention.ATTENTION_PATTERNS`. Under an autoregressive one the
             state returned at a position is that of the token before it, which predicts it.
           segment_ids: `[batch, length]`, where rows are packed.
           deterministic: no dropout.
         """
-        causal = attention_pattern != "bidirectional"
+        causal = attention_pattern in AUTOREGRESSIVE_PATTERNS
         row = merge(prefix, target, segment_ids)
         started = prefix.packed and self.config.start_token
         if started:
             if not causal:
                 raise ValueError(
                     "TransformerConfig.start_token = True: packed rows have no room for it under "
-                    "bidirectional attention; set PACK = False."
+                    f"{attention_pattern!r} attention; set PACK = False."
                 )
             row = start_texts(row)
         mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix)
@@ -140,6 +146,45 @@ class DecoderOnly(nn.Module):
         )
         return take_targets(hidden, row, target.shape[1], before=causal and not started)
 
+    def cache_prefix(self, prefix: Prefix, attention_pattern: str) -> DecodeCache:
+        """Keys and values of the prefix, which every canvas may share.
+
+        Args:
+          prefix: from `encode`, not packed.
+          attention_pattern: 'cached_prefix'.
+
+        Raises:
+          ValueError: if the prefix sees the canvas under this pattern.
+        """
+        check_shares_prefix(attention_pattern)
+        cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
+        return cache
+
+    def denoise(self, cache: DecodeCache, canvas: Array, attention_pattern: str) -> Array:
+        """What `decode` returns, from a cached prefix.
+
+        Args:
+          cache: from `cache_prefix`, of `batch` prefixes.
+          canvas: `[batch * n, length]` int32, where rows `i * n ... i * n + n - 1` belong to
+            prefix `i`.
+          attention_pattern: that of the cache.
+
+        Returns:
+          `[batch * n, length, embed]`.
+        """
+        read, length = cache.visible.shape[1], canvas.shape[1]
+        visible = repeat_rows(cache.visible, canvas.shape[0] // cache.visible.shape[0])
+        keys = jnp.arange(read + length)
+        hidden, _ = self.decoder(
+            self.token_embedder(canvas, True),
+            jnp.pad(visible, [(0, 0), (0, length)], constant_values=True)[:, None],
+            deterministic=True,
+            query_positions=keys[read:],
+            key_positions=keys,
+            memory=cache.memory,
+        )
+        return hidden
+
     def prefill(
         self, prefix: Prefix, attention_pattern: str, max_length: int, repeats: int
     ) -> tuple[DecodeCache, Array]:
@@ -147,7 +192,7 @@ class DecoderOnly(nn.Module):
 
         Args:
           prefix: from `encode`, not packed.
-          attention_pattern: 'causal' or 'prefix_bidirectional'.
+          attention_pattern: one under which the prefix does not see the target.
           max_length: target tokens to come.
           repeats: copies of each row.
 

@@ -7,10 +7,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.networks.attention import check_pattern, make_mask, repeat_rows
+from diffusion_t5x.networks.attention import (
+    DENOISING_PATTERNS,
+    check_pattern,
+    make_mask,
+    repeat_rows,
+)
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecodeCache, make_cache, step_stack
-from diffusion_t5x.networks.layers import Stack, TokenEmbedding
+from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
 from diffusion_t5x.networks.layout import read_prefix
 
 Array = jax.Array
@@ -27,6 +32,13 @@ class EncodedPrefix:
 
     hidden: Array
     segment_ids: Array
+
+    reread = 0
+
+    @property
+    def read_once(self) -> int:
+        """Positions that are read once for all passes over a target."""
+        return self.hidden.shape[1]
 
 
 def shift_right(tokens: Array, segment_ids: Array | None) -> Array:
@@ -97,15 +109,15 @@ class EncoderDecoder(nn.Module):
         Args:
           prefix: from `encode`.
           target: `[batch, length]` int32, target tokens or canvas.
-          attention_pattern: 'bidirectional' reads the canvas as it is; any other reads the target
+          attention_pattern: a denoising one reads the canvas as it is; any other reads the target
             shifted right behind a 0, so that each state predicts its position. The encoder sees
-            the whole prefix either way.
+            the whole prefix, and no canvas, either way.
           segment_ids: `[batch, length]`, where rows are packed.
           deterministic: no dropout.
         """
         check_pattern(attention_pattern)
-        if attention_pattern == "bidirectional":
-            pattern, tokens = attention_pattern, target
+        if attention_pattern in DENOISING_PATTERNS:
+            pattern, tokens = "bidirectional", target
         else:
             pattern, tokens = "causal", shift_right(target, segment_ids)
         segments = jnp.ones_like(target) if segment_ids is None else segment_ids
@@ -118,6 +130,45 @@ class EncoderDecoder(nn.Module):
             key_positions=positions,
             encoded=prefix.hidden,
             encoded_mask=segments[:, :, None] == prefix.segment_ids[:, None, :],
+        )
+        return hidden
+
+    def cache_prefix(self, prefix: EncodedPrefix, attention_pattern: str) -> DecodeCache:
+        """Keys and values of the encoder's output in every layer, which every canvas may share.
+
+        Args:
+          prefix: from `encode`, not packed.
+          attention_pattern: any, since the encoder sees no canvas.
+        """
+        cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
+        drop = lambda memory: memory.replace(own=None)  # noqa: E731
+        return cache.replace(
+            memory=jax.tree.map(drop, cache.memory, is_leaf=lambda x: isinstance(x, Memory))
+        )
+
+    def denoise(self, cache: DecodeCache, canvas: Array, attention_pattern: str) -> Array:
+        """What `decode` returns, from a cached prefix.
+
+        Args:
+          cache: from `cache_prefix`, of `batch` prefixes.
+          canvas: `[batch * n, length]` int32, where rows `i * n ... i * n + n - 1` belong to
+            prefix `i`.
+          attention_pattern: a denoising one.
+
+        Returns:
+          `[batch * n, length, embed]`.
+        """
+        positions = jnp.arange(canvas.shape[1])
+        hidden, _ = self.decoder(
+            self.token_embedder(canvas, True),
+            jnp.ones((1, canvas.shape[1], canvas.shape[1]), bool),
+            deterministic=True,
+            query_positions=positions,
+            key_positions=positions,
+            encoded_mask=repeat_rows(
+                cache.encoded_mask, canvas.shape[0] // cache.encoded_mask.shape[0]
+            ),
+            memory=cache.memory,
         )
         return hidden
 

@@ -140,7 +140,7 @@ class Attended:
       encoded: `[batch, encoder_length, embed]`, or None without cross-attention or where the
         cache already holds its keys and values.
       encoded_mask: `[batch, 1, encoder_length]` bool, or None.
-      index: where in the cache this call's keys and values go; None without a cache.
+      index: where in the cache this call's keys and values go; None where they follow it.
     """
 
     mask: Array
@@ -156,11 +156,11 @@ class Memory:
     """Keys and values that a layer keeps between calls.
 
     Attributes:
-      own: of the layer's own stack.
+      own: of the layer's own stack, or None.
       encoded: of the encoder's output, or None.
     """
 
-    own: LayerCache
+    own: LayerCache | None
     encoded: LayerCache | None = None
 
 
@@ -189,7 +189,8 @@ class TransformerLayer(nn.Module):
 
         Args:
           x: `[batch, length, embed]`.
-          memory: a cache to extend and to attend to; None to attend to `x` alone.
+          memory: a cache to attend to, which this call's keys and values extend at
+            `attended.index`, or follow if that is None; None to attend to `x` alone.
           attended: masks, bias and encoder output.
 
         Returns:
@@ -200,27 +201,31 @@ class TransformerLayer(nn.Module):
         attention = MultiHeadAttention(config, name="self_attention")
         y = RMSNorm(config, name="pre_self_attention_layer_norm")(x)
         own = attention.keys_values(y)
-        if memory is not None:
-            own = jax.tree.map(
-                lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-                    cache, new, attended.index, axis=1
-                ),
-                memory.own,
-                own,
-            )
+        before = []
+        if memory is not None and memory.own is not None:
+            if attended.index is None:
+                before = [memory.own]
+            else:
+                own = jax.tree.map(
+                    lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
+                        cache, new, attended.index, axis=1
+                    ),
+                    memory.own,
+                    own,
+                )
         bias = attended.bias
         if bias is None:
             bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
                 *attended.positions
             )
-        y = attention(y, own, attended.mask, bias, deterministic=deterministic)
+        y = attention(y, [*before, own], attended.mask, bias, deterministic=deterministic)
         x = x + dropout(y, deterministic=deterministic)
         encoded = None
         if self.cross_attention:
             cross = MultiHeadAttention(config, name="encoder_decoder_attention")
             y = RMSNorm(config, name="pre_cross_attention_layer_norm")(x)
             encoded = memory.encoded if memory else cross.keys_values(attended.encoded)
-            y = cross(y, encoded, attended.encoded_mask, None, deterministic=deterministic)
+            y = cross(y, [encoded], attended.encoded_mask, None, deterministic=deterministic)
             x = x + dropout(y, deterministic=deterministic)
         y = RMSNorm(config, name="pre_mlp_layer_norm")(x)
         y = GatedMlp(config, name="mlp")(y, deterministic)
@@ -270,7 +275,7 @@ class Stack(nn.Module):
           encoded: `[batch, encoder_length, embed]`.
           encoded_mask: `[batch, 1 or length, encoder_length]` bool.
           memory: the layers' caches; a list, or stacked where layers are scanned.
-          index: position in the caches to write to.
+          index: position in the caches to write to; None to leave them as they are.
           keep_memory: return the layers' keys and values.
 
         Returns:

@@ -29,6 +29,13 @@ class Prefix:
     segment_ids: Array
     packed: bool = flax.struct.field(pytree_node=False, default=False)
 
+    read_once = 0
+
+    @property
+    def reread(self) -> int:
+        """Positions that each pass over a target reads again."""
+        return self.tokens.shape[1]
+
 
 def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Prefix:
     """Right-aligns unpacked prefixes.

@@ -83,3 +83,18 @@ def test_first_canvas_is_uniform_noise_and_samples_differ():
 def test_no_steps_or_samples_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} = 0"):
         _decoder(**{field: 0})
+
+
+def test_draws_are_those_of_a_plain_loop_over_steps_with_the_same_keys():
+    table = jnp.asarray(np.random.default_rng(4).normal(size=(VOCAB, VOCAB)), jnp.float32)
+    decoder = _decoder(num_steps=4, num_samples=3, temperature=0.7)
+    decoded = decoder.decode(table_network(table, BATCH), LENGTH, KEY, return_trajectory=True)
+    canvas_rng, steps_rng = jax.random.split(KEY)
+    canvas = decoder.corruption.sample_canvas(canvas_rng, (BATCH * 3, LENGTH))
+    for rng in jax.random.split(steps_rng, 4):
+        log_probs = jax.nn.log_softmax(table[canvas], axis=-1)
+        scores = jnp.take_along_axis(log_probs, canvas[..., None], axis=-1)[..., 0].sum(-1)
+        canvas = jax.random.categorical(rng, table[canvas] / 0.7, axis=-1)
+    order = jnp.argsort(scores.reshape(BATCH, 3), axis=1)
+    expected = jnp.take_along_axis(canvas.reshape(BATCH, 3, LENGTH), order[..., None], axis=1)
+    np.testing.assert_array_equal(decoded.tokens, expected)

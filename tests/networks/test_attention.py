@@ -43,3 +43,6 @@ def test_masks_by_hand():
         ("bidirectional", full),
     ):
         np.testing.assert_array_equal(make_mask(pattern, segments, is_prefix)[0], expected)
+    segments, is_prefix = jnp.ones((1, 4), int), jnp.array([[True, True, False, False]])
+    cached = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(make_mask("cached_prefix", segments, is_prefix)[0], cached)

@@ -15,7 +15,7 @@ CONFIG = TransformerConfig(
     vocab_size=17, embed_dim=16, num_heads=2, num_layers=2, head_dim=8, mlp_dim=24
 )
 NETWORKS = (DecoderOnly, EncoderDecoder)
-PATTERNS = ("causal", "prefix_bidirectional", "bidirectional")
+PATTERNS = ("causal", "prefix_bidirectional", "bidirectional", "cached_prefix")
 PREFIX = jnp.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
 TARGET = jnp.array([[2, 3, 4, 1], [9, 8, 1, 0], [7, 1, 0, 0]])
 
@@ -75,12 +75,43 @@ def test_the_state_that_predicts_a_token_sees_only_what_is_before_it(network_cla
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
-def test_bidirectional_attention_lets_every_position_see_every_other(network_class):
+@pytest.mark.parametrize("pattern", ["bidirectional", "cached_prefix"])
+def test_denoising_patterns_let_every_canvas_position_see_every_other(network_class, pattern):
     network, params = _make(network_class)
-    before = _hidden(network, params, PREFIX, TARGET, "bidirectional")
+    before = _hidden(network, params, PREFIX, TARGET, pattern)
     for position in range(TARGET.shape[1]):
-        after = _hidden(network, params, PREFIX, TARGET.at[:, position].set(13), "bidirectional")
+        after = _hidden(network, params, PREFIX, TARGET.at[:, position].set(13), pattern)
         assert not jnp.any(jnp.all(jnp.isclose(before, after, atol=1e-6), axis=2))
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"scan_layers": True}, {"relative_bias_per_layer": True}, {"start_token": True}],
+    ids=str,
+)
+def test_canvases_that_share_a_cached_prefix_equal_the_uncached(network_class, config):
+    network, params = _make(network_class, **config)
+    pattern = "cached_prefix"
+    canvases = jax.random.randint(jax.random.PRNGKey(1), (6, 4), 0, 17)
+    full = _hidden(network, params, jnp.repeat(PREFIX, 2, axis=0), canvases, pattern)
+
+    def run(module):
+        cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), pattern)
+        return module.denoise(cache, canvases, pattern)
+
+    np.testing.assert_allclose(network.apply({"params": params}, method=run), full, atol=1e-5)
+
+
+def test_a_prefix_that_sees_the_canvas_is_not_cached():
+    network, params = _make(DecoderOnly)
+    with pytest.raises(ValueError, match=r"'bidirectional'.*diffusion_cached_prefix"):
+        network.apply(
+            {"params": params},
+            method=lambda module: module.cache_prefix(
+                module.encode(PREFIX, deterministic=True), "bidirectional"
+            ),
+        )
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
@@ -112,7 +143,8 @@ def test_under_causal_attention_prefix_tokens_do_not_see_later_ones_and_otherwis
         return not jnp.allclose(one, other, atol=1e-6)
 
     assert not first_key_moves("causal")
-    assert first_key_moves("prefix_bidirectional")
+    for pattern in ("prefix_bidirectional", "cached_prefix"):
+        assert first_key_moves(pattern)
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
@@ -169,7 +201,7 @@ def test_ar_and_diffusion_have_the_same_parameters(network_class):
         jax.eval_shape(lambda p=pattern: network.init(jax.random.PRNGKey(0), PREFIX, TARGET, p))
         for pattern in PATTERNS
     ]
-    assert shapes[0] == shapes[1] == shapes[2]
+    assert all(shape == shapes[0] for shape in shapes)
 
 
 def test_bfloat16_activations_keep_float32_parameters_and_logits():

@@ -1,0 +1,215 @@
+"""What each setting of the diffusion decoder costs and gains on a trained embedded model.
+
+python -m benchmarks.decode_quality --task code --checkpoint DIR     # a run of `make demo`, say
+python -m benchmarks.decode_quality --task code --checkpoint DIR \\
+    --objective objectives/diffusion_cached_prefix.gin               # trained under that pattern
+
+For each setting one JSON line: the task's metric on held-out text, position-forwards per example
+(a count without noise) and seconds per example (the median of interleaved rounds), each beside
+the plain sampler's of the same run. `fast` is `gin/decoders/fast.gin`. Tasks, lengths and the
+network are those of `gin/scales/laptop.gin`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_t5x import experiment_graph, experiments, gin_utils, models
+from diffusion_t5x.checkpoints import RestoreCheckpointConfig, restore_params, select_checkpoints
+from diffusion_t5x.data import datasets
+from diffusion_t5x.data.detokenize import detokenize, end_text
+from diffusion_t5x.decoding import stopping, updates
+from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES
+from diffusion_t5x.train_state import abstract_params
+
+BATCH_SIZE = 16
+
+# name -> fields of the decoder, beside the paper's sampler.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "plain": {},
+    "stop_unchanged": {"stop": stopping.Unchanged()},
+    "stop_score": {"stop": stopping.ScoreSettled(0.1)},
+    "trim": {"trim_multiple": 8},
+    "halve": {"halve_every": 1},
+    "argmax": {"temperature": 0.0},
+    "argmax_unrolled": {"update": updates.ArgmaxUnrolled()},
+    "resample_half": {"update": updates.ResampleShare(0.5)},
+    "entropy_bound": {
+        "update": updates.EntropyBound(0.1),
+        "stop": stopping.StableAndConfident(0.005),
+        "temperature": 0.8,
+        "final_temperature": 0.4,
+        "num_steps": 48,
+        "num_samples": 1,
+    },
+    "one_sample": {"num_samples": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model and the held-out examples to decode.
+
+    Attributes:
+      model: with the paper's decoder.
+      fast: the decoder of `decoders/fast.gin`.
+      params: its parameters.
+      batches: of model features.
+      examples: the task's own examples, in the same order.
+      task: its settings.
+    """
+
+    model: models.Model
+    fast: Any
+    params: Any
+    batches: list[datasets.Batch]
+    examples: list[Mapping[str, Any]]
+    task: experiment_graph.TaskSettings
+
+
+def _make_model(*files: str) -> models.Model:
+    import gin
+
+    gin.clear_config()
+    gin_utils.parse_config(files, ["DROPOUT_RATE=0.0"])
+    return gin.get_configurable(models.Model)()
+
+
+def load(
+    role: str, checkpoint: str, model_file: str | None, objective: str, num_examples: int
+) -> Trained:
+    """The checkpoint at, or last under, `checkpoint`, and examples of the task `role`."""
+    _, scale, _ = experiments.load("families", "laptop")
+    task = experiment_graph.lookup(scale.tasks, role, "task")
+    files = (model_file or scale.models["decoder_only/base"], objective)
+    model = _make_model(*files)
+    fast = _make_model(*files, "decoders/fast.gin").decoder
+    _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
+    params = restore_params(path, abstract_params(model, PjitPartitioner(), INIT_SHAPES, {}))
+    lengths = {"inputs": task.inputs, "targets": task.targets}
+    cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, BATCH_SIZE, module="tasks")
+    num_batches = -(-num_examples // BATCH_SIZE)
+    batches = list(
+        datasets.get_eval_batches(cfg, model.FEATURE_CONVERTER_CLS, num_batches=num_batches)
+    )
+    examples = datasets.get_mixture_or_task(task.name).get_dataset(
+        lengths, split=task.test_split, shuffle=False
+    )
+    examples = list(itertools.islice(examples.as_numpy_iterator(), num_examples))
+    return Trained(model, fast, params, batches, examples, task)
+
+
+def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
+    """Decodes everything again and again: the metric, the count, and the seconds of each round."""
+    model = trained.model
+    eos_id = model.output_vocabulary.eos_id
+    fields = {f.name: getattr(decoder, f.name) for f in dataclasses.fields(decoder)}
+
+    @jax.jit
+    def predict(params: Any, batch: Any, rng: jax.Array) -> Any:
+        return model.predict_batch_with_aux(
+            params, batch, rng, return_position_forwards=True, **fields
+        )
+
+    task = datasets.get_mixture_or_task(trained.task.name)
+    targets = [
+        task.postprocess_fn(
+            detokenize(example["targets"], model.output_vocabulary), example=example, is_target=True
+        )
+        for example in trained.examples
+    ]
+    predict(trained.params, trained.batches[0], jax.random.PRNGKey(0))  # compiles
+    while True:
+        started = time.monotonic()
+        results = [
+            jax.device_get(
+                predict(trained.params, batch, jax.random.fold_in(jax.random.PRNGKey(0), number))
+            )
+            for number, batch in enumerate(trained.batches)
+        ]
+        seconds = (time.monotonic() - started) / (len(trained.batches) * BATCH_SIZE)
+        rows = itertools.chain.from_iterable(tokens for tokens, _ in results)
+        texts = [
+            task.postprocess_fn(
+                detokenize(end_text(row, eos_id), model.output_vocabulary),
+                example=example,
+                is_target=False,
+            )
+            for row, example in zip(rows, trained.examples, strict=False)
+        ]
+        values: dict[str, float] = {}
+        for metric in task.metric_fns:
+            values.update(metric(targets, texts))
+        metric = trained.task.metric
+        percent = 1.0 if metric == "f1" else 100.0
+        yield {
+            "metric": metric,
+            "percent": float(values[metric]) * percent,
+            "position_forwards": float(np.mean([aux["position_forwards"] for _, aux in results])),
+            "seconds": seconds,
+        }
+
+
+def compare(trained: Trained, decoders: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """One record per decoder, each beside the first, rounds of all of them interleaved."""
+    runs = {name: measure(trained, decoder) for name, decoder in decoders.items()}
+    rounds_of = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            rounds_of[name].append(next(run))
+    records: list[dict[str, Any]] = []
+    for name, measured in rounds_of.items():
+        record = {**measured[0], "seconds": statistics.median(m["seconds"] for m in measured)}
+        baseline = records[0] if records else record
+        records.append(
+            {
+                "benchmark": "decode_quality",
+                "task": trained.task.name,
+                "decoder": name,
+                **record,
+                "fewer_position_forwards": baseline["position_forwards"]
+                / record["position_forwards"],
+                "speedup": baseline["seconds"] / record["seconds"],
+            }
+        )
+    return records
+
+
+def main() -> None:
+    """Measures all settings, and the preset."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, help="translation, qa or code")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's MODEL_DIR")
+    parser.add_argument("--model", help="gin file of the network")
+    parser.add_argument("--objective", default="objectives/diffusion.gin", help="its gin file")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    trained = load(args.task, args.checkpoint, args.model, args.objective, args.examples)
+    decoders = {
+        name: dataclasses.replace(trained.model.decoder, **fields)
+        for name, fields in SETTINGS.items()
+    }
+    decoders["fast"] = trained.fast
+    names = ["plain", *args.settings] if args.settings else decoders
+    decoders = {name: decoders[name] for name in names}
+    for record in compare(trained, decoders, args.rounds):
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
