@@ -272,7 +272,7 @@ def select_checkpoints(config: RestoreCheckpointConfig) -> list[tuple[int, str]]
       ValueError: if several have the same step, which could not be told apart in results.
     """
     paths = (config.path,) if isinstance(config.path, str) else tuple(config.path)
-    selected = {}
+    selected: dict[int, str] = {}
     for path in paths:
         found = list_checkpoints(path)
         for step, checkpoint in found if config.mode == "all" else found[-1:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import flax.core
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -98,7 +100,7 @@ def convert(
         theirs = t5x_checkpoints.open_checkpoint(path)
     stored = t5x_networks.to_ours(theirs.params) if theirs else open_params(path)
     notes = _notes(path, theirs)
-    known, dropped = dict(stored), ()
+    known, dropped = dict(stored), tuple[str, ...]()
     if model is not None:
         known, dropped = _fit(path, known, model, partial, random_seed)
     elif layout in FORMATS[2:]:
@@ -178,7 +180,7 @@ def _fresh_parameters(model: Any, seed: int) -> dict[str, StoredArray]:
 
     shapes = named_leaves(jax.eval_shape(init, jax.random.PRNGKey(seed)))
     return {
-        name: StoredArray(FRESH, leaf.shape, np.dtype(leaf.dtype), lambda name=name: read(name))
+        name: StoredArray(FRESH, leaf.shape, np.dtype(leaf.dtype), functools.partial(read, name))
         for name, leaf in shapes.items()
     }
 
@@ -190,7 +192,7 @@ def _write(destination: str, step: int, arrays: Mapping[str, StoredArray], layou
     params = flax.traverse_util.unflatten_dict(read_all(arrays, "reading"), sep="/")
     checkpointer = Checkpointer(destination, SaveCheckpointConfig(save_dataset=False))
     try:
-        checkpointer.save(TrainState(np.int32(step), params, None))
+        checkpointer.save(TrainState(jnp.int32(step), params, None))
     finally:
         checkpointer.close()
 
@@ -203,7 +205,7 @@ def describe_network(params: Mapping[str, StoredArray], *, start_token: bool) ->
     """
     shape = {name: array.shape for name, array in params.items()}
     layers = {side: _count_layers(shape, side) for side in ("encoder", "decoder")}
-    tables_ = {
+    tables_: dict[str, Any] = {
         side: next(
             (s for n, s in shape.items() if re.match(rf"{side}/.*relpos_bias/", n)), (None, None)
         )

@@ -148,8 +148,8 @@ class InferenceEvaluator:
         self._resume_key = resume_key
         return {name: self._evaluate(name, params, step) for name in tasks or self.tasks}
 
-    def _chunk_dir(self, name: str, step: int, key: str | None) -> pathlib.Path | None:
-        return self._output_dir / name / f".candidates-{step}-{key}" if key else None
+    def _chunk_dir(self, name: str, step: int, key: str) -> pathlib.Path:
+        return self._output_dir / name / f".candidates-{step}-{key}"
 
     def forget(self, name: str, step: int, resume_key: str) -> None:
         """Removes the chunks of a task, whose results are known."""
@@ -164,7 +164,8 @@ class InferenceEvaluator:
             return outputs, self._predict.seconds
 
         judges = candidates.TaskJudges(self._evaluators[name], name)
-        directory = self._chunk_dir(name, step, self._resume_key)
+        key = self._resume_key
+        directory = self._chunk_dir(name, step, key) if key else None
         outputs, self._predict.seconds = candidates.draw(chunk, self._chunks, judges, directory)
         return outputs
 
@@ -236,6 +237,7 @@ class InferenceEvaluator:
                 padded = datasets.pad_batch(batch, size)
                 result = self._predict(mode, params, padded, *position, number)
                 for row, index in enumerate(indices):
+                    output: Any
                     if mode == "score":
                         output = float(result[row])
                     else:
@@ -261,7 +263,7 @@ class InferenceEvaluator:
         for index, example in enumerate(examples):
             tokens, scores = predictions[index]
             samples = [detokenize(row, vocabulary) for row in np.atleast_2d(tokens)]
-            record = {
+            record: dict[str, Any] = {
                 "inputs": _text(example, "inputs", self._model.input_vocabulary),
                 "target": _text(example, "targets", vocabulary),
                 "prediction": samples[-1],

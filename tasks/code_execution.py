@@ -23,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tasks.sandbox.values import Encoder
 
@@ -78,7 +79,7 @@ class Limits:
 _limits = Limits()
 
 
-def configure(**limits: float) -> Limits:
+def configure(**limits: Any) -> Limits:
     """Changes the limits of all programs that run from now on, and returns them.
 
     Args:

@@ -62,7 +62,7 @@ def read_together(
             f"{item}/{name}",
             tuple(leaf.shape),
             np.dtype(leaf.dtype),
-            lambda name=name: read()[name],
+            functools.partial(lambda name: read()[name], name),
         )
         for name, leaf in leaves.items()
     }
@@ -84,7 +84,12 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
         return part
 
     return [
-        StoredArray(f"{stored.source}[layer {index}]", shape, stored.dtype, lambda i=index: take(i))
+        StoredArray(
+            f"{stored.source}[layer {index}]",
+            shape,
+            stored.dtype,
+            functools.partial(take, index),
+        )
         for index in range(count)
     ]
 
@@ -131,7 +136,7 @@ def place(stored: Mapping[str, StoredArray], abstract: Mapping[str, Any], descri
             leaf = abstract[name]
             value = array.read().astype(leaf.dtype)
             placed[name] = jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, lambda index, value=value: value[index]
+                leaf.shape, leaf.sharding, value.__getitem__
             )
             progress.update()
     return flax.traverse_util.unflatten_dict(placed, sep="/")

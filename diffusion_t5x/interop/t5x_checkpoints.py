@@ -145,7 +145,9 @@ def _open_indexed(directory: epath.Path) -> T5XCheckpoint:
             params[name] = StoredArray(source, store.shape, store.dtype.numpy_dtype, read)
         else:
             value = np.asarray(leaf)
-            params[name] = StoredArray(source, value.shape, value.dtype, lambda v=value: v)
+            params[name] = StoredArray(
+                source, value.shape, value.dtype, functools.partial(np.asarray, value)
+            )
     _check(directory, params)
     state = index.get("state", {})
     return T5XCheckpoint(_step(state, directory), params, bool(state.get("param_states")))

@@ -51,6 +51,8 @@ class Reference:
     """An object of the other side, by its number there."""
 
     __slots__ = ("_number", "_peer")
+    _number: int
+    _peer: Any
 
     def __init__(self, peer: Any, number: int):
         object.__setattr__(self, "_peer", peer)
