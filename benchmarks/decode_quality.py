@@ -6,8 +6,8 @@ python -m benchmarks.decode_quality --task code --checkpoint DIR \\
 
 For each setting one JSON line: the task's metric on held-out text, position-forwards per example
 (a count without noise) and seconds per example (the median of interleaved rounds), each beside
-the plain sampler's of the same run. `fast` is `gin/decoders/fast.gin`. Tasks, lengths and the
-network are those of `gin/scales/laptop.gin`.
+the plain sampler's of the same run. Tasks, lengths and the network are those of
+`gin/scales/laptop.gin`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "stop_score": {"stop": stopping.ScoreSettled(0.1)},
     "trim": {"trim_multiple": 8},
     "halve": {"halve_every": 1},
+    "halve_and_stop": {"halve_every": 1, "stop": stopping.Unchanged()},
     "argmax": {"temperature": 0.0},
     "argmax_unrolled": {"update": updates.ArgmaxUnrolled()},
     "resample_half": {"update": updates.ResampleShare(0.5)},
@@ -63,7 +64,6 @@ class Trained:
 
     Attributes:
       model: with the paper's decoder.
-      fast: the decoder of `decoders/fast.gin`.
       params: its parameters.
       batches: of model features.
       examples: the task's own examples, in the same order.
@@ -71,7 +71,6 @@ class Trained:
     """
 
     model: models.Model
-    fast: Any
     params: Any
     batches: list[datasets.Batch]
     examples: list[Mapping[str, Any]]
@@ -94,7 +93,6 @@ def load(
     task = experiment_graph.lookup(scale.tasks, role, "task")
     files = (model_file or scale.models["decoder_only/base"], objective)
     model = _make_model(*files)
-    fast = _make_model(*files, "decoders/fast.gin").decoder
     _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
     params = restore_params(path, abstract_params(model, PjitPartitioner(), INIT_SHAPES, {}))
     lengths = {"inputs": task.inputs, "targets": task.targets}
@@ -107,7 +105,7 @@ def load(
         lengths, split=task.test_split, shuffle=False
     )
     examples = list(itertools.islice(examples.as_numpy_iterator(), num_examples))
-    return Trained(model, fast, params, batches, examples, task)
+    return Trained(model, params, batches, examples, task)
 
 
 def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
@@ -187,7 +185,7 @@ def compare(trained: Trained, decoders: Mapping[str, Any], rounds: int) -> list[
 
 
 def main() -> None:
-    """Measures all settings, and the preset."""
+    """Measures the settings asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -195,7 +193,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's MODEL_DIR")
     parser.add_argument("--model", help="gin file of the network")
     parser.add_argument("--objective", default="objectives/diffusion.gin", help="its gin file")
-    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="beside plain")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -204,7 +202,6 @@ def main() -> None:
         name: dataclasses.replace(trained.model.decoder, **fields)
         for name, fields in SETTINGS.items()
     }
-    decoders["fast"] = trained.fast
     names = ["plain", *args.settings] if args.settings else decoders
     decoders = {name: decoders[name] for name in names}
     for record in compare(trained, decoders, args.rounds):

@@ -3,7 +3,6 @@
 A run is a model file, an objective file and a run file, in this order.
 """
 
-import dataclasses
 import functools
 import itertools
 
@@ -13,7 +12,6 @@ import pytest
 import gin
 from diffusion_t5x import experiments, gin_utils, models
 from diffusion_t5x.data import datasets
-from diffusion_t5x.decoding import stopping
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.trainer import train
@@ -29,7 +27,6 @@ OBJECTIVES = (
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
 SPEED = "runs/speed.gin"
-FAST = "decoders/fast.gin"
 SCALES = ("embedded", "paper")
 # name -> (embed_dim, heads, layers, mlp_dim, head_dim); all but tiny are T5 1.1's, as published.
 SIZES = {
@@ -67,8 +64,8 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 def test_no_file_is_without_its_test():
     known = {*MODELS, *OBJECTIVES, *RUNS, SAMPLE, SPEED, "models/common.gin", "runs/common.gin"}
-    folders = ("models/", "objectives/", "decoders/", "runs/")
-    assert {name for name in FILES if name.startswith(folders)} == {*known, FAST}
+    found = {name for name in FILES if name.startswith(("models/", "objectives/", "runs/"))}
+    assert found == known
 
 
 @pytest.mark.parametrize("run", [*RUNS, SAMPLE, SPEED])
@@ -271,23 +268,6 @@ def _diffusion_model(*files):
     gin.clear_config()
     gin_utils.parse_config(["models/tiny.gin", *files], ["DROPOUT_RATE=0.0"])
     return gin.get_configurable(models.Model)()
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES[1:])
-def test_the_fast_decoder_is_the_objectives_own_with_canvases_dropped_and_stopped(objective):
-    plain, fast = _diffusion_model(objective).decoder, _diffusion_model(objective, FAST).decoder
-    changed = {
-        field.name: getattr(fast, field.name)
-        for field in dataclasses.fields(plain)
-        if getattr(fast, field.name) != getattr(plain, field.name)
-    }
-    assert changed == {"halve_every": 1, "stop": stopping.Unchanged()}
-
-
-@pytest.mark.parametrize("run", [*RUNS, SAMPLE, SPEED])
-def test_the_fast_decoder_goes_behind_any_run(run):
-    gin_utils.parse_config([MODELS[0], OBJECTIVES[1], run, FAST], _required(run))
-    assert gin.get_configurable(models.Model)().decoder.halve_every == 1
 
 
 def test_only_the_cached_objective_caches_the_prefix_and_hides_the_canvas_from_it():
