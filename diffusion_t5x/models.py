@@ -70,8 +70,8 @@ class Model:
                     f"{type(part).__name__}.corruption.vocab_size = {drawn}, but the network knows "
                     f"only {rows} tokens; set VOCAB_SIZE for both."
                 )
-        end = getattr(decoder, "eos_id", None)
-        if end is not None and vocabulary.eos_id is not None and end != vocabulary.eos_id:
+        end = getattr(decoder, "eos_id", -1)
+        if end >= 0 and vocabulary.eos_id is not None and end != vocabulary.eos_id:
             raise ValueError(
                 f"{type(decoder).__name__}.eos_id = {end}, but the vocabulary ends texts with "
                 f"token {vocabulary.eos_id}; set it to that."

@@ -2,9 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 import toy
 
+from diffusion_t5x import experiments, speed
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding_speed import measure
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import Predictor
@@ -42,6 +46,25 @@ def test_the_median_of_the_decodings_after_the_first_is_written(tmp_path, monkey
 
 def test_a_real_decoding_takes_some_time(tmp_path):
     assert 0.0 < _measure(tmp_path, repeats=1)["seconds"] < 60.0
+
+
+def test_an_ar_model_decodes_every_text_to_its_full_length_as_figure_3_asks(tmp_path, monkeypatch):
+    [stage, *_] = experiments.Run("figure3", "embedded", tmp_path).stages
+    steps = []
+
+    def sample(self, rng, logits):
+        jax.debug.callback(steps.append, rng)
+        return jnp.ones(len(logits), jnp.int32)  # what ends a text elsewhere
+
+    monkeypatch.setattr(AutoregressiveDecoder, "sample", sample)
+    speed.main(
+        [
+            *stage.argv(tmp_path),
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 4, 'targets': 5}",
+            "--gin.REPEATS=1",
+        ]
+    )
+    assert len(steps) == 2 * 5
 
 
 def test_a_dry_run_writes_nothing_and_no_repeats_are_refused(tmp_path):

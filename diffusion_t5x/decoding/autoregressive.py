@@ -44,7 +44,8 @@ class AutoregressiveDecoder:
       temperature: 0 is greedy.
       top_k: sample among the k likeliest tokens; 0 for all.
       top_p: sample within the nucleus of this probability; 0 for all.
-      eos_id: the token that ends a text; what follows it is padding (0).
+      eos_id: the token that ends a text, what follows it being padding (0); a negative one ends
+        none, so that all texts are decoded to their full length.
     """
 
     num_samples: int = 1

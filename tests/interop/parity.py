@@ -67,7 +67,7 @@ def our_model(network, pattern="causal", **overrides):
         module(our_config(network, **overrides)),
         NextToken(pattern, CrossEntropy(**LOSS)),
         AutoregressiveDecoder(),
-        types.SimpleNamespace(vocab_size=VOCAB),
+        types.SimpleNamespace(vocab_size=VOCAB, eos_id=1),
         None,
     )
 
