@@ -31,6 +31,7 @@ setuptools.setup(
         "clu>=0.0.12",
         "flax>=0.12",
         "gin-config>=0.5.0",
+        "importlib_resources>=6.4",  # which TFDS imports and does not declare
         "jax>=0.10",
         "matplotlib>=3.9",
         "numpy>=2.0",
