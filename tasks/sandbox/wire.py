@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import builtins
 import os
 import struct
@@ -16,7 +17,7 @@ class Gone(BaseException):
     """The other side has ended; no assertion may catch this as if it were a program's error."""
 
 
-class Peer:
+class Peer(abc.ABC):
     """One end of the pipe: asks the other side, and answers it while it waits.
 
     Attributes:
@@ -30,9 +31,9 @@ class Peer:
         self._lent: list[Any] = []
         self._numbers: dict[int, int] = {}
 
+    @abc.abstractmethod
     def answer(self, operation: str, *args: Any) -> Any:
         """Does what the other side asks for."""
-        raise NotImplementedError
 
     def lend(self, value: Any) -> tuple[bytes, tuple]:
         """The tag and parts that stand for a value which is not copied."""
