@@ -71,6 +71,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Parses `argv`, or this process's arguments, and joins the processes that they tell of."""
     args = parser.parse_args(rewrite_gin_flags(sys.argv[1:] if argv is None else argv))
     _import_tensorflow()
+    _keep_compiled_programs()
     _initialize_processes(args)
     return args
 
@@ -106,6 +107,20 @@ def _import_tensorflow() -> None:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def _keep_compiled_programs() -> None:
+    """Compiles a program once per machine and version of it, not once per start.
+
+    The directory is JAX's own setting (`JAX_COMPILATION_CACHE_DIR`, which may name a bucket that
+    all hosts of a pod share), else `xla` in this project's cache.
+    """
+    import jax
+
+    from diffusion_t5x.data import cache
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.cache_dir() / "xla"))
 
 
 def _initialize_processes(args: argparse.Namespace) -> None:

@@ -294,3 +294,20 @@ def test_flags_of_processes_and_data_reach_jax_and_seqio(pretrained, tmp_path, m
     )  # fmt: skip
     assert len(outputs) == 1
     assert calls == {"processes": ("host:1234", 2, 1), "caches": ["/one", "/two"], "tfds": "/three"}
+
+
+def test_compiled_programs_are_kept_for_the_next_start_where_jax_or_the_cache_says(
+    tmp_path, monkeypatch
+):
+    before = jax.config.jax_compilation_cache_dir
+    parser = commands.make_parser("")
+    try:
+        monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path / "ours"))
+        jax.config.update("jax_compilation_cache_dir", None)
+        commands.parse(parser, [])
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours" / "xla")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
+        commands.parse(parser, [])
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
