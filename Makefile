@@ -30,8 +30,11 @@ test: lint
 test-t5x: $(INSTALLED)
 	$(RUN) -m pytest -m t5x tests/t5x
 
-# Overhead of the runtime over the bare compiled step.
+# Each prints JSON lines: a figure, its baseline from the same run, their ratio.
 bench: $(INSTALLED)
+	$(RUN) -m benchmarks.memory
+	$(RUN) -m benchmarks.train_step
+	$(RUN) -m benchmarks.decode
 	$(RUN) -m benchmarks.runtime_overhead
 
 clean:

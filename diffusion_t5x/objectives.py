@@ -40,7 +40,7 @@ def log_likelihood(
 ) -> Array:
     """Sum over positions of weight x log softmax(logits)[target], in one pass: `[batch]`."""
     plain = dataclasses.replace(cross_entropy, label_smoothing=0.0, z_loss=0.0)
-    readout = plain(network.forward(targets, None), network.logits, targets)
+    readout = plain(network.forward(targets, None), network.logits, targets, weights)
     return -jnp.sum(readout.loss * weights, axis=-1)
 
 
@@ -90,8 +90,8 @@ class NextToken:
           rng: for dropout.
         """
         hidden = network.forward(targets, rng)
-        readout = self.cross_entropy(hidden, network.logits, targets)
-        return jnp.sum(readout.loss * weights), jnp.sum(weights), _sums(readout, weights)
+        readout = self.cross_entropy(hidden, network.logits, targets, weights)
+        return readout.loss_sum, jnp.sum(weights), _sums(readout, weights)
 
     def score(self, network: BoundNetwork, targets: Array, weights: Array) -> Array:
         """Log-likelihood of the targets, in nats: `[batch]`."""
@@ -161,10 +161,11 @@ class StepUnrolledDenoising:
                 network.forward(canvas, dropout_rng),
                 network.logits,
                 targets,
+                weights,
                 rng=draw_rng,
                 temperature=self.unroll_temperature,
             )
-            total += jnp.sum(readout.loss * weights)
+            total += readout.loss_sum
             for name, sums in _sums(readout, weights).items():
                 metrics[f"{name}/unroll_{unroll}"] = sums
             canvas = jax.lax.stop_gradient(readout.tokens)

@@ -34,9 +34,11 @@ def _reference(hidden, matrix, targets, smoothing, z_loss):
 def test_loss_is_the_float64_reference_whole_and_in_blocks(smoothing, block_logits):
     hidden, matrix, targets = _inputs()
     loss = CrossEntropy(smoothing, z_loss=0.01, block_logits=block_logits)
-    readout = loss(jnp.asarray(hidden), lambda h: h @ matrix, jnp.asarray(targets))
+    weights = np.random.default_rng(5).random(targets.shape).astype(np.float32)
+    readout = loss(jnp.asarray(hidden), lambda h: h @ matrix, jnp.asarray(targets), weights)
     expected, expected_z = _reference(hidden, matrix, targets, smoothing, 0.01)
     np.testing.assert_allclose(readout.loss, expected, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(readout.loss_sum, (expected * weights).sum(), rtol=2e-5)
     np.testing.assert_allclose(readout.z_loss, expected_z, rtol=2e-5, atol=1e-5)
     argmax = (hidden.astype(np.float64) @ matrix).argmax(-1)
     np.testing.assert_array_equal(readout.tokens, argmax)
@@ -49,8 +51,10 @@ def test_gradient_matches_finite_differences_of_the_float64_reference(block_logi
     loss = CrossEntropy(0.1, z_loss=0.01, block_logits=block_logits)
 
     def total(hidden, matrix):
-        return jnp.sum(loss(hidden, lambda h: h @ matrix, jnp.asarray(targets)).loss)
+        # Scaled, as the trainer does, which the kept gradients must be too.
+        return 3.0 * loss(hidden, lambda h: h @ matrix, jnp.asarray(targets), weights).loss_sum
 
+    weights = np.random.default_rng(5).random(targets.shape).astype(np.float32)
     grads = jax.grad(total, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(matrix))
     rng = np.random.default_rng(2)
     for index, direction in enumerate(
@@ -60,7 +64,7 @@ def test_gradient_matches_finite_differences_of_the_float64_reference(block_logi
         for step in (1e-5, -1e-5):
             moved = [hidden.astype(np.float64), matrix.astype(np.float64)]
             moved[index] = moved[index] + step * direction
-            values.append(_reference(*moved, targets, 0.1, 0.01)[0].sum())
+            values.append(3 * (_reference(*moved, targets, 0.1, 0.01)[0] * weights).sum())
         slope = (values[0] - values[1]) / 2e-5
         assert np.vdot(grads[index], direction) == pytest.approx(slope, rel=1e-4)
 
@@ -70,15 +74,27 @@ def test_blocks_never_hold_all_logits_and_give_the_same_gradient():
 
     def grads(block_logits):
         loss = CrossEntropy(block_logits=block_logits)
-        return jax.grad(lambda h: jnp.sum(loss(h, lambda x: x @ matrix, targets).loss))(hidden)
+        weights = jnp.ones(targets.shape)
+        return jax.grad(lambda h: loss(h, lambda x: x @ matrix, targets, weights).loss_sum)
 
-    np.testing.assert_allclose(grads(2 * VOCAB), grads(2**22), rtol=1e-5, atol=1e-6)
-    jaxpr = str(
-        jax.make_jaxpr(
-            lambda h: CrossEntropy(block_logits=2 * VOCAB)(h, lambda x: x @ matrix, targets).loss
-        )(hidden)
-    )
-    assert f"{BATCH},{LENGTH},{VOCAB}" not in jaxpr
+    np.testing.assert_allclose(grads(2 * VOCAB)(hidden), grads(2**22)(hidden), rtol=1e-5, atol=1e-6)
+    assert f"{BATCH},{LENGTH},{VOCAB}" in str(jax.make_jaxpr(grads(2**22))(hidden))
+    assert f"{BATCH},{LENGTH},{VOCAB}" not in str(jax.make_jaxpr(grads(2 * VOCAB))(hidden))
+
+
+def test_the_gradient_costs_three_products_with_the_vocabulary_in_blocks_as_without():
+    hidden, matrix, targets = map(jnp.asarray, _inputs(3))
+
+    def products(block_logits):
+        loss = CrossEntropy(block_logits=block_logits)
+
+        def total(hidden, matrix):
+            weights = jnp.ones(targets.shape)
+            return loss(hidden, lambda x: x @ matrix, targets, weights).loss_sum
+
+        return str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, matrix)).count("dot_general")
+
+    assert products(2**22) == products(2 * VOCAB) == 3
 
 
 def test_no_gradient_flows_through_the_draw():
@@ -86,7 +102,12 @@ def test_no_gradient_flows_through_the_draw():
 
     def drawn(hidden):
         readout = CrossEntropy()(
-            hidden, lambda x: x @ matrix, targets, rng=jax.random.PRNGKey(0), temperature=1.0
+            hidden,
+            lambda x: x @ matrix,
+            targets,
+            jnp.ones(targets.shape),
+            rng=jax.random.PRNGKey(0),
+            temperature=1.0,
         )
         return jnp.sum(readout.tokens.astype(jnp.float32))
 
@@ -100,6 +121,7 @@ def test_draws_follow_the_softmax_at_the_temperature():
         hidden,
         lambda h: jnp.broadcast_to(logits, (*h.shape[:2], 3)),
         jnp.zeros((1, 60_000), jnp.int32),
+        jnp.ones((1, 60_000)),
         rng=jax.random.PRNGKey(0),
         temperature=0.5,
     )

@@ -83,6 +83,20 @@ print(json.dumps(out))
 """
 
 
+def _on_eight_devices(program):
+    """What a Python program prints last, as JSON, where there are eight devices."""
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("objective", "architecture", "scan"),
     [("diffusion", "decoder_only", True), ("autoregressive", "encoder_decoder", False)],
@@ -93,16 +107,7 @@ def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
     program = _TWO_SHARDINGS.format(
         tests=os.path.dirname(__file__), objective=objective, architecture=architecture, scan=scan
     )
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, *others = json.loads(done.stdout.splitlines()[-1])
+    first, *others = _on_eight_devices(program)
     for other in others:
         assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
         assert other["grad_squares"] == pytest.approx(first["grad_squares"], rel=1e-3, abs=1e-7)
@@ -111,3 +116,38 @@ def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
     assert first["shard"] == [264, 16]
     assert others[0]["shard"] == [66, 16]
     assert others[1]["shard"] == [132, 4]
+
+
+_BLOCKS = """
+import json, sys
+import jax
+import numpy as np
+sys.path.insert(0, {tests!r})
+import toy
+from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.train_state import create_params
+
+rng = np.random.default_rng(0)
+shapes = {{name: (16, 6) for name in (
+    "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")}}
+batch = {{name: rng.integers(1, 250, shape).astype(np.int32) for name, shape in shapes.items()}}
+out = []
+for block_logits in (2**20, 1):
+    model = toy.model("autoregressive", "decoder_only", attention_block_logits=block_logits)
+    partitioner = PjitPartitioner(1)
+    params = create_params(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
+    step = partitioner.jit(jax.value_and_grad(lambda p, b: model.eval_fn(p, b)[0]))
+    compiled = step.lower(params, partitioner.shard_batch(batch)).compile()
+    loss, _ = compiled(params, partitioner.shard_batch(batch))
+    text = compiled.as_text()
+    out.append([float(loss), text.count(" while("), text.count("all-gather(")])
+print(json.dumps(out))
+"""
+
+
+def test_blocks_of_attention_move_no_row_to_another_device():
+    done = _on_eight_devices(_BLOCKS.format(tests=os.path.dirname(__file__)))
+    (whole, no_loops, _), (blocked, loops, gathers) = done
+    assert blocked == pytest.approx(whole, rel=1e-5)
+    assert loops > no_loops
+    assert gathers == 0

@@ -147,12 +147,6 @@ class LayerCache:
     values: Array
 
 
-def empty_cache(config: TransformerConfig, batch_size: int, length: int) -> LayerCache:
-    """A cache for `length` tokens of each row, all zeros."""
-    shape = (batch_size, length, config.num_heads, config.head_dim)
-    return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
 class MultiHeadAttention(nn.Module):
     """T5's attention: no biases, no scaling by the head dimension (it is in the initialiser).
 
@@ -170,7 +164,6 @@ class MultiHeadAttention(nn.Module):
         self.key = Projection(config, config.num_heads, config.head_dim)
         self.value = Projection(config, config.num_heads, config.head_dim)
         self.out = OutputProjection(config)
-        self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
     def keys_values(self, x: Array) -> LayerCache:
         """Keys and values of `x [batch, length, embed]`."""
@@ -196,35 +189,154 @@ class MultiHeadAttention(nn.Module):
           bias: added to the attention logits, broadcasting to `[batch, heads, queries, keys]`.
           deterministic: no dropout.
         """
+        config = self.config
         query = self.query(x)
-        # [batch, heads, queries, keys]
-        logits = jnp.concatenate([_dot_keys(query, m.keys) for m in memories], axis=-1)
-        if bias is not None:
-            logits = logits + bias
-        logits = jnp.where(mask[:, None], logits, MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.config.dtype)
-        weights = self.dropout(weights, deterministic=deterministic)
-        ends = np.cumsum([m.keys.shape[1] for m in memories])
-        parts = jnp.split(weights, ends[:-1], axis=-1)
-        return self.out(sum(_mix_values(w, m.values) for w, m in zip(parts, memories, strict=True)))
+        rows = min(memory.keys.shape[0] for memory in memories)
+        dropout = None
+        if config.dropout_rate and not deterministic:
+            dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
+        num_blocks = _num_blocks(rows, config, query.shape[0], mask.shape[-2:])
+        mixed = _attend_in_blocks(num_blocks, rows, query, memories, mask, bias, dropout)
+        return self.out(mixed)
+
+
+@flax.struct.dataclass
+class Dropout:
+    """Dropout of attention weights, the same for all queries of a row and head, as T5X has it.
+
+    Attributes:
+      rate: share of weights set to 0, static.
+      rng: a key.
+    """
+
+    rate: float = flax.struct.field(pytree_node=False)
+    rng: Array
+
+    def __call__(self, weights: Array) -> Array:
+        """`[..., queries, keys]`, the others scaled up."""
+        shape = (*weights.shape[:-2], 1, weights.shape[-1])
+        kept = jax.random.bernoulli(self.rng, 1.0 - self.rate, shape)
+        return jnp.where(kept, weights / (1.0 - self.rate), 0).astype(weights.dtype)
+
+
+def _num_blocks(
+    rows: int, config: TransformerConfig, batch_size: int, query_key: tuple[int, int]
+) -> int:
+    """Into how many blocks of rows to split, so that few enough attention logits are alive.
+
+    Blocks take an equal share of the rows of each data-parallel part, so that none moves; where it
+    cannot be told how many parts there are, rows stay together.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    [axis] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
+    parts = mesh.shape.get(axis, 1)
+    if rows % parts or (mesh.empty and jax.device_count() > 1):
+        return 1
+    of_part = rows // parts
+    logits = batch_size // parts * config.num_heads * query_key[0] * query_key[1]
+    wanted = -(-logits // config.attention_block_logits)
+    return next((n for n in range(1, of_part + 1) if of_part % n == 0 and n >= wanted), of_part)
+
+
+def _attend_in_blocks(
+    num_blocks: int,
+    rows: int,
+    query: Array,
+    memories: Sequence[LayerCache],
+    mask: Array,
+    bias: Array | None,
+    dropout: Dropout | None,
+) -> Array:
+    """`_attend`, one block of `rows` after the other, their weights computed again for gradients.
+
+    Rows that share a memory stay together. Block `i` of `n` takes rows `i`, `i + n`, ...
+    """
+    if num_blocks == 1:
+        return _attend(query, memories, mask, bias, dropout)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(rows // num_blocks, num_blocks, -1, *x.shape[1:])
+        x = jnp.moveaxis(x, 1, 0)
+        return x.reshape(num_blocks, -1, *x.shape[3:])
+
+    def join(x: Array) -> Array:
+        x = x.reshape(num_blocks, rows // num_blocks, -1, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 1).reshape(query.shape)
+
+    shared_mask = mask.shape[0] == 1
+    rngs = None if dropout is None else jax.random.split(dropout.rng, num_blocks)
+
+    def attend(block: tuple[Any, ...]) -> Array:
+        query, memories, own_mask, rng = block
+        drop = None if dropout is None else dropout.replace(rng=rng)
+        return _attend(query, memories, mask if shared_mask else own_mask, bias, drop)
+
+    own_mask = None if shared_mask else split(mask)
+    blocks = split(query), jax.tree.map(split, list(memories)), own_mask, rngs
+    return join(jax.lax.map(jax.checkpoint(attend), blocks))
+
+
+def _attend(
+    query: Array,
+    memories: Sequence[LayerCache],
+    mask: Array,
+    bias: Array | None,
+    dropout: Dropout | None,
+) -> Array:
+    """Softmax attention of `query [batch, queries, heads, head_dim]`; returns its shape.
+
+    Rows of `query` that share a memory are a dimension of their own, `n` in `[rows, heads, n,
+    queries, keys]`. Heads come before positions, which makes every product one of matrices.
+    """
+    rows = min(memory.keys.shape[0] for memory in memories)
+    grouped = query.reshape(rows, -1, *query.shape[1:])
+    # [rows, heads, n, queries, keys]
+    logits = jnp.concatenate([_dot_keys(grouped, m.keys) for m in memories], axis=-1)
+    if bias is not None:
+        logits = logits + bias[:, :, None]
+    mask_rows = 1 if mask.shape[0] == 1 else rows
+    mask = mask.reshape(mask_rows, 1, -1, *mask.shape[1:])
+    logits = jnp.where(mask, logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    ends = np.cumsum([m.keys.shape[1] for m in memories])
+    parts = jnp.split(weights, ends[:-1], axis=-1)
+    mixed = sum(_mix_values(w, m.values) for w, m in zip(parts, memories, strict=True))
+    return mixed.reshape(query.shape)
 
 
 def _dot_keys(query: Array, keys: Array) -> Array:
-    """`[batch, queries, heads, head_dim]`, keys of `batch / n` rows `-> [batch, heads, queries,
-    keys]` float32."""
-    rows = keys.shape[0]
-    grouped = query.reshape(rows, -1, *query.shape[1:])
-    logits = jnp.einsum("bnqhd,bkhd->bnhqk", grouped, keys, preferred_element_type=jnp.float32)
-    return logits.reshape(query.shape[0], *logits.shape[2:])
+    """`[rows, n, queries, heads, head_dim]`, keys of `rows` or `rows * n` rows: `[rows, heads, n,
+    queries, keys]` float32."""
+    rows, n, length = query.shape[:3]
+    if keys.shape[0] == rows:
+        query = jnp.moveaxis(query, 3, 1).reshape(rows, query.shape[3], n * length, -1)
+        keys = jnp.swapaxes(keys, 1, 2)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)
+        return logits.reshape(*logits.shape[:2], n, length, -1)
+    keys = keys.reshape(rows, n, *keys.shape[1:])
+    return jnp.einsum("bnqhd,bnkhd->bhnqk", query, keys, preferred_element_type=jnp.float32)
 
 
 def _mix_values(weights: Array, values: Array) -> Array:
-    """`[batch, heads, queries, keys]`, values of `batch / n` rows `-> [batch, queries, heads,
-    head_dim]`."""
-    rows = values.shape[0]
-    grouped = weights.reshape(rows, -1, *weights.shape[1:])
-    mixed = jnp.einsum("bnhqk,bkhd->bnqhd", grouped, values)
-    return mixed.reshape(weights.shape[0], *mixed.shape[2:])
+    """`[rows, heads, n, queries, keys]`, values of `rows` or `rows * n` rows: `[rows, n, queries,
+    heads, head_dim]`."""
+    rows, heads, n, length, _ = weights.shape
+    if values.shape[0] == rows:
+        weights = weights.reshape(rows, heads, n * length, -1)
+        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(values, 1, 2))
+        return jnp.moveaxis(mixed.reshape(rows, heads, n, length, -1), 1, 3)
+    values = values.reshape(rows, n, *values.shape[1:])
+    return jnp.einsum("bhnqk,bnkhd->bnqhd", weights, values)
+
+
+def project(x: Array, kernel: Array) -> Array:
+    """`x [batch, length, in]` times `kernel [in, out]`: `[batch, length, out]`.
+
+    As a product of two matrices, of which CPUs compute the gradient twice as fast as of a batch.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 class Projection(nn.Module):
@@ -251,7 +363,7 @@ class Projection(nn.Module):
             jnp.float32,
             axes=("embed", "joined_kv"),
         )
-        y = jnp.einsum("ble,ej->blj", x, kernel.astype(self.config.dtype))
+        y = project(x, kernel.astype(self.config.dtype))
         y = y.reshape(*x.shape[:2], self.heads, self.head_dim)
         return nn_partitioning.with_sharding_constraint(y, ("batch", "length", "heads", "kv"))
 
@@ -275,7 +387,7 @@ class OutputProjection(nn.Module):
             jnp.float32,
             axes=("joined_kv", "embed"),
         )
-        return jnp.einsum("blj,je->ble", x, kernel.astype(self.config.dtype))
+        return project(x, kernel.astype(self.config.dtype))
 
 
 def repeat_rows(tree: Any, repeats: int, batch_axis: int = 0) -> Any:

@@ -34,6 +34,8 @@ class TransformerConfig:
       tied_logits: use the embedding, divided by sqrt(embed_dim), as the output projection.
       dtype: of activations, 'float32' or 'bfloat16'; parameters and logits are float32.
       remat: 'none', 'dots' (keep matrix products with weights) or 'full' (keep nothing).
+      attention_block_logits: attention logits that a device may have alive at once. More are
+        computed in blocks of rows, and again for the gradient, which keeps none of them.
       scan_layers: compile one layer and scan over it; parameters get a leading `layers` axis.
       relative_buckets: buckets of relative distances, half of them backwards, half forwards.
         Causal attention never asks for the forward half, so that a network pretrained causally
@@ -58,6 +60,7 @@ class TransformerConfig:
     tied_logits: bool = True
     dtype: str | jnp.dtype = "float32"
     remat: str = "none"
+    attention_block_logits: int = 2**20
     scan_layers: bool = False
     relative_buckets: int = 32
     decoder_relative_buckets: int | None = None
@@ -69,6 +72,7 @@ class TransformerConfig:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         sizes = ("vocab_size", "embed_dim", "num_heads", "num_layers", "head_dim", "mlp_dim")
+        sizes += ("attention_block_logits",)
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")

@@ -14,6 +14,7 @@ from diffusion_t5x.networks.attention import (
     LayerCache,
     MultiHeadAttention,
     RelativePositionBias,
+    project,
 )
 from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
 
@@ -64,7 +65,7 @@ class Dense(nn.Module):
             jnp.float32,
             axes=self.axes,
         )
-        return jnp.einsum("bli,io->blo", x, kernel.astype(self.config.dtype))
+        return project(x, kernel.astype(self.config.dtype))
 
 
 class GatedMlp(nn.Module):
@@ -125,8 +126,10 @@ class TokenEmbedding(nn.Module):
         hidden = hidden.astype(jnp.float32)
         if self.config.tied_logits:
             hidden = hidden / jnp.sqrt(self.config.embed_dim)
-            return jnp.einsum("...e,ve->...v", hidden, self.embedding)
-        return jnp.einsum("...e,ev->...v", hidden, self.logits_kernel)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            logits = jnp.einsum("ne,ve->nv", flat, self.embedding)
+            return logits.reshape(*hidden.shape[:-1], -1)
+        return project(hidden, self.logits_kernel)
 
 
 @flax.struct.dataclass

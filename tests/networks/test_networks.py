@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_t5x.networks import attention
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
@@ -265,3 +266,63 @@ def test_texts_that_begin_with_a_zero_have_no_room_for_it_in_packed_canvases():
     plain, _ = _make(DecoderOnly)
     by_hand = _hidden(plain, params, zero_first, TARGET[:1], "bidirectional")
     np.testing.assert_allclose(canvas[:1], by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize("pattern", ["prefix_bidirectional", "bidirectional"])
+def test_attention_in_blocks_of_rows_changes_no_number_and_keeps_no_weights(network_class, pattern):
+    network, params = _make(network_class)
+    blocked, _ = _make(network_class, attention_block_logits=1)
+
+    def gradient(network):
+        loss = lambda p: jnp.sum(jnp.sin(_hidden(network, p, PREFIX, TARGET, pattern)))  # noqa: E731
+        return jax.value_and_grad(loss)
+
+    whole, whole_grads = gradient(network)(params)
+    value, grads = gradient(blocked)(params)
+    assert float(value) == pytest.approx(float(whole), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, whole_grads)
+    queries = TARGET.shape[1] + (PREFIX.shape[1] if network_class is DecoderOnly else 0)
+    weights = f"[3,2,1,{queries},{queries}]"
+    assert weights in str(jax.make_jaxpr(gradient(network))(params))
+    assert weights not in str(jax.make_jaxpr(gradient(blocked))(params))
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_canvases_of_a_cached_prefix_stay_together_in_blocks(network_class):
+    canvases = jnp.repeat(TARGET, 2, axis=0).at[1::2, 1].set(2)
+    states = []
+    for block_logits in (2**20, 1):
+        network, params = _make(network_class, attention_block_logits=block_logits)
+
+        def run(module):
+            context = module.encode(PREFIX, deterministic=True)
+            cache = module.cache_prefix(context, "cached_prefix")
+            return module.denoise(cache, canvases, "cached_prefix")
+
+        states.append(network.apply({"params": params}, method=run))
+    np.testing.assert_allclose(*states, atol=1e-5)
+
+
+def test_dropout_of_attention_weights_is_the_same_for_all_queries_and_keeps_the_mean():
+    dropped = attention.Dropout(0.25, jax.random.PRNGKey(0))(jnp.ones((50, 4, 1, 3, 40)))
+    assert (dropped == dropped[..., :1, :]).all()
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert np.mean(dropped) == pytest.approx(1.0, abs=0.03)
+
+
+def test_blocks_of_rows_draw_their_own_dropout():
+    network, params = _make(DecoderOnly, dropout_rate=0.5, attention_block_logits=1)
+    same = jnp.repeat(TARGET[:1], 3, axis=0)
+
+    def run(module, deterministic):
+        context = module.encode(PREFIX[:1].repeat(3, axis=0), deterministic=True)
+        return module.decode(context, same, "causal", deterministic=deterministic)
+
+    def apply(key):
+        rngs = {"dropout": jax.random.PRNGKey(key)}
+        return network.apply({"params": params}, False, method=run, rngs=rngs)
+
+    np.testing.assert_array_equal(apply(0), apply(0))
+    assert not np.allclose(apply(0)[0], apply(0)[1])
+    assert not np.allclose(apply(0), apply(1))

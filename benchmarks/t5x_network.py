@@ -1,0 +1,68 @@
+"""T5X's decoder-only example as baseline; needs T5X on the Python path."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import t5x.models
+from t5x.examples.decoder_only import network
+
+from benchmarks.workloads import KEY, Shape
+
+NAME = "T5X"
+
+
+def _model(shape: Shape) -> Any:
+    fields = dataclasses.asdict(shape)
+    config = network.TransformerConfig(
+        **{"emb_dim": fields.pop("embed_dim"), **fields},
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+        logits_via_embedding=True,
+    )
+    # No token ends a text, so that each is as long as it is asked to be.
+    vocabulary = types.SimpleNamespace(vocab_size=shape.vocab_size, eos_id=shape.vocab_size)
+    return t5x.models.DecoderOnlyModel(
+        network.DecoderWrapper(config), vocabulary, None, inputs_bidirectional_attention=False
+    )
+
+
+def _arguments(shape: Shape, model: Any, batch_size: int, prefix: int, length: int) -> Any:
+    tokens = jax.random.randint(KEY, (batch_size, length), 3, shape.vocab_size)
+    is_prefix = (jnp.arange(length) < prefix).astype(jnp.int32)
+    batch = {
+        "decoder_target_tokens": tokens,
+        "decoder_input_tokens": jnp.pad(tokens[:, :-1], [(0, 0), (1, 0)]),
+        "decoder_loss_weights": jnp.ones(tokens.shape, jnp.float32),
+        "decoder_causal_attention": jnp.broadcast_to(is_prefix, tokens.shape),
+    }
+    shapes = {name: value.shape for name, value in batch.items()}
+    params = jax.jit(lambda: model.get_initial_variables(KEY, shapes)["params"])()
+    return params, batch
+
+
+def gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, Any]:
+    """Compiled loss and gradient, and arguments."""
+    model = _model(shape)
+    args = _arguments(shape, model, batch_size, 0, length)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return model.loss_fn(params, batch, KEY)[0]
+
+    return jax.jit(jax.value_and_grad(loss)).lower(*args).compile(), args
+
+
+def decoding(shape: Shape, batch_size: int, prefix: int, length: int) -> tuple[Any, Any]:
+    """Compiled greedy decoding with a key-value cache, and arguments."""
+    model = _model(shape)
+    args = _arguments(shape, model, batch_size, prefix, prefix + length)
+
+    def decode(params: Any, batch: Any) -> jax.Array:
+        greedy = {"topk": 1, "temperature": 0.0, "rescale_log_probs": False}
+        return model.predict_batch_with_aux(params, batch, KEY, decoder_params=greedy)[0]
+
+    return jax.jit(decode).lower(*args).compile(), args
