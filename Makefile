@@ -35,6 +35,8 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.decode
+	$(RUN) -m benchmarks.startup
+	$(RUN) -m benchmarks.input
 	$(RUN) -m benchmarks.runtime_overhead
 
 clean:

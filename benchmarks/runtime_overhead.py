@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import optax
 
+import gin
 from diffusion_t5x import gin_utils, models, train
 from diffusion_t5x.data import datasets
 from diffusion_t5x.metric_logs import read_metrics
@@ -35,25 +36,26 @@ TASKS = {
 }
 
 
-def _argv(objective: str) -> list[str]:
+def argv(objective: str) -> list[str]:
+    """The gin files of a run of the demo's network."""
     files = ("models/tiny.gin", f"objectives/{objective}.gin", "runs/pretrain.gin")
     return [f"--gin_file={file}" for file in (*files, "settings/laptop.gin")]
 
 
-def _bare_window(task: str, objective: str) -> Callable[[], float]:
+def bare_window(
+    task: str, lengths: dict[str, int], objective: str, *, pack: bool = False
+) -> Callable[[], float]:
     """A function that runs a window of bare steps and returns its seconds per step."""
-    import gin
-
     gin.clear_config()
-    names = [flag.partition("=")[2] for flag in _argv(objective)]
+    names = [flag.partition("=")[2] for flag in argv(objective)]
     gin_utils.parse_config(
         names,
-        [f"MIXTURE_OR_TASK_NAME={task}", f"TASK_FEATURE_LENGTHS={TASKS[task]}", "MODEL_DIR=''"],
+        [f"MIXTURE_OR_TASK_NAME={task}", f"TASK_FEATURE_LENGTHS={lengths}", "MODEL_DIR=''"],
     )
     model: Any = gin.get_configurable(models.Model)()
     batch_size = gin.query_parameter("BATCH_SIZE/macro.value")
     cfg = datasets.DatasetConfig(
-        task, TASKS[task], "train", batch_size, shuffle=True, module="tasks"
+        task, lengths, "train", batch_size, shuffle=True, pack=pack, module="tasks"
     )
     batch = next(datasets.get_training_iterator(cfg, model.FEATURE_CONVERTER_CLS))
     batch = jax.device_put(batch)
@@ -89,7 +91,7 @@ def _train_window(task: str, objective: str, model_dir: str, number: int) -> flo
     steps = (number + 1) * STEPS
     train.main(
         [
-            *_argv(objective),
+            *argv(objective),
             f"--gin.MIXTURE_OR_TASK_NAME={task}",
             f"--gin.TASK_FEATURE_LENGTHS={TASKS[task]}",
             f"--gin.MODEL_DIR={model_dir}",
@@ -105,7 +107,7 @@ def _train_window(task: str, objective: str, model_dir: str, number: int) -> flo
 def measure(task: str, objective: str) -> dict[str, Any]:
     """Median seconds per step of `train` and of the bare step, and their ratio."""
     bare, whole = [], []
-    window = _bare_window(task, objective)
+    window = bare_window(task, TASKS[task], objective)
     window()  # the first is slower
     with tempfile.TemporaryDirectory() as model_dir:
         for number in range(ROUNDS):
