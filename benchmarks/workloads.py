@@ -55,9 +55,9 @@ def our_model(
 
     Args:
       shape: of the network.
-      objective: 'autoregressive', 'diffusion' or 'diffusion_cached_prefix'.
+      objective: 'autoregressive' or 'diffusion'.
       block_logits: of the loss; None for its default.
-      decoder: fields of the decoder.
+      decoder: fields of the diffusion decoder.
       **config: further fields of `TransformerConfig`.
     """
     fields = {} if block_logits is None else {"block_logits": block_logits}
@@ -66,9 +66,8 @@ def our_model(
     if objective == "autoregressive":
         parts = NextToken(cross_entropy=loss), AutoregressiveDecoder(eos_id=-1)
     else:
-        pattern = "cached_prefix" if objective == "diffusion_cached_prefix" else "bidirectional"
         parts = (
-            StepUnrolledDenoising(corruption, cross_entropy=loss, attention_pattern=pattern),
+            StepUnrolledDenoising(corruption, cross_entropy=loss),
             DiffusionDecoder(corruption, **(decoder or {})),
         )
     network = DecoderOnly(TransformerConfig(**dataclasses.asdict(shape), **config))

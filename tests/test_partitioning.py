@@ -124,6 +124,8 @@ import jax
 import numpy as np
 sys.path.insert(0, {tests!r})
 import toy
+from flax.linen import partitioning as nn_partitioning
+from diffusion_t5x.networks import attention
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.train_state import create_params
 
@@ -141,13 +143,18 @@ for block_logits in (2**20, 1):
     loss, _ = compiled(params, partitioner.shard_batch(batch))
     text = compiled.as_text()
     out.append([float(loss), text.count(" while("), text.count("all-gather(")])
+partitioner = PjitPartitioner(2)
+rules = [("batch", ("data", "model"))]
+with jax.set_mesh(partitioner.mesh), nn_partitioning.axis_rules(rules):
+    out.append(attention._num_blocks(16, model.module.config, 16, (6, 6)))
 print(json.dumps(out))
 """
 
 
 def test_blocks_of_attention_move_no_row_to_another_device():
     done = _on_eight_devices(_BLOCKS.format(tests=os.path.dirname(__file__)))
-    (whole, no_loops, _), (blocked, loops, gathers) = done
+    (whole, no_loops, _), (blocked, loops, gathers), blocks_of_two_axes = done
     assert blocked == pytest.approx(whole, rel=1e-5)
     assert loops > no_loops
     assert gathers == 0
+    assert blocks_of_two_axes == 2  # eight parts of two rows each

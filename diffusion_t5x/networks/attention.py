@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,8 +229,9 @@ def _num_blocks(
     cannot be told how many parts there are, rows stay together.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    [axis] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
-    parts = mesh.shape.get(axis, 1)
+    [axes] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
     if rows % parts or (mesh.empty and jax.device_count() > 1):
         return 1
     of_part = rows // parts
