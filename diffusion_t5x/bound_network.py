@@ -32,6 +32,7 @@ class BoundNetwork:
         `repeats` times; the hidden state predicts the first target token.
       step: `(cache, tokens [batch] int32) -> (cache, hidden [batch, embed])` appends one token to
         every row; the hidden state predicts the next one.
+      grow: `(cache, room) -> cache` with room for `room` more tokens.
       repeat: `n -> BoundNetwork` with every prefix repeated `n` times in place, so that row
         `i * n + j` is sample `j` of prefix `i`.
       with_cached_prefix: `() -> BoundNetwork` whose `forward` gives the same numbers from keys and
@@ -45,6 +46,7 @@ class BoundNetwork:
     logits: Callable[[Array], Array]
     prefill: Callable[[int, int], tuple[Cache, Array]]
     step: Callable[[Cache, Array], tuple[Cache, Array]]
+    grow: Callable[[Cache, int], Cache]
     repeat: Callable[[int], BoundNetwork]
     with_cached_prefix: Callable[[], BoundNetwork] = _no_cached_prefix
     read_once: int = 0

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from diffusion_t5x import losses
 from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.networks.attention import repeat_rows
+from diffusion_t5x.networks.decoder_only import grow_cache
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -214,6 +215,7 @@ class Model:
                     module.prefill, context, pattern, length, repeats
                 ),
                 step=lambda cache, tokens: apply(module.step, cache, tokens, pattern),
+                grow=grow_cache,
                 repeat=lambda n: bind(repeat_rows(context, n), batch_size * n),
                 with_cached_prefix=lambda: cached(bind(context, batch_size), context),
                 read_once=context.read_once,

@@ -22,6 +22,7 @@ def table_network(table, batch_size, on_forward=None):
         logits=lambda hidden: hidden @ table,
         prefill=lambda length, repeats: (None, jnp.zeros((batch_size * repeats, table.shape[0]))),
         step=lambda cache, tokens: (cache, jax.nn.one_hot(tokens, table.shape[0])),
+        grow=lambda cache, room: cache,
         repeat=lambda n: table_network(table, batch_size * n, on_forward),
     )
 
@@ -41,5 +42,6 @@ def perfect_network(targets, vocab_size, confidence=50.0):
         logits=lambda hidden: hidden,
         prefill=lambda length, repeats: None,
         step=lambda cache, tokens: None,
+        grow=lambda cache, room: None,
         repeat=lambda n: perfect_network(targets, vocab_size, confidence),
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.bound_network import BoundNetwork
+from diffusion_t5x.decoding.growth import cache_lengths
 from diffusion_t5x.decoding.rerank import Decoded, best_last
 
 Array = jax.Array
@@ -95,11 +96,16 @@ class AutoregressiveDecoder:
             cache, hidden = network.step(cache, tokens[:, index - 1])
             return index + 1, cache, *emit(index, hidden, tokens, scores, ended)
 
-        cache, hidden = network.prefill(length, self.num_samples)
+        lengths = cache_lengths(length)
+        cache, hidden = network.prefill(lengths[0], self.num_samples)
         blank = (jnp.zeros((rows, length), jnp.int32), jnp.zeros(rows), jnp.zeros(rows, bool))
         state = (jnp.int32(1), cache, *emit(0, hidden, *blank))
-        going_on = lambda state: (state[0] < length) & ~jnp.all(state[4])  # noqa: E731
-        _, _, tokens, scores, _ = jax.lax.while_loop(going_on, body, state)
+        for room, end in zip([0, *lengths], lengths, strict=False):
+            index, cache, *others = state
+            cache = network.grow(cache, end - room) if room else cache
+            going_on = lambda state, end=end: (state[0] < end) & ~jnp.all(state[4])  # noqa: E731
+            state = jax.lax.while_loop(going_on, body, (index, cache, *others))
+        _, _, tokens, scores, _ = state
         tokens = tokens.reshape(network.batch_size, self.num_samples, length)
         scores, tokens = best_last(scores.reshape(tokens.shape[:2]), tokens)
         return Decoded(tokens, scores)

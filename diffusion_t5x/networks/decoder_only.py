@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from diffusion_t5x.networks.attention import (
     AUTOREGRESSIVE_PATTERNS,
-    LayerCache,
     check_shares_prefix,
     make_mask,
     repeat_rows,
@@ -57,20 +56,27 @@ def make_cache(
       repeats: copies of each row.
       encoded_mask: `[batch, 1, encoder_length]` bool.
     """
-    batch_axis = 1 if config.scan_layers else 0
-
-    def extend(cache: LayerCache) -> LayerCache:
-        padding = [(0, 0)] * (cache.keys.ndim - 3) + [(0, room), (0, 0), (0, 0)]
-        return jax.tree.map(lambda x: jnp.pad(x, padding), cache)
-
-    layers = [memory] if isinstance(memory, Memory) else memory
-    layers = [layer.replace(own=extend(layer.own)) for layer in layers]
-    memory = layers[0] if isinstance(memory, Memory) else layers
-    return DecodeCache(
-        memory=repeat_rows(memory, repeats, batch_axis),
-        visible=repeat_rows(jnp.pad(visible, [(0, 0), (0, room)], constant_values=True), repeats),
+    cache = DecodeCache(
+        memory=repeat_rows(memory, repeats, 1 if config.scan_layers else 0),
+        visible=repeat_rows(visible, repeats),
         index=jnp.int32(visible.shape[1]),
         encoded_mask=repeat_rows(encoded_mask, repeats),
+    )
+    return grow_cache(cache, room)
+
+
+def grow_cache(cache: DecodeCache, room: int) -> DecodeCache:
+    """The cache with room for `room` tokens more."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, room), (0, 0), (0, 0)])
+
+    def grown(memory: Memory) -> Memory:
+        return memory.replace(own=jax.tree.map(pad, memory.own))
+
+    return cache.replace(
+        memory=jax.tree.map(grown, cache.memory, is_leaf=lambda x: isinstance(x, Memory)),
+        visible=jnp.pad(cache.visible, [(0, 0), (0, room)], constant_values=True),
     )
 
 
