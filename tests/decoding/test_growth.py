@@ -1,5 +1,6 @@
 """A cache that grows while a text is decoded."""
 
+import dataclasses
 import functools
 import types
 
@@ -40,7 +41,7 @@ def test_short_texts_need_one_cache():
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("network_class", [DecoderOnly, EncoderDecoder])
 def test_a_growing_cache_decodes_what_a_whole_one_does(network_class, scan_layers, monkeypatch):
-    config = TransformerConfig(**{**vars(CONFIG), "scan_layers": scan_layers})
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     decoder = AutoregressiveDecoder(num_samples=2, temperature=1.0, eos_id=-1)
     model = models.Model(network_class(config), NextToken(), decoder, VOCABULARY, None)
     prefix = jax.random.randint(jax.random.PRNGKey(1), (3, 5), 2, VOCAB)
