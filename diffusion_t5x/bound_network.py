@@ -17,6 +17,31 @@ def _no_cached_prefix() -> BoundNetwork:
 
 
 @dataclasses.dataclass(frozen=True)
+class CachedPrefix:
+    """What a network can do once its prefixes are cached; `rows` is `batch * n` for any `n`.
+
+    Attributes:
+      cache: the keys and values of `batch` prefixes.
+      with_cache: `cache -> BoundNetwork`, the network with other cached prefixes.
+      grow: `(cache, room) -> cache` with room for `room` more tokens after each prefix.
+      extend: `(cache, tokens [batch, length] int32) -> cache` with the tokens at the end of each
+        prefix, as if they had been there from the beginning.
+      forward_keeping: `canvas [rows, length] -> (hidden, kept)`, as `forward`, and the canvas's
+        keys and values.
+      forward_at: `(kept, tokens, positions, seen) -> (hidden [rows, count, embed], kept)` reads
+        only the canvas's tokens `[rows, count]` at `positions [rows, count]`; of the positions
+        `seen [rows, length]` bool, the others are as they were kept.
+    """
+
+    cache: Cache
+    with_cache: Callable[[Cache], BoundNetwork]
+    grow: Callable[[Cache, int], Cache]
+    extend: Callable[[Cache, Array], Cache]
+    forward_keeping: Callable[[Array], tuple[Array, Cache]]
+    forward_at: Callable[[Cache, Array, Array, Array], tuple[Array, Cache]]
+
+
+@dataclasses.dataclass(frozen=True)
 class BoundNetwork:
     """A network with its parameters and a batch of prefixes bound.
 
@@ -37,6 +62,7 @@ class BoundNetwork:
         `i * n + j` is sample `j` of prefix `i`.
       with_cached_prefix: `() -> BoundNetwork` whose `forward` gives the same numbers from keys and
         values of the prefixes that are computed once, for all its `repeat`s too.
+      cached: what can be done with cached prefixes; None where they are not cached.
       read_once: prefix positions that are read once for all of an example's rows and passes.
       reread: prefix positions that each `forward` reads again for every row.
     """
@@ -49,5 +75,6 @@ class BoundNetwork:
     grow: Callable[[Cache, int], Cache]
     repeat: Callable[[int], BoundNetwork]
     with_cached_prefix: Callable[[], BoundNetwork] = _no_cached_prefix
+    cached: CachedPrefix | None = None
     read_once: int = 0
     reread: int = 0

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x import losses
-from diffusion_t5x.bound_network import BoundNetwork
+from diffusion_t5x.bound_network import BoundNetwork, CachedPrefix
 from diffusion_t5x.networks.attention import repeat_rows
-from diffusion_t5x.networks.decoder_only import grow_cache
+from diffusion_t5x.networks.cache import grow
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -215,7 +215,7 @@ class Model:
                     module.prefill, context, pattern, length, repeats
                 ),
                 step=lambda cache, tokens: apply(module.step, cache, tokens, pattern),
-                grow=grow_cache,
+                grow=grow,
                 repeat=lambda n: bind(repeat_rows(context, n), batch_size * n),
                 with_cached_prefix=lambda: cached(bind(context, batch_size), context),
                 read_once=context.read_once,
@@ -223,10 +223,18 @@ class Model:
             )
 
         def cached(network: BoundNetwork, context: Any) -> BoundNetwork:
-            cache = apply(module.cache_prefix, context, pattern)
-            return _replace_forward(
-                network, lambda canvas, rng: apply(module.denoise, cache, canvas, pattern)
+            return with_cache(network, apply(module.cache_prefix, context, pattern))
+
+        def with_cache(network: BoundNetwork, cache: Any) -> BoundNetwork:
+            prefix = CachedPrefix(
+                cache=cache,
+                with_cache=lambda cache: with_cache(network, cache),
+                grow=grow,
+                extend=lambda cache, tokens: apply(module.extend_prefix, cache, tokens, pattern),
+                forward_keeping=lambda canvas: apply(module.denoise, cache, canvas),
+                forward_at=lambda *canvas: apply(module.denoise_at, cache, *canvas),
             )
+            return _with_cached(network, prefix)
 
         return bind(context, batch["encoder_input_tokens"].shape[0])
 
@@ -300,12 +308,13 @@ class Model:
         return self.objective.score(self._bind(params, batch), targets, weights)
 
 
-def _replace_forward(network: BoundNetwork, forward: Callable[..., Array]) -> BoundNetwork:
+def _with_cached(network: BoundNetwork, cached: CachedPrefix) -> BoundNetwork:
     """The network with a `forward` that takes any number of rows per prefix and rereads none."""
     return dataclasses.replace(
         network,
-        forward=forward,
-        repeat=lambda n: _replace_forward(network.repeat(n), forward),
+        forward=lambda canvas, rng: cached.forward_keeping(canvas)[0],
+        repeat=lambda n: _with_cached(network.repeat(n), cached),
+        cached=cached,
         read_once=network.read_once + network.reread,
         reread=0,
     )

@@ -114,8 +114,10 @@ class StepUnrolledDenoising:
       reduction: 'sum' or 'mean' over the passes.
       padding_weight: loss weight of padding positions; 1 counts them like text, as the paper does.
       cross_entropy: the token loss.
-      attention_pattern: 'bidirectional' (the paper's), or 'cached_prefix', where the prefix does
-        not see the canvas, so that a decoder may keep the prefix's keys and values.
+      attention_pattern: 'bidirectional' (the paper's), 'cached_prefix', where the prefix does not
+        see the canvas, so that a decoder may keep the prefix's keys and values, or
+        'causal_prefix', where moreover no prefix token sees a later one, so that a decoder may
+        write a long text block by block.
     """
 
     corruption: UniformCorruption
@@ -128,7 +130,11 @@ class StepUnrolledDenoising:
     packs: ClassVar[bool] = False
 
     def __post_init__(self):
-        _check_pattern(self.attention_pattern, ("bidirectional", "cached_prefix"), "denoising")
+        _check_pattern(
+            self.attention_pattern,
+            ("bidirectional", "cached_prefix", "causal_prefix"),
+            "denoising",
+        )
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction = {self.reduction!r}; expected 'sum' or 'mean'.")
         for name in ("num_unrolls", "unroll_temperature", "padding_weight"):

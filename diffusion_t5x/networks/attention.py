@@ -1,8 +1,7 @@
-"""Attention: patterns, relative position bias, key-value cache, multi-head attention."""
+"""Attention: relative position bias, key-value cache, multi-head attention."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,64 +17,7 @@ from diffusion_t5x.networks.config import TransformerConfig
 
 Array = jax.Array
 
-# Who sees whom in `[prefix; target]`. 'causal': each token sees itself and what comes before it.
-# 'prefix_bidirectional': the same, but prefix tokens see the whole prefix. 'bidirectional': all
-# see all, which is what denoising needs (arXiv 2401.17181, section 3). 'cached_prefix': the target
-# sees all, the prefix only itself, so that a prefix's keys and values serve every canvas.
-AUTOREGRESSIVE_PATTERNS = ("causal", "prefix_bidirectional")
-DENOISING_PATTERNS = ("bidirectional", "cached_prefix")
-ATTENTION_PATTERNS = (*AUTOREGRESSIVE_PATTERNS, *DENOISING_PATTERNS)
 MASKED = -1e10
-
-
-def check_pattern(pattern: str) -> None:
-    """Refuses unknown attention patterns.
-
-    Raises:
-      ValueError: naming the nearest known pattern.
-    """
-    if pattern not in ATTENTION_PATTERNS:
-        near = difflib.get_close_matches(pattern, ATTENTION_PATTERNS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"attention pattern {pattern!r} is unknown; did you mean {near!r}? "
-            f"Known: {', '.join(ATTENTION_PATTERNS)}."
-        )
-
-
-def check_shares_prefix(pattern: str) -> None:
-    """Refuses patterns under which a prefix's keys and values depend on the canvas.
-
-    Raises:
-      ValueError: naming the pattern under which they do not.
-    """
-    if pattern != "cached_prefix":
-        raise ValueError(
-            f"attention pattern {pattern!r}: the prefix sees the canvas, so its keys and values "
-            f"cannot be cached; train with 'cached_prefix' "
-            "(objectives/diffusion_cached_prefix.gin), or set prefix_cache = False."
-        )
-
-
-def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
-    """Which keys each query sees: bool `[batch, length, length]`, or a leading 1.
-
-    Args:
-      pattern: one of `ATTENTION_PATTERNS`.
-      segment_ids: `[batch, length]`; tokens of different segments never see each other, and
-        padding is a segment of its own.
-      is_prefix: `[batch, length]` bool.
-    """
-    check_pattern(pattern)
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if pattern == "bidirectional":
-        return same_segment
-    if pattern == "cached_prefix":
-        return same_segment & (is_prefix[:, None, :] | ~is_prefix[:, :, None])
-    index = jnp.arange(segment_ids.shape[1])
-    visible = (index[:, None] >= index[None, :])[None]
-    if pattern == "prefix_bidirectional":
-        visible = visible | is_prefix[:, None, :]
-    return same_segment & visible
 
 
 def relative_position_bucket(distance: Array, *, num_buckets: int, max_distance: int) -> Array:
@@ -114,10 +56,11 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, query_positions: Array, key_positions: Array) -> Array:
-        """`[queries]`, `[keys]` int32 -> bias `[1, heads, queries, keys]`.
+        """Positions of queries and `[keys]` of keys, int32 -> bias `[1, heads, queries, keys]`.
 
         Positions are shared by the whole batch: rows are laid out so that the distance between
-        two tokens of a text is the distance of their indices (see `layout.py`).
+        two tokens of a text is the distance of their indices (see `layout.py`). Where each row
+        has queries of its own, `[batch, queries]`, so has the bias: `[batch, heads, ...]`.
         """
         config = self.config
         table = nn_partitioning.param_with_axes(
@@ -128,11 +71,11 @@ class RelativePositionBias(nn.Module):
             axes=("heads", "relpos_buckets"),
         )
         bucket = relative_position_bucket(
-            key_positions[None, :] - query_positions[:, None],
+            key_positions - jnp.atleast_2d(query_positions)[..., None],
             num_buckets=self.num_buckets,
             max_distance=config.relative_max_distance,
         )
-        return table[:, bucket][None].astype(config.dtype)
+        return jnp.moveaxis(table[:, bucket], 0, 1).astype(config.dtype)
 
 
 @flax.struct.dataclass
@@ -265,16 +208,19 @@ def _attend_in_blocks(
         x = x.reshape(num_blocks, rows // num_blocks, -1, *x.shape[2:])
         return jnp.moveaxis(x, 0, 1).reshape(query.shape)
 
-    shared_mask = mask.shape[0] == 1
+    def split_own(x: Array | None) -> Array | None:
+        return None if x is None or x.shape[0] == 1 else split(x)
+
     rngs = None if dropout is None else jax.random.split(dropout.rng, num_blocks)
 
     def attend(block: tuple[Any, ...]) -> Array:
-        query, memories, own_mask, rng = block
+        query, memories, own_mask, own_bias, rng = block
         drop = None if dropout is None else dropout.replace(rng=rng)
-        return _attend(query, memories, mask if shared_mask else own_mask, bias, drop)
+        its_mask = mask if own_mask is None else own_mask
+        return _attend(query, memories, its_mask, bias if own_bias is None else own_bias, drop)
 
-    own_mask = None if shared_mask else split(mask)
-    blocks = split(query), jax.tree.map(split, list(memories)), own_mask, rngs
+    memories = jax.tree.map(split, list(memories))
+    blocks = split(query), memories, split_own(mask), split_own(bias), rngs
     return join(jax.lax.map(jax.checkpoint(attend), blocks))
 
 
@@ -295,7 +241,9 @@ def _attend(
     # [rows, heads, n, queries, keys]
     logits = jnp.concatenate([_dot_keys(grouped, m.keys) for m in memories], axis=-1)
     if bias is not None:
-        logits = logits + bias[:, :, None]
+        bias_rows = 1 if bias.shape[0] == 1 else rows
+        bias = bias.reshape(bias_rows, -1, *bias.shape[1:])
+        logits = logits + jnp.moveaxis(bias, 1, 2)
     mask_rows = 1 if mask.shape[0] == 1 else rows
     mask = mask.reshape(mask_rows, 1, -1, *mask.shape[1:])
     logits = jnp.where(mask, logits, MASKED)

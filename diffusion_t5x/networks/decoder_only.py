@@ -3,81 +3,29 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.networks.attention import (
-    AUTOREGRESSIVE_PATTERNS,
-    check_shares_prefix,
-    make_mask,
-    repeat_rows,
+from diffusion_t5x.networks.attention import repeat_rows
+from diffusion_t5x.networks.cache import (
+    CanvasMemory,
+    DecodeCache,
+    append,
+    denoise,
+    denoise_at,
+    make_cache,
 )
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
+from diffusion_t5x.networks.layers import Stack, TokenEmbedding
 from diffusion_t5x.networks.layout import Prefix, merge, read_prefix, start_texts, take_targets
+from diffusion_t5x.networks.patterns import (
+    AUTOREGRESSIVE_PATTERNS,
+    check_prefix_may_grow,
+    check_shares_prefix,
+    make_mask,
+)
 
 Array = jax.Array
-
-
-@flax.struct.dataclass
-class DecodeCache:
-    """Keys and values of what was read so far.
-
-    Attributes:
-      memory: per layer, each `[batch, cache_length, heads, head_dim]`.
-      visible: `[batch, cache_length]` bool; padding before a prefix is never seen.
-      index: scalar int32, where the next token goes.
-      encoded_mask: `[batch, 1, encoder_length]` bool, where there is an encoder.
-    """
-
-    memory: list[Memory] | Memory
-    visible: Array
-    index: Array
-    encoded_mask: Array | None = None
-
-
-def make_cache(
-    memory: list[Memory] | Memory,
-    visible: Array,
-    config: TransformerConfig,
-    *,
-    room: int,
-    repeats: int,
-    encoded_mask: Array | None = None,
-) -> DecodeCache:
-    """A cache from the keys and values of a first pass, with room for more tokens.
-
-    Args:
-      memory: keys and values of the tokens read, `[batch, length, heads, head_dim]`.
-      visible: `[batch, length]` bool.
-      config: the network's configuration.
-      room: tokens to come.
-      repeats: copies of each row.
-      encoded_mask: `[batch, 1, encoder_length]` bool.
-    """
-    cache = DecodeCache(
-        memory=repeat_rows(memory, repeats, 1 if config.scan_layers else 0),
-        visible=repeat_rows(visible, repeats),
-        index=jnp.int32(visible.shape[1]),
-        encoded_mask=repeat_rows(encoded_mask, repeats),
-    )
-    return grow_cache(cache, room)
-
-
-def grow_cache(cache: DecodeCache, room: int) -> DecodeCache:
-    """The cache with room for `room` tokens more."""
-
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, room), (0, 0), (0, 0)])
-
-    def grown(memory: Memory) -> Memory:
-        return memory.replace(own=jax.tree.map(pad, memory.own))
-
-    return cache.replace(
-        memory=jax.tree.map(grown, cache.memory, is_leaf=lambda x: isinstance(x, Memory)),
-        visible=jnp.pad(cache.visible, [(0, 0), (0, room)], constant_values=True),
-    )
 
 
 class DecoderOnly(nn.Module):
@@ -126,7 +74,7 @@ class DecoderOnly(nn.Module):
         Args:
           prefix: from `encode`.
           target: `[batch, length]` int32, target tokens or canvas.
-          attention_pattern: one of `attention.ATTENTION_PATTERNS`. Under an autoregressive one the
+          attention_pattern: one of `patterns.ATTENTION_PATTERNS`. Under an autoregressive one the
             state returned at a position is that of the token before it, which predicts it.
           segment_ids: `[batch, length]`, where rows are packed.
           deterministic: no dropout.
@@ -157,7 +105,7 @@ class DecoderOnly(nn.Module):
 
         Args:
           prefix: from `encode`, not packed.
-          attention_pattern: 'cached_prefix'.
+          attention_pattern: one of `patterns.CACHED_PATTERNS`.
 
         Raises:
           ValueError: if the prefix sees the canvas under this pattern.
@@ -166,30 +114,32 @@ class DecoderOnly(nn.Module):
         cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
         return cache
 
-    def denoise(self, cache: DecodeCache, canvas: Array, attention_pattern: str) -> Array:
-        """What `decode` returns, from a cached prefix.
+    def denoise(self, cache: DecodeCache, canvas: Array) -> tuple[Array, CanvasMemory]:
+        """What `decode` returns, from a cached prefix; see `cache.denoise`."""
+        return denoise(self, cache, canvas)
+
+    def denoise_at(
+        self, cache: DecodeCache, kept: CanvasMemory, tokens: Array, positions: Array, seen: Array
+    ) -> tuple[Array, CanvasMemory]:
+        """Reads some positions of a canvas again; see `cache.denoise_at`."""
+        return denoise_at(self, cache, kept, tokens, positions, seen)
+
+    def extend_prefix(
+        self, cache: DecodeCache, tokens: Array, attention_pattern: str
+    ) -> DecodeCache:
+        """The cache with `tokens [batch, length]` at the end of every prefix.
 
         Args:
-          cache: from `cache_prefix`, of `batch` prefixes.
-          canvas: `[batch * n, length]` int32, where rows `i * n ... i * n + n - 1` belong to
-            prefix `i`.
+          cache: from `cache_prefix`, grown by at least as much room as there are tokens.
+          tokens: int32.
           attention_pattern: that of the cache.
 
-        Returns:
-          `[batch * n, length, embed]`.
+        Raises:
+          ValueError: if what is cached would no longer be true under this pattern.
         """
-        read, length = cache.visible.shape[1], canvas.shape[1]
-        visible = repeat_rows(cache.visible, canvas.shape[0] // cache.visible.shape[0])
-        keys = jnp.arange(read + length)
-        hidden, _ = self.decoder(
-            self.token_embedder(canvas, True),
-            jnp.pad(visible, [(0, 0), (0, length)], constant_values=True)[:, None],
-            deterministic=True,
-            query_positions=keys[read:],
-            key_positions=keys,
-            memory=cache.memory,
-        )
-        return hidden
+        check_prefix_may_grow(attention_pattern)
+        cache, _ = append(self, cache, tokens)
+        return cache
 
     def prefill(
         self, prefix: Prefix, attention_pattern: str, max_length: int, repeats: int
@@ -226,35 +176,9 @@ class DecoderOnly(nn.Module):
     ) -> tuple[DecodeCache, Array]:
         """Appends `tokens [batch]`; returns the cache and `[batch, embed]`."""
         del attention_pattern
-        return step_stack(self, cache, tokens)
+        cache, hidden = append(self, cache, tokens[:, None])
+        return cache, hidden[:, 0]
 
     def logits(self, hidden: Array) -> Array:
         """`hidden [..., embed] -> [..., vocab]`, float32."""
         return self.token_embedder.logits(hidden)
-
-
-def step_stack(network: nn.Module, cache: DecodeCache, tokens: Array) -> tuple[DecodeCache, Array]:
-    """One token through a network's `token_embedder` and `decoder` with a cache.
-
-    Args:
-      network: the bound module.
-      cache: of the tokens so far.
-      tokens: `[batch]` int32.
-
-    Returns:
-      The cache with one token more, and `[batch, embed]`.
-    """
-    keys = jnp.arange(cache.visible.shape[1])
-    mask = cache.visible[:, None] & (keys <= cache.index)
-    hidden, memory = network.decoder(
-        network.token_embedder(tokens[:, None], True),
-        mask,
-        deterministic=True,
-        query_positions=cache.index[None],
-        key_positions=keys,
-        encoded_mask=cache.encoded_mask,
-        memory=cache.memory,
-        index=cache.index,
-        keep_memory=True,
-    )
-    return cache.replace(memory=memory, index=cache.index + 1), hidden[:, 0]

@@ -7,16 +7,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.networks.attention import (
-    DENOISING_PATTERNS,
-    check_pattern,
-    make_mask,
-    repeat_rows,
+from diffusion_t5x.networks.attention import repeat_rows
+from diffusion_t5x.networks.cache import (
+    CanvasMemory,
+    DecodeCache,
+    append,
+    denoise,
+    denoise_at,
+    make_cache,
 )
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.networks.decoder_only import DecodeCache, make_cache, step_stack
 from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
 from diffusion_t5x.networks.layout import read_prefix
+from diffusion_t5x.networks.patterns import DENOISING_PATTERNS, check_pattern, make_mask
 
 Array = jax.Array
 
@@ -143,34 +146,33 @@ class EncoderDecoder(nn.Module):
         cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
         drop = lambda memory: memory.replace(own=None)  # noqa: E731
         return cache.replace(
-            memory=jax.tree.map(drop, cache.memory, is_leaf=lambda x: isinstance(x, Memory))
+            memory=jax.tree.map(drop, cache.memory, is_leaf=lambda x: isinstance(x, Memory)),
+            visible=cache.visible[:, :0],
+            index=jnp.int32(0),
         )
 
-    def denoise(self, cache: DecodeCache, canvas: Array, attention_pattern: str) -> Array:
-        """What `decode` returns, from a cached prefix.
+    def denoise(self, cache: DecodeCache, canvas: Array) -> tuple[Array, CanvasMemory]:
+        """What `decode` returns, from a cached prefix; see `cache.denoise`."""
+        return denoise(self, cache, canvas)
 
-        Args:
-          cache: from `cache_prefix`, of `batch` prefixes.
-          canvas: `[batch * n, length]` int32, where rows `i * n ... i * n + n - 1` belong to
-            prefix `i`.
-          attention_pattern: a denoising one.
+    def denoise_at(
+        self, cache: DecodeCache, kept: CanvasMemory, tokens: Array, positions: Array, seen: Array
+    ) -> tuple[Array, CanvasMemory]:
+        """Reads some positions of a canvas again; see `cache.denoise_at`."""
+        return denoise_at(self, cache, kept, tokens, positions, seen)
 
-        Returns:
-          `[batch * n, length, embed]`.
+    def extend_prefix(
+        self, cache: DecodeCache, tokens: Array, attention_pattern: str
+    ) -> DecodeCache:
+        """Not to be had: the encoder reads the prefix, and its layers see all of it.
+
+        Raises:
+          ValueError: always.
         """
-        positions = jnp.arange(canvas.shape[1])
-        hidden, _ = self.decoder(
-            self.token_embedder(canvas, True),
-            jnp.ones((1, canvas.shape[1], canvas.shape[1]), bool),
-            deterministic=True,
-            query_positions=positions,
-            key_positions=positions,
-            encoded_mask=repeat_rows(
-                cache.encoded_mask, canvas.shape[0] // cache.encoded_mask.shape[0]
-            ),
-            memory=cache.memory,
+        del cache, tokens, attention_pattern
+        raise ValueError(
+            "an encoder's prefix cannot grow: block_length needs a decoder-only network; set it 0."
         )
-        return hidden
 
     def prefill(
         self, prefix: EncodedPrefix, attention_pattern: str, max_length: int, repeats: int
@@ -214,7 +216,8 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[DecodeCache, Array]:
         """Appends `tokens [batch]`; returns the cache and `[batch, embed]`."""
         del attention_pattern
-        return step_stack(self, cache, tokens)
+        cache, hidden = append(self, cache, tokens[:, None])
+        return cache, hidden[:, 0]
 
     def logits(self, hidden: Array) -> Array:
         """`hidden [..., embed] -> [..., vocab]`, float32."""

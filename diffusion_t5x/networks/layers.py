@@ -138,12 +138,12 @@ class Attended:
 
     Attributes:
       mask: `[batch or 1, queries, keys]` bool, for self-attention.
-      bias: `[1, heads, queries, keys]`; None where each layer has its own.
-      positions: of queries `[queries]` and keys `[keys]`, int32.
+      bias: `[batch or 1, heads, queries, keys]`; None where each layer has its own.
+      positions: of queries `[queries]` or `[batch, queries]`, and of keys `[keys]`, int32.
       encoded: `[batch, encoder_length, embed]`, or None without cross-attention or where the
         cache already holds its keys and values.
       encoded_mask: `[batch, 1, encoder_length]` bool, or None.
-      index: where in the cache this call's keys and values go; None where they follow it.
+      index: where in the cache this call's keys and values go (see `Memory.extended`).
     """
 
     mask: Array
@@ -161,10 +161,26 @@ class Memory:
     Attributes:
       own: of the layer's own stack, or None.
       encoded: of the encoder's output, or None.
+      canvas: of a canvas of which some positions are read again, or None.
     """
 
     own: LayerCache | None
     encoded: LayerCache | None = None
+    canvas: LayerCache | None = None
+
+    def extended(self, new: LayerCache, index: Array | None) -> list[LayerCache]:
+        """What to attend to, where `new` goes to `index`, or follows if that is None.
+
+        The last of it holds `new`. `index` is a scalar for what a cache has room for, or
+        `[rows, positions]` of the canvas.
+        """
+        if self.canvas is not None:
+            rows = jnp.arange(index.shape[0])[:, None]
+            new = jax.tree.map(lambda kept, x: kept.at[rows, index].set(x), self.canvas, new)
+        elif index is not None:
+            write = jax.lax.dynamic_update_slice_in_dim
+            return [jax.tree.map(lambda kept, x: write(kept, x, index, axis=1), self.own, new)]
+        return [new] if self.own is None else [self.own, new]
 
 
 class TransformerLayer(nn.Module):
@@ -192,8 +208,8 @@ class TransformerLayer(nn.Module):
 
         Args:
           x: `[batch, length, embed]`.
-          memory: a cache to attend to, which this call's keys and values extend at
-            `attended.index`, or follow if that is None; None to attend to `x` alone.
+          memory: a cache to attend to, which this call's keys and values extend; None to attend
+            to `x` alone.
           attended: masks, bias and encoder output.
 
         Returns:
@@ -203,25 +219,15 @@ class TransformerLayer(nn.Module):
         dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
         attention = MultiHeadAttention(config, name="self_attention")
         y = RMSNorm(config, name="pre_self_attention_layer_norm")(x)
-        own = attention.keys_values(y)
-        before = []
-        if memory is not None and memory.own is not None:
-            if attended.index is None:
-                before = [memory.own]
-            else:
-                own = jax.tree.map(
-                    lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-                        cache, new, attended.index, axis=1
-                    ),
-                    memory.own,
-                    own,
-                )
+        memories = [attention.keys_values(y)]
+        if memory is not None:
+            memories = memory.extended(memories[0], attended.index)
         bias = attended.bias
         if bias is None:
             bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
                 *attended.positions
             )
-        y = attention(y, [*before, own], attended.mask, bias, deterministic=deterministic)
+        y = attention(y, memories, attended.mask, bias, deterministic=deterministic)
         x = x + dropout(y, deterministic=deterministic)
         encoded = None
         if self.cross_attention:
@@ -234,7 +240,7 @@ class TransformerLayer(nn.Module):
         y = GatedMlp(config, name="mlp")(y, deterministic)
         x = x + dropout(y, deterministic=deterministic)
         x = nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
-        return x, Memory(own, encoded) if self.keep_memory else None
+        return x, Memory(memories[-1], encoded) if self.keep_memory else None
 
 
 class Stack(nn.Module):
@@ -273,12 +279,13 @@ class Stack(nn.Module):
           x: `[batch, length, embed]`.
           mask: `[batch or 1, length, keys]` bool.
           deterministic: no dropout.
-          query_positions: `[length]` int32.
+          query_positions: `[length]` or `[batch, length]` int32.
           key_positions: `[keys]` int32.
           encoded: `[batch, encoder_length, embed]`.
           encoded_mask: `[batch, 1 or length, encoder_length]` bool.
           memory: the layers' caches; a list, or stacked where layers are scanned.
-          index: position in the caches to write to; None to leave them as they are.
+          index: where in the caches to write to (see `Memory.extended`); None to leave them as
+            they are.
           keep_memory: return the layers' keys and values.
 
         Returns:

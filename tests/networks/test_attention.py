@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.networks.attention import make_mask, relative_position_bucket
+from diffusion_t5x.networks.attention import relative_position_bucket
+from diffusion_t5x.networks.patterns import make_mask
 
 
 def _naive_bucket(distance, num_buckets, max_distance):

@@ -16,7 +16,7 @@ CONFIG = TransformerConfig(
     vocab_size=17, embed_dim=16, num_heads=2, num_layers=2, head_dim=8, mlp_dim=24
 )
 NETWORKS = (DecoderOnly, EncoderDecoder)
-PATTERNS = ("causal", "prefix_bidirectional", "bidirectional", "cached_prefix")
+PATTERNS = ("causal", "prefix_bidirectional", "bidirectional", "cached_prefix", "causal_prefix")
 PREFIX = jnp.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
 TARGET = jnp.array([[2, 3, 4, 1], [9, 8, 1, 0], [7, 1, 0, 0]])
 
@@ -76,7 +76,7 @@ def test_the_state_that_predicts_a_token_sees_only_what_is_before_it(network_cla
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
-@pytest.mark.parametrize("pattern", ["bidirectional", "cached_prefix"])
+@pytest.mark.parametrize("pattern", ["bidirectional", "cached_prefix", "causal_prefix"])
 def test_denoising_patterns_let_every_canvas_position_see_every_other(network_class, pattern):
     network, params = _make(network_class)
     before = _hidden(network, params, PREFIX, TARGET, pattern)
@@ -91,15 +91,15 @@ def test_denoising_patterns_let_every_canvas_position_see_every_other(network_cl
     [{}, {"scan_layers": True}, {"relative_bias_per_layer": True}, {"start_token": True}],
     ids=str,
 )
-def test_canvases_that_share_a_cached_prefix_equal_the_uncached(network_class, config):
+@pytest.mark.parametrize("pattern", ["cached_prefix", "causal_prefix"])
+def test_canvases_that_share_a_cached_prefix_equal_the_uncached(network_class, config, pattern):
     network, params = _make(network_class, **config)
-    pattern = "cached_prefix"
     canvases = jax.random.randint(jax.random.PRNGKey(1), (6, 4), 0, 17)
     full = _hidden(network, params, jnp.repeat(PREFIX, 2, axis=0), canvases, pattern)
 
     def run(module):
         cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), pattern)
-        return module.denoise(cache, canvases, pattern)
+        return module.denoise(cache, canvases)[0]
 
     np.testing.assert_allclose(network.apply({"params": params}, method=run), full, atol=1e-5)
 
@@ -298,7 +298,7 @@ def test_canvases_of_a_cached_prefix_stay_together_in_blocks(network_class):
         def run(module):
             context = module.encode(PREFIX, deterministic=True)
             cache = module.cache_prefix(context, "cached_prefix")
-            return module.denoise(cache, canvases, "cached_prefix")
+            return module.denoise(cache, canvases)[0]
 
         states.append(network.apply({"params": params}, method=run))
     np.testing.assert_allclose(*states, atol=1e-5)
