@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.bound_network import BoundNetwork
+from diffusion_t5x.bound_network import BoundNetwork, CachedPrefix
 
 
 def table_network(table, batch_size, on_forward=None):
@@ -44,4 +46,30 @@ def perfect_network(targets, vocab_size, confidence=50.0):
         step=lambda cache, tokens: None,
         grow=lambda cache, room: None,
         repeat=lambda n: perfect_network(targets, vocab_size, confidence),
+    )
+
+
+def with_cached_prefix(network):
+    """The network as one that can cache its prefixes; what it keeps of a canvas is nothing."""
+
+    def keep(canvas):
+        return network.forward(canvas, None), jnp.zeros((*canvas.shape, 1, 1))
+
+    def read(kept, tokens, positions, seen):
+        del positions, seen
+        return network.forward(tokens, None), kept
+
+    cached = CachedPrefix(
+        cache=None,
+        with_cache=lambda cache: with_cached_prefix(network),
+        grow=lambda cache, room: cache,
+        extend=lambda cache, tokens: cache,
+        forward_keeping=keep,
+        forward_at=read,
+    )
+    return dataclasses.replace(
+        network,
+        with_cached_prefix=lambda: with_cached_prefix(network),
+        repeat=lambda n: with_cached_prefix(network.repeat(n)),
+        cached=cached,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,13 @@ class State(NamedTuple):
       step: scalar int32, steps taken.
       rows: the canvases.
       position_forwards: scalar int32, positions sent through the network per example.
+      kept: what an active set keeps of the canvases (see `active_set.Kept`), or None.
     """
 
     step: Array
     rows: Rows
     position_forwards: Array
+    kept: Any = None
 
 
 def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Rows:
@@ -67,6 +69,24 @@ def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Rows:
     )
 
 
+def windows(rows: Rows, trim_multiple: int) -> tuple[list[int], Array]:
+    """Lengths up to which canvases may be read, and which of them holds all that is in use.
+
+    Args:
+      rows: the canvases.
+      trim_multiple: the lengths are multiples of it, or the whole; 0 for the whole alone.
+
+    Returns:
+      The lengths, and a scalar int32 index into them.
+    """
+    length = rows.canvas.tokens.shape[1]
+    if not 0 < trim_multiple < length:
+        return [length], jnp.int32(0)
+    longest = jnp.max(jnp.where(rows.done, 1, rows.used))
+    index = (longest + trim_multiple - 1) // trim_multiple - 1
+    return [*range(trim_multiple, length, trim_multiple), length], index
+
+
 def read_used(
     network: BoundNetwork,
     rows: Rows,
@@ -75,7 +95,8 @@ def read_used(
     *,
     trim_multiple: int,
     block_logits: int,
-) -> tuple[CanvasReadout, Array]:
+    keep: bool = False,
+) -> tuple[CanvasReadout, Array, Any]:
     """Reads the canvases up to the longest one in use, rounded up to `trim_multiple` positions.
 
     Positions that are not read keep what was last said of them. One program is compiled for each
@@ -88,19 +109,24 @@ def read_used(
       temperature: of the draws.
       trim_multiple: 0 reads whole canvases.
       block_logits: see `read_canvas`.
+      keep: also return the canvases' keys and values; the network's prefixes must be cached.
 
     Returns:
-      The readout of all positions, and how many positions of a row went through the network,
-      scalar int32.
+      The readout of all positions, how many positions of a row went through the network (scalar
+      int32), and the keys and values, as long as the whole canvas; None unless kept.
     """
     tokens = rows.canvas.tokens
     length = tokens.shape[1]
     before = rows.readout._replace(drawn=rows.readout.argmax)
 
-    def read(count: int) -> tuple[CanvasReadout, Array]:
+    def read(count: int) -> tuple[CanvasReadout, Array, Any]:
         part = tokens[:, :count]
+        if keep:
+            hidden, memory = network.cached.forward_keeping(part)
+        else:
+            hidden, memory = network.forward(part, None), None
         readout = read_canvas(
-            network.forward(part, None),
+            hidden,
             network.logits,
             part,
             rng=rng,
@@ -110,14 +136,16 @@ def read_used(
         readout = jax.tree.map(
             lambda new, old: jnp.concatenate([new, old[:, count:]], axis=1), readout, before
         )
-        return readout, jnp.int32(count + network.reread)
+        memory = jax.tree.map(lambda x: _pad_positions(x, length - count), memory)
+        return readout, jnp.int32(count + network.reread), memory
 
-    if not 0 < trim_multiple < length:
-        return read(length)
-    counts = [*range(trim_multiple, length, trim_multiple), length]
-    longest = jnp.max(jnp.where(rows.done, 1, rows.used))
-    branch = (longest + trim_multiple - 1) // trim_multiple - 1
-    return jax.lax.switch(branch, [functools.partial(read, count) for count in counts])
+    counts, index = windows(rows, trim_multiple)
+    return jax.lax.switch(index, [functools.partial(read, count) for count in counts])
+
+
+def _pad_positions(keys: Array, count: int) -> Array:
+    """Keys or values `[..., length, heads, head_dim]` with `count` zeros after the last."""
+    return jnp.pad(keys, [(0, 0)] * (keys.ndim - 3) + [(0, count), (0, 0), (0, 0)])
 
 
 def count_used(rows: Rows, argmax: Array) -> Array:

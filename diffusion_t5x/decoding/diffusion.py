@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.decoding import denoising
+from diffusion_t5x.decoding.active_set import ActiveSet, Kept, empty_kept, read_unsettled
 from diffusion_t5x.decoding.denoising import Rows, State
 from diffusion_t5x.decoding.rerank import Decoded, best_last
 from diffusion_t5x.decoding.stopping import Step
@@ -45,6 +46,8 @@ class DiffusionDecoder:
       prefix_cache: compute the prefix's keys and values once, for all samples and steps. The same
         numbers; the objective's attention pattern must be one under which the prefix does not see
         the canvas.
+      active_set: which positions are read again between passes over whole canvases, an
+        `decoding.active_set.ActiveSet`; None reads all of them at each step. Needs `prefix_cache`.
       block_logits: logits per canvas that may be alive at once (see `losses.CrossEntropy`).
     """
 
@@ -58,6 +61,7 @@ class DiffusionDecoder:
     halve_every: int = 0
     trim_multiple: int = 0
     prefix_cache: bool = False
+    active_set: ActiveSet | None = None
     block_logits: int = 2**22
 
     def __post_init__(self):
@@ -74,6 +78,11 @@ class DiffusionDecoder:
             raise ValueError(
                 f"final_temperature = {self.final_temperature} with temperature = "
                 f"{self.temperature}; both must be > 0, or leave final_temperature = None."
+            )
+        if self.active_set is not None and not self.prefix_cache:
+            raise ValueError(
+                "active_set needs cached prefixes; set prefix_cache = True, under an objective "
+                "whose prefixes may be cached (objectives/diffusion_cached_prefix.gin)."
             )
         for name, module in (("update", "updates"), ("stop", "stopping")):
             rule = getattr(self, name)
@@ -153,21 +162,58 @@ class DiffusionDecoder:
 
         def body(state: State) -> State:
             draw_rng, update_rng = (r[state.step] for r in rngs)
-            readout, positions = denoising.read_used(
-                repeated,
-                state.rows,
-                draw_rng,
-                self._temperature(state.step),
-                trim_multiple=self.trim_multiple,
-                block_logits=self.block_logits,
-            )
+            readout, positions, kept = self._read(repeated, state, first_step, draw_rng)
             rows = self._advance(state.rows, readout, update_rng)
             if rows.trajectory is not None:
                 trajectory = rows.trajectory.at[:, state.step + 1].set(rows.canvas.tokens)
                 rows = rows._replace(trajectory=trajectory)
-            return State(state.step + 1, rows, state.position_forwards + samples * positions)
+            cost = state.position_forwards + samples * positions
+            return State(state.step + 1, rows, cost, kept)
 
-        return jax.lax.while_loop(going_on, body, state)
+        first_step = state.step
+        if self.active_set is not None:
+            state = state._replace(kept=empty_kept(repeated, state.rows.canvas.tokens))
+        return jax.lax.while_loop(going_on, body, state)._replace(kept=None)
+
+    def _read(
+        self, network: BoundNetwork, state: State, first_step: Array, rng: Array
+    ) -> tuple[denoising.CanvasReadout, Array, Kept | None]:
+        """Reads the canvases whole, or only what is unsettled of them between two such passes.
+
+        Returns:
+          The readout, positions per row that went through the network, and what is kept.
+        """
+        rows, temperature = state.rows, self._temperature(state.step)
+        keep = self.active_set is not None
+
+        def whole() -> tuple[denoising.CanvasReadout, Array, Kept | None]:
+            readout, positions, memory = denoising.read_used(
+                network,
+                rows,
+                rng,
+                temperature,
+                trim_multiple=self.trim_multiple,
+                block_logits=self.block_logits,
+                keep=keep,
+            )
+            return readout, positions, Kept(memory, rows.canvas.tokens) if keep else None
+
+        def unsettled() -> tuple[denoising.CanvasReadout, Array, Kept]:
+            counts, index = denoising.windows(rows, self.trim_multiple)
+            return read_unsettled(
+                network,
+                state,
+                rng,
+                temperature,
+                active_set=self.active_set,
+                window=jnp.array(counts)[index],
+                block_logits=self.block_logits,
+            )
+
+        if not keep:
+            return whole()
+        since = state.step - first_step
+        return jax.lax.cond(since % self.active_set.refresh_every == 0, whole, unsettled)
 
     def _advance(self, rows: Rows, readout: denoising.CanvasReadout, rng: Array) -> Rows:
         """The canvases after a step that read them as `readout`."""

@@ -104,9 +104,7 @@ def append(network: nn.Module, cache: DecodeCache, tokens: Array) -> tuple[Decod
     return cache.replace(memory=memory, index=cache.index + length), hidden
 
 
-def denoise(
-    network: nn.Module, cache: DecodeCache, canvas: Array
-) -> tuple[Array, CanvasMemory]:
+def denoise(network: nn.Module, cache: DecodeCache, canvas: Array) -> tuple[Array, CanvasMemory]:
     """Reads canvases that follow cached prefixes, all positions of a canvas seeing each other.
 
     Args:
