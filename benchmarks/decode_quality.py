@@ -89,6 +89,7 @@ def load(
     role: str, checkpoint: str, model_file: str | None, objective: str, num_examples: int
 ) -> Trained:
     """The checkpoint at, or last under, `checkpoint`, and examples of the task `role`."""
+    datasets.import_task_module("tasks")  # Before gin reads a file, after which none is known anew.
     _, scale, _ = experiments.load("families", "laptop")
     task = experiment_graph.lookup(scale.tasks, role, "task")
     files = (model_file or scale.models["decoder_only/base"], objective)

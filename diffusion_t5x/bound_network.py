@@ -58,6 +58,8 @@ class BoundNetwork:
       step: `(cache, tokens [batch] int32) -> (cache, hidden [batch, embed])` appends one token to
         every row; the hidden state predicts the next one.
       grow: `(cache, room) -> cache` with room for `room` more tokens.
+      extend: `(tokens [batch, length] int32, counts [batch] int32) -> BoundNetwork` whose prefixes
+        go on with the first `counts` of `tokens`.
       repeat: `n -> BoundNetwork` with every prefix repeated `n` times in place, so that row
         `i * n + j` is sample `j` of prefix `i`.
       with_cached_prefix: `() -> BoundNetwork` whose `forward` gives the same numbers from keys and
@@ -73,6 +75,7 @@ class BoundNetwork:
     prefill: Callable[[int, int], tuple[Cache, Array]]
     step: Callable[[Cache, Array], tuple[Cache, Array]]
     grow: Callable[[Cache, int], Cache]
+    extend: Callable[[Array, Array], BoundNetwork]
     repeat: Callable[[int], BoundNetwork]
     with_cached_prefix: Callable[[], BoundNetwork] = _no_cached_prefix
     cached: CachedPrefix | None = None

@@ -55,8 +55,9 @@ class Model:
 
         Raises:
           ValueError: if the network has fewer embeddings than the vocabulary has tokens, the
-            objective or decoder draws tokens that the network does not know, or the decoder ends
-            texts with another token than the vocabulary.
+            objective or decoder draws tokens that the network does not know, they cut texts into
+            blocks of different lengths, or the decoder ends texts with another token than the
+            vocabulary.
         """
         rows = module.config.vocab_size
         if vocabulary.vocab_size > rows:
@@ -71,6 +72,12 @@ class Model:
                     f"{type(part).__name__}.corruption.vocab_size = {drawn}, but the network knows "
                     f"only {rows} tokens; set VOCAB_SIZE for both."
                 )
+        trained, decoded = (getattr(part, "block_length", 0) for part in (objective, decoder))
+        if trained != decoded:
+            raise ValueError(
+                f"{type(decoder).__name__}.block_length = {decoded}, but the model is trained with "
+                f"{type(objective).__name__}.block_length = {trained}; set BLOCK_LENGTH for both."
+            )
         end = getattr(decoder, "eos_id", -1)
         if end >= 0 and vocabulary.eos_id is not None and end != vocabulary.eos_id:
             raise ValueError(
@@ -216,6 +223,7 @@ class Model:
                 ),
                 step=lambda cache, tokens: apply(module.step, cache, tokens, pattern),
                 grow=grow,
+                extend=lambda *tokens: bind(apply(module.extend, context, *tokens), batch_size),
                 repeat=lambda n: bind(repeat_rows(context, n), batch_size * n),
                 with_cached_prefix=lambda: cached(bind(context, batch_size), context),
                 read_once=context.read_once,
@@ -230,7 +238,7 @@ class Model:
                 cache=cache,
                 with_cache=lambda cache: with_cache(network, cache),
                 grow=grow,
-                extend=lambda cache, tokens: apply(module.extend_prefix, cache, tokens, pattern),
+                extend=lambda cache, tokens: apply(module.extend_cached, cache, tokens, pattern),
                 forward_keeping=lambda canvas: apply(module.denoise, cache, canvas),
                 forward_at=lambda *canvas: apply(module.denoise_at, cache, *canvas),
             )

@@ -15,6 +15,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from diffusion_t5x.blocks import count_blocks, count_used, take_block
 from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.losses import CrossEntropy, TokenReadout
@@ -118,6 +119,9 @@ class StepUnrolledDenoising:
         see the canvas, so that a decoder may keep the prefix's keys and values, or
         'causal_prefix', where moreover no prefix token sees a later one, so that a decoder may
         write a long text block by block.
+      block_length: tokens of the canvas, where texts are to be written block by block; 0 for whole
+        texts. Each step then trains on one random block of each text, after the prefix and the
+        blocks before it.
     """
 
     corruption: UniformCorruption
@@ -127,6 +131,7 @@ class StepUnrolledDenoising:
     padding_weight: float = 1.0
     cross_entropy: CrossEntropy = CrossEntropy()
     attention_pattern: str = "bidirectional"
+    block_length: int = 0
     packs: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -137,13 +142,34 @@ class StepUnrolledDenoising:
         )
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction = {self.reduction!r}; expected 'sum' or 'mean'.")
-        for name in ("num_unrolls", "unroll_temperature", "padding_weight"):
+        if self.block_length and self.attention_pattern != "causal_prefix":
+            raise ValueError(
+                f"block_length = {self.block_length} with attention_pattern = "
+                f"{self.attention_pattern!r}; blocks need 'causal_prefix'."
+            )
+        for name in ("num_unrolls", "unroll_temperature", "padding_weight", "block_length"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected a value >= 0.")
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
-        """Loss weights `[batch, length]` with padding (token 0) scaled by `padding_weight`."""
-        return weights * jnp.where(targets == 0, self.padding_weight, 1.0)
+        """Loss weights `[batch, length]` with padding (token 0) scaled by `padding_weight`.
+
+        Blocks after the one in which a text ends have none: no decoder writes them.
+        """
+        weights = weights * jnp.where(targets == 0, self.padding_weight, 1.0)
+        if self.block_length:
+            used = count_used(targets, self.block_length) * self.block_length
+            weights *= jnp.arange(targets.shape[1]) < used[:, None]
+        return weights
+
+    def _block(
+        self, network: BoundNetwork, targets: Array, weights: Array, block: Array
+    ) -> tuple[BoundNetwork, Array, Array]:
+        """The network after the blocks before `block [batch]`, and that block."""
+        before = (count_blocks(targets.shape[1], self.block_length) - 1) * self.block_length
+        network = network.extend(targets[:, :before], block * self.block_length)
+        targets, weights = (take_block(x, block, self.block_length) for x in (targets, weights))
+        return network, targets, weights
 
     def loss(
         self, network: BoundNetwork, targets: Array, weights: Array, rng: Array
@@ -154,8 +180,16 @@ class StepUnrolledDenoising:
           network: the network, bound.
           targets: `[batch, length]` int32, clean.
           weights: `[batch, length]` float32.
-          rng: for the rate, the corruption, the draws and dropout.
+          rng: for the block, the rate, the corruption, the draws and dropout.
         """
+        if self.block_length:
+            block_rng, rng = jax.random.split(rng)
+            used = count_used(targets, self.block_length)
+            block = jax.random.randint(block_rng, used.shape, 0, used)
+            # As many times as there are blocks, the loss is that of the text, in expectation.
+            network, targets, weights = self._block(
+                network, targets, weights * used[:, None], block
+            )
         rate_rng, corrupt_rng, passes_rng = jax.random.split(rng, 3)
         rate = self.corruption.sample_rate(rate_rng, targets.shape[0])
         canvas = self.corruption.corrupt(corrupt_rng, targets, rate)
@@ -181,5 +215,18 @@ class StepUnrolledDenoising:
 
     def score(self, network: BoundNetwork, targets: Array, weights: Array) -> Array:
         """Model score of given targets: minus their cross-entropy under the logits that the
-        targets themselves, as canvas, lead to (arXiv 2401.17181, section 3): `[batch]`."""
-        return log_likelihood(network, targets, weights, self.cross_entropy)
+        targets themselves, as canvas, lead to (arXiv 2401.17181, section 3): `[batch]`.
+
+        With blocks, the sum of theirs.
+        """
+        if not self.block_length:
+            return log_likelihood(network, targets, weights, self.cross_entropy)
+
+        def score(number: Array) -> Array:
+            block = jnp.full(targets.shape[0], number)
+            return log_likelihood(
+                *self._block(network, targets, weights, block), self.cross_entropy
+            )
+
+        numbers = jnp.arange(count_blocks(targets.shape[1], self.block_length))
+        return jnp.sum(jax.lax.map(score, numbers), axis=0)

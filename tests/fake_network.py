@@ -25,6 +25,7 @@ def table_network(table, batch_size, on_forward=None):
         prefill=lambda length, repeats: (None, jnp.zeros((batch_size * repeats, table.shape[0]))),
         step=lambda cache, tokens: (cache, jax.nn.one_hot(tokens, table.shape[0])),
         grow=lambda cache, room: cache,
+        extend=lambda tokens, counts: table_network(table, batch_size, on_forward),
         repeat=lambda n: table_network(table, batch_size * n, on_forward),
     )
 
@@ -45,6 +46,7 @@ def perfect_network(targets, vocab_size, confidence=50.0):
         prefill=lambda length, repeats: None,
         step=lambda cache, tokens: None,
         grow=lambda cache, room: None,
+        extend=lambda tokens, counts: None,
         repeat=lambda n: perfect_network(targets, vocab_size, confidence),
     )
 

@@ -23,6 +23,7 @@ OBJECTIVES = (
     "objectives/autoregressive.gin",
     "objectives/diffusion.gin",
     "objectives/diffusion_cached_prefix.gin",
+    "objectives/diffusion_blocks.gin",
 )
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
@@ -40,8 +41,9 @@ MODELS = tuple(
     f"models/{folder}{size}.gin" for folder in ("", "encoder_decoder/") for size in SIZES
 )
 DATA = ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")
-# What a run file says is to be given.
+# What a file says is to be given.
 REQUIRED = {
+    "objectives/diffusion_blocks.gin": {"BLOCK_LENGTH"},
     "runs/pretrain.gin": {*DATA, "MODEL_DIR"},
     "runs/adapt.gin": {*DATA, "MODEL_DIR", "INITIAL_CHECKPOINT_PATH"},
     "runs/finetune.gin": {*DATA, "MODEL_DIR", "INITIAL_CHECKPOINT_PATH"},
@@ -52,14 +54,15 @@ REQUIRED = {
 }
 
 
-def _required(run):
-    values = {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}}
-    return [f"{name}={values.get(name, 'x')!r}" for name in REQUIRED[run]]
+def _required(*files):
+    values = {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}, "BLOCK_LENGTH": 4}
+    names = itertools.chain.from_iterable(REQUIRED.get(file, ()) for file in files)
+    return [f"{name}={values.get(name, 'x')!r}" for name in names]
 
 
 def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindings):
     gin.clear_config()
-    gin_utils.parse_config([model, objective, run], [*_required(run), *bindings])
+    gin_utils.parse_config([model, objective, run], [*_required(objective, run), *bindings])
 
 
 def test_no_file_is_without_its_test():
@@ -86,12 +89,14 @@ def test_a_composition_that_lacks_a_file_is_refused_by_the_macro_it_would_set(fi
 
 
 @pytest.mark.parametrize("run", [*RUNS, SAMPLE, SPEED])
-def test_each_required_macro_is_asked_for(run):
-    for name in REQUIRED[run]:
+@pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[-1]])
+def test_each_required_macro_is_asked_for(objective, run):
+    required = _required(objective, run)
+    for missing in required:
         gin.clear_config()
-        given = [binding for binding in _required(run) if not binding.startswith(f"{name}=")]
-        with pytest.raises(ValueError, match=f"^{name}/.*REQUIRED"):
-            gin_utils.parse_config([MODELS[0], OBJECTIVES[0], run], given)
+        given = [binding for binding in required if binding != missing]
+        with pytest.raises(ValueError, match=f"^{missing.split('=')[0]}/.*REQUIRED"):
+            gin_utils.parse_config([MODELS[0], objective, run], given)
 
 
 # (experiment, scale); what needs a vocabulary of one's own is given the bytes.
@@ -266,15 +271,17 @@ def test_the_papers_settings_are_the_defaults():
 
 def _diffusion_model(*files):
     gin.clear_config()
-    gin_utils.parse_config(["models/tiny.gin", *files], ["DROPOUT_RATE=0.0"])
+    gin_utils.parse_config(["models/tiny.gin", *files], ["DROPOUT_RATE=0.0", *_required(*files)])
     return gin.get_configurable(models.Model)()
 
 
-def test_only_the_cached_objective_caches_the_prefix_and_hides_the_canvas_from_it():
-    for objective, pattern in zip(OBJECTIVES[1:], ("bidirectional", "cached_prefix"), strict=True):
+def test_only_the_cached_objectives_cache_the_prefix_and_hide_the_canvas_from_it():
+    patterns = ("bidirectional", "cached_prefix", "causal_prefix")
+    for objective, pattern in zip(OBJECTIVES[1:], patterns, strict=True):
         model = _diffusion_model(objective)
         assert model.objective.attention_pattern == pattern
-        assert model.decoder.prefix_cache == (pattern == "cached_prefix")
+        assert model.decoder.prefix_cache == (pattern != "bidirectional")
+        assert model.decoder.block_length == (4 if pattern == "causal_prefix" else 0)
 
 
 def test_ar2diff_changes_the_objective_file_and_nothing_of_the_network():

@@ -7,6 +7,7 @@ sample; `docs/performance.md` says what each costs and gains.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.decoding import denoising
 from diffusion_t5x.decoding.active_set import ActiveSet, Kept, empty_kept, read_unsettled
+from diffusion_t5x.decoding.blocks import decode_blocks
 from diffusion_t5x.decoding.denoising import Rows, State
 from diffusion_t5x.decoding.rerank import Decoded, best_last
 from diffusion_t5x.decoding.stopping import Step
@@ -48,6 +50,11 @@ class DiffusionDecoder:
         the canvas.
       active_set: which positions are read again between passes over whole canvases, an
         `decoding.active_set.ActiveSet`; None reads all of them at each step. Needs `prefix_cache`.
+      block_length: tokens of a canvas, where a text is written as a sequence of them, each joining
+        the cached prefix of the next (see `decoding.blocks`); 0 for one canvas. Needs
+        `prefix_cache`, and a model trained with blocks of this length.
+      eos_id: the token that ends a text, after which no block is written; a negative one ends none.
+        Read only with blocks.
       block_logits: logits per canvas that may be alive at once (see `losses.CrossEntropy`).
     """
 
@@ -62,13 +69,15 @@ class DiffusionDecoder:
     trim_multiple: int = 0
     prefix_cache: bool = False
     active_set: ActiveSet | None = None
+    block_length: int = 0
+    eos_id: int = -1
     block_logits: int = 2**22
 
     def __post_init__(self):
         for name in ("num_steps", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
-        for name in ("temperature", "halve_every", "trim_multiple"):
+        for name in ("temperature", "halve_every", "trim_multiple", "block_length"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected a value >= 0.")
         if (
@@ -79,11 +88,12 @@ class DiffusionDecoder:
                 f"final_temperature = {self.final_temperature} with temperature = "
                 f"{self.temperature}; both must be > 0, or leave final_temperature = None."
             )
-        if self.active_set is not None and not self.prefix_cache:
-            raise ValueError(
-                "active_set needs cached prefixes; set prefix_cache = True, under an objective "
-                "whose prefixes may be cached (objectives/diffusion_cached_prefix.gin)."
-            )
+        for name, file in (("active_set", "cached_prefix"), ("block_length", "blocks")):
+            if getattr(self, name) and not self.prefix_cache:
+                raise ValueError(
+                    f"{name} needs cached prefixes; set prefix_cache = True, under an objective "
+                    f"whose prefixes may be cached (objectives/diffusion_{file}.gin)."
+                )
         for name, module in (("update", "updates"), ("stop", "stopping")):
             rule = getattr(self, name)
             if not callable(rule) and (name, rule) != ("stop", None):
@@ -100,9 +110,12 @@ class DiffusionDecoder:
         that the last step read and the logits that it returned; where a step renoises what it
         does not accept, between the argmax and those logits.
 
+        With blocks there is one sample of each text, of the best ones of its blocks, whose scores
+        add up.
+
         Args:
           network: the network, bound to `batch` prefixes.
-          length: of the canvas, in tokens.
+          length: of the text, in tokens.
           rng: for the canvas and every draw.
           return_trajectory: keep the canvas of every step.
 
@@ -111,6 +124,28 @@ class DiffusionDecoder:
         """
         if self.prefix_cache:
             network = network.with_cached_prefix()
+        if self.block_length:
+            decoded = decode_blocks(
+                network,
+                length,
+                rng,
+                functools.partial(
+                    self._decode_canvas,
+                    length=self.block_length,
+                    return_trajectory=return_trajectory,
+                ),
+                block_length=self.block_length,
+                eos_id=self.eos_id,
+            )
+        else:
+            decoded = self._decode_canvas(network, rng, length, return_trajectory)
+        cost = network.read_once + decoded.position_forwards
+        return decoded._replace(position_forwards=cost)
+
+    def _decode_canvas(
+        self, network: BoundNetwork, rng: Array, length: int, return_trajectory: bool
+    ) -> Decoded:
+        """As `decode`, in one canvas, not counting prefix positions that are read once."""
         canvas_rng, draws_rng, updates_rng = jax.random.split(rng, 3)
         rngs = (
             jax.random.split(draws_rng, self.num_steps),
@@ -119,7 +154,7 @@ class DiffusionDecoder:
         shape = (network.batch_size * self.num_samples, length)
         noise = self.corruption.sample_canvas(canvas_rng, shape)
         rows = denoising.start(noise, self.num_steps, return_trajectory)
-        state = State(jnp.int32(0), rows, jnp.int32(network.read_once))
+        state = State(jnp.int32(0), rows, jnp.int32(0))
         finished = []
         for samples, last_step in self._stages():
             state = self._denoise(network, samples, last_step, rngs, state)

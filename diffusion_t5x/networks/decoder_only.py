@@ -17,7 +17,14 @@ from diffusion_t5x.networks.cache import (
 )
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.layers import Stack, TokenEmbedding
-from diffusion_t5x.networks.layout import Prefix, merge, read_prefix, start_texts, take_targets
+from diffusion_t5x.networks.layout import (
+    Prefix,
+    extend_prefix,
+    merge,
+    read_prefix,
+    start_texts,
+    take_targets,
+)
 from diffusion_t5x.networks.patterns import (
     AUTOREGRESSIVE_PATTERNS,
     check_prefix_may_grow,
@@ -100,6 +107,10 @@ class DecoderOnly(nn.Module):
         )
         return take_targets(hidden, row, target.shape[1], before=causal and not started)
 
+    def extend(self, prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
+        """Prefixes that go on with tokens; see `layout.extend_prefix`."""
+        return extend_prefix(prefix, tokens, counts)
+
     def cache_prefix(self, prefix: Prefix, attention_pattern: str) -> DecodeCache:
         """Keys and values of the prefix, which every canvas may share.
 
@@ -124,7 +135,7 @@ class DecoderOnly(nn.Module):
         """Reads some positions of a canvas again; see `cache.denoise_at`."""
         return denoise_at(self, cache, kept, tokens, positions, seen)
 
-    def extend_prefix(
+    def extend_cached(
         self, cache: DecodeCache, tokens: Array, attention_pattern: str
     ) -> DecodeCache:
         """The cache with `tokens [batch, length]` at the end of every prefix.

@@ -161,18 +161,17 @@ class EncoderDecoder(nn.Module):
         """Reads some positions of a canvas again; see `cache.denoise_at`."""
         return denoise_at(self, cache, kept, tokens, positions, seen)
 
-    def extend_prefix(
-        self, cache: DecodeCache, tokens: Array, attention_pattern: str
-    ) -> DecodeCache:
+    def extend(self, *args: Array) -> EncodedPrefix:
         """Not to be had: the encoder reads the prefix, and its layers see all of it.
 
         Raises:
           ValueError: always.
         """
-        del cache, tokens, attention_pattern
         raise ValueError(
             "an encoder's prefix cannot grow: block_length needs a decoder-only network; set it 0."
         )
+
+    extend_cached = extend
 
     def prefill(
         self, prefix: EncodedPrefix, attention_pattern: str, max_length: int, repeats: int

@@ -61,6 +61,25 @@ def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Pre
     return Prefix(jnp.where(source >= 0, aligned, 0), is_text.astype(jnp.int32))
 
 
+def extend_prefix(prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
+    """Prefixes `[batch, prefix_length + length]` that go on with the first `counts` of `tokens`.
+
+    Args:
+      prefix: as `read_prefix` returns it, not packed.
+      tokens: `[batch, length]` int32.
+      counts: `[batch]` int32.
+    """
+    width = prefix.tokens.shape[1] + tokens.shape[1]
+    both = jnp.concatenate([prefix.tokens, tokens], axis=1)
+    segment_ids = jnp.pad(prefix.segment_ids, ((0, 0), (0, tokens.shape[1])), constant_values=1)
+    source = jnp.arange(width) - (tokens.shape[1] - counts)[:, None]
+
+    def align(x: Array) -> Array:
+        return jnp.where(source >= 0, jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1), 0)
+
+    return Prefix(align(both), align(segment_ids))
+
+
 @flax.struct.dataclass
 class Row:
     """Prefix and target in one row.

@@ -108,7 +108,7 @@ def test_a_prefix_that_grew_is_as_if_it_had_been_there_from_the_beginning(config
         context = module.encode(PREFIX, deterministic=True)
         cache = grow(module.cache_prefix(context, "causal_prefix"), 8)
         for block in blocks:
-            cache = module.extend_prefix(cache, block, "causal_prefix")
+            cache = module.extend_cached(cache, block, "causal_prefix")
         # Room that is not yet used must not be seen.
         return module.denoise(grow(cache, 3), CANVASES)[0]
 
@@ -141,7 +141,7 @@ def test_prefixes_that_cannot_grow_are_refused(network_class, pattern, message):
 
     def run(module):
         cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), pattern)
-        return module.extend_prefix(cache, CANVASES[:3], pattern)
+        return module.extend_cached(cache, CANVASES[:3], pattern)
 
     with pytest.raises(ValueError, match=message):
         _run(network, params, run)
