@@ -1,12 +1,13 @@
 """What each setting of the diffusion decoder costs and gains on a trained embedded model.
 
 python -m benchmarks.decode_quality --task code --checkpoint DIR     # a run of `make demo`, say
-python -m benchmarks.decode_quality --task code --checkpoint DIR \\
+python -m benchmarks.decode_quality --task code --checkpoint DIR --baseline PLAIN_DIR \\
     --objective objectives/diffusion_cached_prefix.gin               # trained under that pattern
 
 For each setting one JSON line: the task's metric on held-out text, position-forwards per example
 (a count without noise) and seconds per example (the median of interleaved rounds), each beside
-the plain sampler's of the same run. Tasks, lengths and the network are those of
+the paper's sampler of the same run: with the model itself, or with the one at `--baseline`, which
+was trained by `objectives/diffusion.gin`. Tasks, lengths and the network are those of
 `gin/scales/laptop.gin`.
 """
 
@@ -18,7 +19,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,18 +30,22 @@ from diffusion_t5x.checkpoints import RestoreCheckpointConfig, restore_params, s
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.decoding import stopping, updates
+from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.train_state import abstract_params
 
 BATCH_SIZE = 16
+PAPERS = "objectives/diffusion.gin"
 
-# name -> fields of the decoder, beside the paper's sampler.
+FAST = "decoders/fast.gin"
+# name -> fields of the decoder, beside what the objective's file binds.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "plain": {},
+    "objective": {},
     "stop_unchanged": {"stop": stopping.Unchanged()},
     "stop_score": {"stop": stopping.ScoreSettled(0.1)},
     "trim": {"trim_multiple": 8},
+    "active_set": {"active_set": ActiveSet()},
     "halve": {"halve_every": 1},
     "halve_and_stop": {"halve_every": 1, "stop": stopping.Unchanged()},
     "argmax": {"temperature": 0.0},
@@ -63,7 +68,8 @@ class Trained:
     """A trained model and the held-out examples to decode.
 
     Attributes:
-      model: with the paper's decoder.
+      model: with the decoder of its objective's file.
+      fast: the decoder of `decoders/fast.gin`.
       params: its parameters.
       batches: of model features.
       examples: the task's own examples, in the same order.
@@ -71,29 +77,36 @@ class Trained:
     """
 
     model: models.Model
+    fast: Any
     params: Any
     batches: list[datasets.Batch]
     examples: list[Mapping[str, Any]]
     task: experiment_graph.TaskSettings
 
 
-def _make_model(*files: str) -> models.Model:
+def _make_model(files: Iterable[str], bindings: Iterable[str]) -> models.Model:
     import gin
 
     gin.clear_config()
-    gin_utils.parse_config(files, ["DROPOUT_RATE=0.0"])
+    gin_utils.parse_config(files, ["DROPOUT_RATE=0.0", *bindings])
     return gin.get_configurable(models.Model)()
 
 
 def load(
-    role: str, checkpoint: str, model_file: str | None, objective: str, num_examples: int
+    role: str,
+    checkpoint: str,
+    objective: str,
+    num_examples: int,
+    model_file: str | None = None,
+    bindings: Iterable[str] = (),
 ) -> Trained:
     """The checkpoint at, or last under, `checkpoint`, and examples of the task `role`."""
     datasets.import_task_module("tasks")  # Before gin reads a file, after which none is known anew.
     _, scale, _ = experiments.load("families", "laptop")
     task = experiment_graph.lookup(scale.tasks, role, "task")
     files = (model_file or scale.models["decoder_only/base"], objective)
-    model = _make_model(*files)
+    fast = _make_model([*files, FAST], bindings).decoder
+    model = _make_model(files, bindings)
     _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
     params = restore_params(path, abstract_params(model, PjitPartitioner(), INIT_SHAPES, {}))
     lengths = {"inputs": task.inputs, "targets": task.targets}
@@ -106,7 +119,7 @@ def load(
         lengths, split=task.test_split, shuffle=False
     )
     examples = list(itertools.islice(examples.as_numpy_iterator(), num_examples))
-    return Trained(model, params, batches, examples, task)
+    return Trained(model, fast, params, batches, examples, task)
 
 
 def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
@@ -160,9 +173,10 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
         }
 
 
-def compare(trained: Trained, decoders: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """One record per decoder, each beside the first, rounds of all of them interleaved."""
-    runs = {name: measure(trained, decoder) for name, decoder in decoders.items()}
+def compare(runs: Mapping[str, tuple[Trained, Any]], rounds: int) -> list[dict[str, Any]]:
+    """One record per model and decoder, each beside the first, rounds of all interleaved."""
+    task = next(iter(runs.values()))[0].task.name
+    runs = {name: measure(*run) for name, run in runs.items()}
     rounds_of = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -174,7 +188,7 @@ def compare(trained: Trained, decoders: Mapping[str, Any], rounds: int) -> list[
         records.append(
             {
                 "benchmark": "decode_quality",
-                "task": trained.task.name,
+                "task": task,
                 "decoder": name,
                 **record,
                 "fewer_position_forwards": baseline["position_forwards"]
@@ -192,20 +206,33 @@ def main() -> None:
     )
     parser.add_argument("--task", required=True, help="translation, qa or code")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's MODEL_DIR")
+    parser.add_argument("--baseline", help="the same, of the model to compare with")
     parser.add_argument("--model", help="gin file of the network")
-    parser.add_argument("--objective", default="objectives/diffusion.gin", help="its gin file")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="beside plain")
+    parser.add_argument("--objective", default=PAPERS, help="its gin file")
+    parser.add_argument("--binding", action="append", default=[], help="of gin, as BLOCK_LENGTH=16")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    trained = load(args.task, args.checkpoint, args.model, args.objective, args.examples)
-    decoders = {
-        name: dataclasses.replace(trained.model.decoder, **fields)
-        for name, fields in SETTINGS.items()
-    }
-    names = ["plain", *args.settings] if args.settings else decoders
-    decoders = {name: decoders[name] for name in names}
-    for record in compare(trained, decoders, args.rounds):
+    trained = load(
+        args.task, args.checkpoint, args.objective, args.examples, args.model, args.binding
+    )
+    plain = trained
+    if args.baseline:
+        plain = load(args.task, args.baseline, PAPERS, args.examples, args.model)
+    decoder = plain.model.decoder
+    if not decoder.block_length:
+        decoder = dataclasses.replace(decoder, prefix_cache=False)
+    runs = {"plain": (plain, decoder)}
+    names = [*SETTINGS, "fast"]
+    if not trained.model.decoder.prefix_cache:
+        names.remove("active_set")
+    for name in args.settings or names:
+        decoder = trained.fast
+        if name in SETTINGS:
+            decoder = dataclasses.replace(trained.model.decoder, **SETTINGS[name])
+        runs[name] = trained, decoder
+    for record in compare(runs, args.rounds):
         print(json.dumps(record), flush=True)
 
 

@@ -66,10 +66,14 @@ def our_model(
     if objective == "autoregressive":
         parts = NextToken(cross_entropy=loss), AutoregressiveDecoder(eos_id=-1)
     else:
-        parts = (
-            StepUnrolledDenoising(corruption, cross_entropy=loss),
-            DiffusionDecoder(corruption, **(decoder or {})),
-        )
+        sampler = DiffusionDecoder(corruption, **(decoder or {}))
+        pattern = {}
+        if sampler.block_length:
+            pattern = {
+                "attention_pattern": "causal_prefix",
+                "block_length": sampler.block_length,
+            }
+        parts = StepUnrolledDenoising(corruption, cross_entropy=loss, **pattern), sampler
     network = DecoderOnly(TransformerConfig(**dataclasses.asdict(shape), **config))
     vocabulary = types.SimpleNamespace(vocab_size=shape.vocab_size, eos_id=None)
     return models.Model(network, *parts, vocabulary, None)

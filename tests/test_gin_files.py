@@ -3,6 +3,7 @@
 A run is a model file, an objective file and a run file, in this order.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,6 +13,7 @@ import pytest
 import gin
 from diffusion_t5x import experiments, gin_utils, models
 from diffusion_t5x.data import datasets
+from diffusion_t5x.decoding import stopping
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.trainer import train
@@ -25,6 +27,7 @@ OBJECTIVES = (
     "objectives/diffusion_cached_prefix.gin",
     "objectives/diffusion_blocks.gin",
 )
+FAST = "decoders/fast.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
 SPEED = "runs/speed.gin"
@@ -66,8 +69,10 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *OBJECTIVES, *RUNS, SAMPLE, SPEED, "models/common.gin", "runs/common.gin"}
-    found = {name for name in FILES if name.startswith(("models/", "objectives/", "runs/"))}
+    known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE, SPEED}
+    known |= {"models/common.gin", "runs/common.gin"}
+    folders = ("models/", "objectives/", "decoders/", "runs/")
+    found = {name for name in FILES if name.startswith(folders)}
     assert found == known
 
 
@@ -282,6 +287,15 @@ def test_only_the_cached_objectives_cache_the_prefix_and_hide_the_canvas_from_it
         assert model.objective.attention_pattern == pattern
         assert model.decoder.prefix_cache == (pattern != "bidirectional")
         assert model.decoder.block_length == (4 if pattern == "causal_prefix" else 0)
+
+
+def test_the_fast_decoder_keeps_what_the_objective_says_and_takes_fewer_passes():
+    for objective in OBJECTIVES[1:]:
+        paper, fast = (_diffusion_model(objective, *more).decoder for more in ((), (FAST,)))
+        assert fast == dataclasses.replace(
+            paper, halve_every=2, stop=stopping.Unchanged(), trim_multiple=8
+        )
+        assert fast != paper
 
 
 def test_ar2diff_changes_the_objective_file_and_nothing_of_the_network():

@@ -1,0 +1,63 @@
+"""Benchmarks as commands, on networks too small to be measured."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from benchmarks import decode_quality, figure3, plain_transformer, workloads
+from diffusion_t5x import gin_utils
+from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
+from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.predictor import INIT_SHAPES
+from diffusion_t5x.train_state import TrainState, create_params
+
+CACHED = "objectives/diffusion_cached_prefix.gin"
+
+
+def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
+    model = decode_quality._make_model(["models/tiny.gin", CACHED], [])
+    params = create_params(model, PjitPartitioner(), INIT_SHAPES, {}, jax.random.PRNGKey(0))
+    checkpointer = Checkpointer(str(tmp_path), SaveCheckpointConfig())
+    checkpointer.save(TrainState(jax.numpy.int32(7), params, None))
+    checkpointer.close()
+    # A process of its own, in which no task has been imported before gin files are read.
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.decode_quality", "--task=translation", "--rounds=1",
+         f"--checkpoint={tmp_path}", f"--objective={CACHED}", "--examples=16",
+         "--settings", "objective"],
+        cwd=gin_utils.config_dir().parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    plain, cached = map(json.loads, run.stdout.splitlines()[-2:])
+    assert [line["decoder"] for line in (plain, cached)] == ["plain", "objective"]
+    # 10 steps x 8 samples of 24 tokens after 24, by arithmetic.
+    assert plain["position_forwards"] == 10 * 8 * (24 + 24)
+    assert cached["position_forwards"] == 24 + 10 * 8 * 24
+    assert cached["percent"] == plain["percent"]
+    for line in (plain, cached):
+        assert line["fewer_position_forwards"] == pytest.approx(
+            plain["position_forwards"] / line["position_forwards"]
+        )
+        assert line["speedup"] == pytest.approx(plain["seconds"] / line["seconds"])
+
+
+def test_figure3_compares_every_way_with_both_ar_decoders(monkeypatch, capsys, tmp_path):
+    shape = workloads.Shape(embed_dim=16, num_heads=2, head_dim=8, num_layers=1, mlp_dim=16)
+    monkeypatch.setattr(figure3, "SHAPE", shape)
+    monkeypatch.setattr(workloads, "baseline", lambda: plain_transformer)
+    blocks = {**figure3.DIFFUSION["blocks, 5 steps"], "block_length": 4}
+    monkeypatch.setattr(figure3, "DIFFUSION", {"blocks": blocks})
+    plot = tmp_path / "plot.png"
+    arguments = ["figure3", "--lengths", "8", "--batch-sizes", "2", f"--plot={plot}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    figure3.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    seconds = {line["method"]: line["seconds"] for line in lines}
+    assert list(seconds) == ["plain transformer, AR", "AR", "blocks"]
+    for line in lines:
+        assert line["baseline_seconds"] == seconds["plain transformer, AR"]
+        assert line["ratio"] == pytest.approx(line["seconds"] / line["baseline_seconds"])
+        assert line["ratio_to_our_ar"] == pytest.approx(line["seconds"] / seconds["AR"])
+    assert plot.stat().st_size > 1000
