@@ -30,14 +30,10 @@ test: lint
 test-t5x: $(INSTALLED)
 	$(RUN) -m pytest -m t5x tests/t5x
 
-# Each prints JSON lines: a figure, its baseline from the same run, their ratio.
+# Each prints JSON lines: a figure, its baseline from the same run, their ratio. They become the tables
+# of docs/performance.md.
 bench: $(INSTALLED)
-	$(RUN) -m benchmarks.memory
-	$(RUN) -m benchmarks.train_step
-	$(RUN) -m benchmarks.decode
-	$(RUN) -m benchmarks.startup
-	$(RUN) -m benchmarks.input
-	$(RUN) -m benchmarks.runtime_overhead
+	$(RUN) -m benchmarks.document
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,5 +1,6 @@
 """What each setting of the diffusion decoder costs and gains on a trained embedded model.
 
+python -m benchmarks.decode_quality                                  # trains all that it needs
 python -m benchmarks.decode_quality --task code --checkpoint DIR     # a run of `make demo`, say
 python -m benchmarks.decode_quality --task code --checkpoint DIR --baseline PLAIN_DIR \\
     --objective objectives/diffusion_cached_prefix.gin               # trained under that pattern
@@ -7,7 +8,8 @@ python -m benchmarks.decode_quality --task code --checkpoint DIR --baseline PLAI
 For each setting one JSON line: the task's metric on held-out text, position-forwards per example
 (a count without noise) and seconds per example (the median of interleaved rounds), each beside
 the paper's sampler of the same run: with the model itself, or with the one at `--baseline`, which
-was trained by `objectives/diffusion.gin`. Tasks, lengths and the network are those of
+was trained by `objectives/diffusion.gin`. Without a checkpoint, models of both kinds are trained
+first (see `trained_models.py`), for each task. Tasks, lengths and the network are those of
 `gin/scales/laptop.gin`.
 """
 
@@ -19,13 +21,14 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffusion_t5x import experiment_graph, experiments, gin_utils, models
+from benchmarks import trained_models
+from diffusion_t5x import experiment_graph, gin_utils, models
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, restore_params, select_checkpoints
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
@@ -36,7 +39,7 @@ from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.train_state import abstract_params
 
 BATCH_SIZE = 16
-PAPERS = "objectives/diffusion.gin"
+PAPERS, CACHED = "objectives/diffusion.gin", "objectives/diffusion_cached_prefix.gin"
 
 FAST = "decoders/fast.gin"
 # name -> fields of the decoder, beside what the objective's file binds.
@@ -102,8 +105,7 @@ def load(
 ) -> Trained:
     """The checkpoint at, or last under, `checkpoint`, and examples of the task `role`."""
     datasets.import_task_module("tasks")  # Before gin reads a file, after which none is known anew.
-    _, scale, _ = experiments.load("families", "laptop")
-    task = experiment_graph.lookup(scale.tasks, role, "task")
+    scale, task = trained_models.settings(role)
     files = (model_file or scale.models["decoder_only/base"], objective)
     fast = _make_model([*files, FAST], bindings).decoder
     model = _make_model(files, bindings)
@@ -199,27 +201,10 @@ def compare(runs: Mapping[str, tuple[Trained, Any]], rounds: int) -> list[dict[s
     return records
 
 
-def main() -> None:
-    """Measures the settings asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", required=True, help="translation, qa or code")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's MODEL_DIR")
-    parser.add_argument("--baseline", help="the same, of the model to compare with")
-    parser.add_argument("--model", help="gin file of the network")
-    parser.add_argument("--objective", default=PAPERS, help="its gin file")
-    parser.add_argument("--binding", action="append", default=[], help="of gin, as BLOCK_LENGTH=16")
-    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
-    parser.add_argument("--examples", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    trained = load(
-        args.task, args.checkpoint, args.objective, args.examples, args.model, args.binding
-    )
-    plain = trained
-    if args.baseline:
-        plain = load(args.task, args.baseline, PAPERS, args.examples, args.model)
+def _runs(
+    plain: Trained, trained: Trained, settings: Sequence[str] | None
+) -> dict[str, tuple[Trained, Any]]:
+    """The paper's sampler of `plain`, and settings of `trained`, all that it allows if None."""
     decoder = plain.model.decoder
     if not decoder.block_length:
         decoder = dataclasses.replace(decoder, prefix_cache=False)
@@ -227,13 +212,44 @@ def main() -> None:
     names = [*SETTINGS, "fast"]
     if not trained.model.decoder.prefix_cache:
         names.remove("active_set")
-    for name in args.settings or names:
+    for name in settings or names:
         decoder = trained.fast
         if name in SETTINGS:
             decoder = dataclasses.replace(trained.model.decoder, **SETTINGS[name])
         runs[name] = trained, decoder
-    for record in compare(runs, args.rounds):
-        print(json.dumps(record), flush=True)
+    return runs
+
+
+def main() -> None:
+    """Measures the settings asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=trained_models.STEPS, help="all, if left out")
+    parser.add_argument("--checkpoint", help="a checkpoint of the task, or a run's MODEL_DIR")
+    parser.add_argument("--baseline", help="the same, of the model to compare with")
+    parser.add_argument("--model", help="gin file of the network")
+    parser.add_argument("--objective", default=PAPERS, help="gin file of the checkpoint's")
+    parser.add_argument("--binding", action="append", default=[], help="of gin, as BLOCK_LENGTH=16")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.checkpoint and not args.task:
+        parser.error("--checkpoint needs the --task that it was trained on.")
+    for role in [args.task] if args.task else trained_models.STEPS:
+        if not args.checkpoint:
+            paths = {file: trained_models.train(role, file) for file in (CACHED, PAPERS)}
+            trained = load(role, paths[CACHED], CACHED, args.examples)
+            plain = load(role, paths[PAPERS], PAPERS, args.examples)
+        else:
+            trained = plain = load(
+                role, args.checkpoint, args.objective, args.examples, args.model, args.binding
+            )
+            if args.baseline:
+                plain = load(role, args.baseline, PAPERS, args.examples, args.model)
+        for record in compare(_runs(plain, trained, args.settings), args.rounds):
+            print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import decode_quality, figure3, plain_transformer, workloads
+from benchmarks import decode_quality, document, figure3, plain_transformer, workloads
 from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
 from diffusion_t5x.partitioning import PjitPartitioner
@@ -61,3 +61,53 @@ def test_figure3_compares_every_way_with_both_ar_decoders(monkeypatch, capsys, t
         assert line["ratio"] == pytest.approx(line["seconds"] / line["baseline_seconds"])
         assert line["ratio_to_our_ar"] == pytest.approx(line["seconds"] / seconds["AR"])
     assert plot.stat().st_size > 1000
+
+
+def test_the_document_has_a_place_for_every_table_and_takes_the_new_one():
+    text = document.DOCUMENT.read_text(encoding="utf-8")
+    for name in document.BENCHMARKS:
+        replaced = document.replace_table(text, name, "| new |\n")
+        assert f"<!-- benchmarks.{name} -->\n| new |\n<!-- end -->" in replaced
+        assert document.replace_table(replaced, name, "| new |\n") == replaced
+    with pytest.raises(ValueError, match=r"0 places for the table of benchmarks.nothing"):
+        document.replace_table(text, "nothing", "")
+
+
+def test_a_table_has_a_column_for_every_name_and_a_dash_for_what_is_missing():
+    records = [
+        {"benchmark": "x", "method": "AR", "packed": True, "seconds": 1.23456},
+        {"benchmark": "x", "method": "T5X", "baseline_bytes": 2_100_000_000},
+    ]
+    assert document.table(records) == (
+        "| method | packed | seconds | baseline bytes |\n| --- | --- | --- | --- |\n"
+        "| AR | True | 1.235 | – |\n| T5X | – | – | 2.1 GB |\n"
+    )
+
+
+def test_a_benchmark_that_fails_leaves_its_table_and_the_others_are_run(monkeypatch, tmp_path):
+    path = tmp_path / "performance.md"
+    path.write_text(
+        "a\n<!-- benchmarks.memory -->\nold\n<!-- end -->\n"
+        "<!-- benchmarks.input -->\n<!-- end -->\n"
+    )
+
+    def run(name, arguments):
+        if name == "memory":
+            raise subprocess.CalledProcessError(1, name)
+        return [{"benchmark": name, "ratio": 0.5}]
+
+    monkeypatch.setattr(document, "DOCUMENT", path)
+    monkeypatch.setattr(document, "run", run)
+    monkeypatch.setattr(sys, "argv", ["document", "memory", "input"])
+    with pytest.raises(SystemExit) as stopped:
+        document.main()
+    assert stopped.value.code == 1
+    assert path.read_text() == (
+        "a\n<!-- benchmarks.memory -->\nold\n<!-- end -->\n"
+        "<!-- benchmarks.input -->\n| ratio |\n| --- |\n| 0.5 |\n<!-- end -->\n"
+    )
+
+
+def test_a_benchmark_that_does_not_exist_or_breaks_is_an_error():
+    with pytest.raises(subprocess.CalledProcessError, match=r"benchmarks.nothing"):
+        document.run("nothing", [])
