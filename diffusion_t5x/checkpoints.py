@@ -1,8 +1,8 @@
 """Checkpoints through Orbax: written in the background, whole or not at all, and checked on read.
 
 A run's directory holds `checkpoint_{step}/` with three items: `params`, `optimizer` (its state and
-the step) and `dataset` (the position of each process's data iterator). Checkpoints of T5X are read
-as well, their parameters and step.
+the step) and `dataset` (the position in each data shard). Checkpoints of T5X are read as well,
+their parameters and step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ _NAME = re.compile(rf"^{PREFIX}_(\d+)$")
 
 
 class SavesPosition(Protocol):
-    """An iterator that can write and read its position."""
+    """An iterator that can write and read its position.
+
+    Attributes:
+      num_shards: data shards, over all processes.
+    """
+
+    num_shards: int
 
     def save(self, path: str) -> None:
         """Writes files that begin with `path`."""
@@ -104,20 +110,21 @@ class CheckpointConfig:
 
 
 class _DatasetHandler(ocp.CheckpointHandler):
-    """Each process writes the position of its own iterator."""
+    """The position of each data shard, written by one process that reads it."""
 
     def save(self, directory: epath.Path, args: _DatasetArgs) -> None:
-        args.iterator.save(str(directory / f"process_{jax.process_index()}"))
+        args.iterator.save(str(directory / "shard"))
 
     def restore(self, directory: epath.Path, args: _DatasetArgs) -> None:
-        count = len(list(directory.glob("process_*.index")))
-        if count != jax.process_count():
+        count = len(list(directory.glob("shard-*.index")))
+        if count != args.iterator.num_shards:
             raise CheckpointMismatchError(
-                f"{directory} has the data positions of {count} processes, but "
-                f"{jax.process_count()} are running; start with as many, or set "
-                "SaveCheckpointConfig.save_dataset = False to begin the data anew."
+                f"{directory} has the data positions of {count} data shards, but this mesh has "
+                f"{args.iterator.num_shards} data-parallel parts; start with a mesh that has as "
+                "many, on however many processes, or set SaveCheckpointConfig.save_dataset = False "
+                "to begin the data anew."
             )
-        args.iterator.restore(str(directory / f"process_{jax.process_index()}"))
+        args.iterator.restore(str(directory / "shard"))
 
 
 @ocp.args.register_with_handler(_DatasetHandler, for_save=True, for_restore=True)

@@ -50,10 +50,8 @@ class Predictor:
             key.
         """
         layout = self._partitioner.data_layout(len(next(iter(batch.values()))))
-        start = layout.shard_index * layout.batch_size
-        local = {k: v[start : start + layout.batch_size] for k, v in batch.items()}
         rng = functools.reduce(jax.random.fold_in, position, self._rng)
-        args = params, self._partitioner.shard_batch(local), rng
+        args = params, self._partitioner.shard_batch(layout.local_rows(batch)), rng
         key = mode, tuple((name, value.shape) for name, value in sorted(batch.items()))
         if key not in self._compiled:
             self._compiled[key] = self._functions[mode].lower(*args).compile()

@@ -71,7 +71,7 @@ def sample(
         raise ValueError("INPUTS = (); expected at least one text to decode.")
     vocabulary = model.input_vocabulary
     length = task_feature_lengths["inputs"]
-    parts = partitioner.mesh.shape["data"]
+    parts = partitioner.num_data_shards
     prefixes = np.zeros((-(-len(inputs) // parts) * parts, length), np.int32)
     for row, text in enumerate(inputs):
         tokens = vocabulary.encode(text)

@@ -107,12 +107,10 @@ def train(
     if total_steps is None and relative_steps is None:
         raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
     last_step = total_steps or 0
-    layout = partitioner.data_layout(train_dataset_cfg.batch_size)
     iterator = datasets.get_training_iterator(
         train_dataset_cfg,
         model.FEATURE_CONVERTER_CLS,
-        shard_index=layout.shard_index,
-        num_shards=layout.num_shards,
+        layout=partitioner.data_layout(train_dataset_cfg.batch_size),
         seed=random_seed,
     )
     shapes, types = input_shapes_and_types(iterator.element_spec)
@@ -232,13 +230,11 @@ class _Evaluations:
         return results
 
     def _loss(self, state: TrainState, cfg: datasets.DatasetConfig) -> dict[str, float]:
-        layout = self._partitioner.data_layout(cfg.batch_size)
         metrics: Metrics | None = None
         for local in datasets.get_eval_batches(
             cfg,
             self._model.FEATURE_CONVERTER_CLS,
-            shard_index=layout.shard_index,
-            num_shards=layout.num_shards,
+            layout=self._partitioner.data_layout(cfg.batch_size),
             num_batches=self._steps,
             seed=self._seed,
         ):

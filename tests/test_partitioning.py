@@ -1,13 +1,20 @@
 """Rules, meshes, and that the way a model is split changes no number."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.sharding import PartitionSpec
 
-from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.partitioning import (
+    PjitPartitioner,
+    multi_slice_mesh,
+    standard_logical_axis_rules,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +39,67 @@ def test_impossible_layouts_are_refused():
         standard_logical_axis_rules(3, 1)
     with pytest.raises(ValueError, match="num_partitions = 3 does not divide"):
         PjitPartitioner(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """A device of a slice, as far as meshes ask; none of these runs anything."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "fake"
+    device_kind: str = "fake"
+
+
+# Two slices of two hosts with four devices each, and the devices named in no useful order.
+SLICES = [FakeDevice(n, n // 4, n // 8) for n in (*range(1, 16, 2), *range(0, 16, 2))]
+
+
+def test_over_slices_the_outer_part_of_each_axis_is_the_slow_network():
+    mesh = multi_slice_mesh(SLICES, (1, 4, 2), (2, 1, 1))
+    assert dict(mesh.shape) == {"replica": 2, "data": 4, "model": 2}
+    for replica in range(2):
+        assert {device.slice_index for device in mesh.devices[replica].flat} == {replica}
+    mesh = multi_slice_mesh(SLICES, (1, 4, 2), (1, 2, 1))
+    assert dict(mesh.shape) == {"replica": 1, "data": 8, "model": 2}
+    assert [device.slice_index for device in mesh.devices[0, :, 0]] == [0] * 4 + [1] * 4
+    assert len({device.id for device in mesh.devices.flat}) == 16
+
+
+@pytest.mark.parametrize(
+    ("ici", "dcn", "message"),
+    [
+        ((4, 2), (2, 1, 1), r"ici_mesh_shape = \(4, 2\); expected three positive"),
+        ((1, 4, 2), (2, 0, 1), r"dcn_mesh_shape = \(2, 0, 1\); expected three positive"),
+        ((1, 4, 2), (4, 1, 1), r"4 slices, but the devices are of 2 slices; .*\(2, 1, 1\)"),
+        ((1, 4, 1), (2, 1, 1), r"4 devices per slice, but the slices have \[8\]; .*\(1, 8, 1\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_the_slices_are_refused_with_some_that_do(ici, dcn, message):
+    with pytest.raises(ValueError, match=message):
+        multi_slice_mesh(SLICES, ici, dcn)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ici_mesh_shape": (1, 4, 2)},
+        {"dcn_mesh_shape": (2, 1, 1)},
+        {"ici_mesh_shape": (1, 4, 2), "dcn_mesh_shape": (2, 1, 1), "num_partitions": 2},
+    ],
+)
+def test_settings_of_one_and_of_several_slices_do_not_mix(settings):
+    with pytest.raises(ValueError, match="expected both shapes and num_partitions = 1"):
+        PjitPartitioner(**settings)
+
+
+def test_over_slices_batches_are_split_over_both_data_axes():
+    shapes = {"ici_mesh_shape": (1, 1, 1), "dcn_mesh_shape": (1, 1, 1)}
+    partitioner = PjitPartitioner(**shapes, devices=jax.devices()[:1])
+    assert dict(partitioner.logical_axis_rules)["batch"] == ("replica", "data")
+    assert partitioner.batch_sharding.spec == PartitionSpec(("replica", "data"))
+    assert partitioner.num_data_shards == 1
 
 
 _TWO_SHARDINGS = """

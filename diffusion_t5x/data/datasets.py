@@ -1,4 +1,4 @@
-"""From a SeqIO task or mixture to batches: one shard's share, resumable at the exact example."""
+"""From a SeqIO task or mixture to batches: a process's share, resumable at the exact example."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import dataclasses
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
+
+from diffusion_t5x.data.data_layout import DataLayout
+from diffusion_t5x.data.shard_seeds import with_shard_seed
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -99,7 +102,7 @@ def get_dataset(
       cfg: what to read.
       feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
       shard_index: this shard, in [0, num_shards).
-      num_shards: number of shards the examples are dealt to.
+      num_shards: number of shards the examples are dealt to; each draws its own random numbers.
       num_epochs: passes over the data; None repeats for ever.
       seed: used where `cfg.seed` is None.
 
@@ -129,7 +132,7 @@ def get_dataset(
             f"TASK_FEATURE_LENGTHS = {cfg.task_feature_lengths} lacks {sorted(missing)}."
         )
     return seqio.get_dataset(
-        task,
+        with_shard_seed(task, shard_index),
         task_feature_lengths=cfg.task_feature_lengths,
         feature_converter=converter,
         dataset_split=cfg.split,
@@ -142,84 +145,116 @@ def get_dataset(
     )
 
 
-def local_batch_size(cfg: DatasetConfig, num_shards: int) -> int:
-    """Examples per batch of one shard.
-
-    Raises:
-      ValueError: if the global batch does not divide among the shards.
-    """
-    if cfg.batch_size % num_shards:
-        raise ValueError(
-            f"BATCH_SIZE = {cfg.batch_size} is not a multiple of the {num_shards} data shards; "
-            f"the nearest that is: {max(1, round(cfg.batch_size / num_shards)) * num_shards}."
-        )
-    return cfg.batch_size // num_shards
-
-
 class DatasetIterator:
     """An endless iterator of numpy batches whose position can be saved and restored exactly.
 
+    A batch is a process's rows of a global batch, shard by shard.
+
     Attributes:
-      element_spec: name -> (shape, dtype) of this shard's batches.
+      num_shards: data shards, over all processes.
+      element_spec: name -> (shape, dtype) of this process's batches.
     """
 
-    def __init__(self, dataset: tf.data.Dataset):
-        self._iterator = iter(dataset)
-        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+    def __init__(self, datasets: Sequence[tf.data.Dataset], layout: DataLayout):
+        """Starts reading.
+
+        Args:
+          datasets: endless, of batches of the shards that `layout` says this process reads.
+          layout: how the data is dealt.
+        """
+        self._layout = layout
+        self._iterators = dict(zip(layout.shards, map(iter, datasets), strict=True))
+        self._checkpoints = {
+            shard: tf.train.Checkpoint(iterator=iterator)
+            for shard, iterator in self._iterators.items()
+        }
+        self.num_shards = layout.num_shards
+        rows = layout.shard_size * len(layout.shards)
         self.element_spec = {
-            name: (tuple(spec.shape), spec.dtype.as_numpy_dtype)
-            for name, spec in dataset.element_spec.items()
+            name: ((rows, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
+            for name, spec in datasets[0].element_spec.items()
         }
 
     def __iter__(self) -> DatasetIterator:
         return self
 
     def __next__(self) -> Batch:
-        return {name: value.numpy() for name, value in next(self._iterator).items()}
+        parts = [self._next_of(shard) for shard in self._iterators]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _next_of(self, shard: int) -> Batch:
+        try:
+            batch = next(self._iterators[shard])
+        except StopIteration:
+            raise ValueError(
+                f"data shard {shard} of {self.num_shards} has no example; expected a split with at "
+                "least one example for each data-parallel part of the mesh."
+            ) from None
+        return {name: value.numpy() for name, value in batch.items()}
+
+    def _file(self, path: str | os.PathLike[str], shard: int) -> str:
+        return f"{os.fspath(path)}-{shard:05}-of-{self.num_shards:05}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the position of the next batch to the file prefix `path`."""
-        self._checkpoint.write(os.fspath(path))
+        """Writes the positions of the next batch to files that begin with `path`, one per shard.
+
+        Where several processes read a shard, one of them writes it.
+        """
+        for shard in self._layout.saved:
+            self._checkpoints[shard].write(self._file(path, shard))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Goes on where `save(path)` was called.
+        """Goes on where `save(path)` was called, by however many processes.
 
         Raises:
-          tf.errors.NotFoundError: if nothing was saved at `path`.
+          tf.errors.NotFoundError: if nothing was saved at `path`, or for another number of shards.
         """
-        self._checkpoint.read(os.fspath(path)).assert_consumed()
+        for shard, checkpoint in self._checkpoints.items():
+            checkpoint.read(self._file(path, shard)).assert_consumed()
 
 
 def get_training_iterator(
     cfg: DatasetConfig,
     feature_converter_cls: FeatureConverterFactory,
     *,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    layout: DataLayout | None = None,
     seed: int = 0,
 ) -> DatasetIterator:
-    """Endless local batches `[batch_size / num_shards, length]` of one shard.
+    """Endless batches of this process's rows, `[rows, length]`.
+
+    Args:
+      cfg: what to read.
+      feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
+      layout: how global batches of `cfg.batch_size` are dealt; None for one shard, one process.
+      seed: used where `cfg.seed` is None.
 
     Raises:
-      ValueError: as `get_dataset` and `local_batch_size` do, and if the split has no example.
+      ValueError: as `get_dataset` does; from the first batch, if a shard has no example.
     """
-    batch_size = local_batch_size(cfg, num_shards)
-    examples = get_dataset(
-        cfg,
-        feature_converter_cls,
-        shard_index=shard_index,
-        num_shards=num_shards,
-        num_epochs=None,
-        seed=seed,
-    )
-    dataset = examples.batch(batch_size, drop_remainder=True).prefetch(4)
+    layout = layout or DataLayout(cfg.batch_size)
     options = tf.data.Options()
     options.deterministic = True
     # A task is a chain of small maps: joined, they cost the host much less.
     options.experimental_optimization.map_fusion = True
     options.experimental_optimization.filter_fusion = True
     options.experimental_optimization.map_and_batch_fusion = True
-    return DatasetIterator(dataset.with_options(options))
+    shards = [
+        get_dataset(
+            cfg,
+            feature_converter_cls,
+            shard_index=shard,
+            num_shards=layout.num_shards,
+            num_epochs=None,
+            seed=seed,
+        )
+        .batch(layout.shard_size, drop_remainder=True)
+        .prefetch(4)
+        .with_options(options)
+        for shard in layout.shards
+    ]
+    return DatasetIterator(shards, layout)
 
 
 def pad_batch(batch: Batch, batch_size: int) -> Batch:
@@ -235,32 +270,29 @@ def get_eval_batches(
     cfg: DatasetConfig,
     feature_converter_cls: FeatureConverterFactory,
     *,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    layout: DataLayout | None = None,
     num_batches: int | None = None,
     seed: int = 0,
 ) -> Iterator[Batch]:
-    """One pass over a split in full local batches, the same number of them on every shard.
+    """One pass over a split: this process's rows of full global batches, in the data's order.
 
-    The last batch is filled with rows of zeros. Examples are dealt to shards after conversion, so
-    no row is seen twice or lost whatever the number of source files.
+    The last batch is filled with rows of zeros. Every process reads the split and takes its rows of
+    each batch after conversion, so no row is seen twice or lost, and all processes get as many
+    batches, whatever the number of source files and of texts packed into a row.
 
     Args:
       cfg: what to read.
       feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
-      shard_index: this shard.
-      num_shards: number of shards.
+      layout: how global batches of `cfg.batch_size` are dealt; None for one shard, one process.
       num_batches: at most so many batches; None for the whole split.
       seed: used where `cfg.seed` is None.
 
     Raises:
-      ValueError: as `get_dataset` and `local_batch_size` do.
+      ValueError: as `get_dataset` does.
     """
-    local_size = local_batch_size(cfg, num_shards)
+    layout = layout or DataLayout(cfg.batch_size)
     dataset = get_dataset(cfg, feature_converter_cls, num_epochs=1, seed=seed)
     for index, batch in enumerate(dataset.batch(cfg.batch_size).prefetch(2).as_numpy_iterator()):
         if num_batches is not None and index >= num_batches:
             return
-        full = pad_batch(batch, cfg.batch_size)
-        start = shard_index * local_size
-        yield {name: value[start : start + local_size] for name, value in full.items()}
+        yield layout.local_rows(pad_batch(batch, cfg.batch_size))

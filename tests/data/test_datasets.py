@@ -10,6 +10,7 @@ import tensorflow as tf
 import toy
 
 from diffusion_t5x.data import datasets
+from diffusion_t5x.data.data_layout import DataLayout
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
 
@@ -59,7 +60,7 @@ def test_restoring_what_was_not_saved_fails(tmp_path):
 
 def test_batches_have_the_shapes_and_types_that_the_iterator_announces():
     iterator = datasets.get_training_iterator(
-        toy.dataset_cfg(), CanvasFeatureConverter, shard_index=1, num_shards=2
+        toy.dataset_cfg(), CanvasFeatureConverter, layout=DataLayout(8, 4, (1, 2), (1,))
     )
     batch = next(iter(iterator))
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == (
@@ -113,6 +114,64 @@ def test_shards_together_are_the_whole(num_shards):
     assert max(map(len, texts)) - min(map(len, texts)) <= 1
 
 
+# Which of four shards each process reads, and which of them it saves.
+PROCESSES = {
+    "one": [((0, 1, 2, 3), (0, 1, 2, 3))],
+    "two": [((0, 1), (0, 1)), ((2, 3), (2, 3))],
+    "two that lie crosswise": [((0, 3), (0, 3)), ((1, 2), (1, 2))],
+    "eight, two to a shard": [((n // 2,), (n // 2,) if n % 2 == 0 else ()) for n in range(8)],
+}
+
+
+def _iterators(processes):
+    return [
+        datasets.get_training_iterator(
+            toy.dataset_cfg(), CanvasFeatureConverter, layout=DataLayout(8, 4, *shards), seed=3
+        )
+        for shards in PROCESSES[processes]
+    ]
+
+
+def _global_batch(processes, iterators):
+    """The batch that processes have together, whose copies of a shard must be the same."""
+    rows = {}
+    for (shards, _), iterator in zip(PROCESSES[processes], iterators, strict=True):
+        part = next(iterator)
+        for number, shard in enumerate(shards):
+            own = {name: value[2 * number : 2 * number + 2] for name, value in part.items()}
+            _same(rows.setdefault(shard, own), own)
+    return {name: np.concatenate([rows[shard][name] for shard in range(4)]) for name in rows[0]}
+
+
+@pytest.mark.parametrize(
+    "processes,later",
+    [("two", "one"), ("two that lie crosswise", "two"), ("eight, two to a shard", "two")],
+)
+def test_global_batches_and_where_they_go_on_do_not_depend_on_the_processes(
+    processes, later, tmp_path
+):
+    one, several = _iterators("one"), _iterators(processes)
+    for _ in range(7):  # into the second epoch
+        _same(_global_batch("one", one), _global_batch(processes, several))
+    for iterator in several:
+        iterator.save(tmp_path / "position")
+    assert len(list(tmp_path.glob("position-*.index"))) == 4
+    restored = _iterators(later)
+    for iterator in restored:
+        iterator.restore(tmp_path / "position")
+    for _ in range(8):
+        _same(_global_batch(processes, several), _global_batch(later, restored))
+
+
+def test_a_data_shard_without_an_example_is_refused():
+    layout = DataLayout(64, 64, (3, 63), (3, 63))
+    iterator = datasets.get_training_iterator(
+        toy.dataset_cfg(batch_size=64), CanvasFeatureConverter, layout=layout
+    )
+    with pytest.raises(ValueError, match="data shard 63 of 64 has no example"):
+        next(iterator)
+
+
 def test_eval_fills_the_last_batch_with_rows_that_do_not_count():
     batches = _eval()
     assert [len(batch["decoder_target_tokens"]) for batch in batches] == [4, 4, 4]
@@ -125,10 +184,11 @@ def test_eval_fills_the_last_batch_with_rows_that_do_not_count():
 
 
 @pytest.mark.parametrize("num_shards", [2, 4])
-def test_eval_shards_have_as_many_batches_and_together_the_whole(num_shards):
+def test_processes_have_as_many_eval_batches_and_together_the_whole(num_shards):
     whole = _eval(batch_size=8)
     shards = [
-        _eval(batch_size=8, shard_index=index, num_shards=num_shards) for index in range(num_shards)
+        _eval(batch_size=8, layout=DataLayout(8, num_shards, (index,)))
+        for index in range(num_shards)
     ]
     assert {len(batches) for batches in shards} == {len(whole)} == {2}
     for batch, *parts in zip(whole, *shards, strict=True):
@@ -199,19 +259,6 @@ def test_missing_lengths_are_named(lengths):
     cfg = dataclasses.replace(toy.dataset_cfg(), task_feature_lengths=lengths)
     with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS = .* lacks .*'targets'"):
         datasets.get_dataset(cfg, CanvasFeatureConverter)
-
-
-@pytest.mark.parametrize("batch_size,shards,nearest", [(10, 4, 8), (1, 8, 8), (7, 2, 8)])
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(batch_size, shards, nearest):
-    cfg = toy.dataset_cfg(batch_size=batch_size)
-    message = rf"BATCH_SIZE = {batch_size} .* the {shards} data shards.* is: {nearest}\."
-    with pytest.raises(ValueError, match=message):
-        datasets.get_training_iterator(cfg, CanvasFeatureConverter, num_shards=shards)
-    with pytest.raises(ValueError, match=message):
-        list(datasets.get_eval_batches(cfg, CanvasFeatureConverter, num_shards=shards))
-    assert datasets.local_batch_size(toy.dataset_cfg(batch_size=nearest), shards) == (
-        nearest // shards
-    )
 
 
 def test_a_module_that_does_not_exist_is_named_with_its_setting():

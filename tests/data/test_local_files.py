@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import gin
 from diffusion_t5x.data import cache, datasets, local_files
+from diffusion_t5x.data.data_layout import DataLayout
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
 from diffusion_t5x.data.file_readers import TEXT, TEXTS, JsonLines
@@ -280,10 +281,11 @@ def test_training_on_local_files_goes_on_at_the_exact_example(
         pack=pack,
     )
 
+    shards = tuple(range(num_shards))
+
     def make():
-        return datasets.get_training_iterator(
-            cfg, converter, num_shards=num_shards, shard_index=num_shards - 1, seed=5
-        )
+        layout = DataLayout(4, num_shards, shards, shards)
+        return datasets.get_training_iterator(cfg, converter, layout=layout, seed=5)
 
     iterator = make()
     for _ in range(23):  # in the middle of an epoch that is not the first
