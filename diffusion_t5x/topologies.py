@@ -69,6 +69,8 @@ def devices(topology: str) -> np.ndarray:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", accelerator)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # A process that only compiles needs no TPU for itself, and several may do so at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if not jax.config.jax_platforms:  # With libtpu installed, JAX would look for a TPU to run on.
         jax.config.update("jax_platforms", "cpu")
     return np.asarray(_describe(topology).devices)
