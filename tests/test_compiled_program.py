@@ -140,8 +140,7 @@ FileNames
   %k.2 = s32[]{:T(128)} get-tuple-element(%s.2), index=2
   %n.2 = s32[]{:T(128)} get-tuple-element(%s.2), index=3
   %next.2 = s32[]{:T(128)} fusion(%i.2, %k.2), kind=kLoop, calls=%fused_add
-  %y.2 = f32[128,4]{1,0:T(8,128)} all-reduce(%x.2), to_apply=%add, \
-backend_config={"window_config":{"estimated_cycles":"10","iteration_bounds":["1"]}}
+  %y.2 = f32[128,4]{1,0:T(8,128)} all-reduce(%x.2), to_apply=%add
   ROOT %t.2 = (s32[], f32[128,4]{1,0}, s32[], s32[]) tuple(%next.2, %y.2, %k.2, %n.2)
 }
 
@@ -173,8 +172,7 @@ ENTRY %main.1_spmd (x: f32[128,4], w: bf16[4,8]) -> f32[128,4] {
   %w = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(1)
   %async-start = ((bf16[4,8]{1,0}), bf16[64,8]{1,0}, u32[]) async-start(%w), \
 calls=%gather_computation
-  %start.5 = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%w), dimensions={0}, \
-backend_config={"window_config":{"estimated_cycles":"7"}}
+  %start.5 = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%w), dimensions={0}
   %seven = s32[]{:T(128)} constant(7)
   %two = s32[]{:T(128)} constant(2)
   %copied = s32[]{:T(128)} copy(%seven)
@@ -220,13 +218,70 @@ def test_no_loop_is_taken_to_run_once_because_it_is_not_understood(old, new):
         compiled_program.collectives(TPU_TEXT.replace(old, new))
 
 
-def test_estimated_seconds_grow_with_the_loops():
-    compiled = types.SimpleNamespace(
-        as_text=lambda: TPU_TEXT, cost_analysis=lambda: {"optimal_seconds": 0.5}
+# One product outside the loop, of the sizes of the one inside, which runs five times.
+LOOP_TEXT = """HloModule jit_g
+
+%product (p.1: bf16[128,256], p.2: bf16[256,512]) -> bf16[128,512] {
+  %p.1 = bf16[128,256]{1,0} parameter(0)
+  %p.2 = bf16[256,512]{1,0} parameter(1)
+  ROOT %c.1 = bf16[128,512]{1,0} convolution(%p.1, %p.2), dim_labels=bf_io->bf
+}
+
+%condition (s.1: (s32[], bf16[128,256], bf16[256,512])) -> pred[] {
+  %s.1 = (s32[], bf16[128,256]{1,0}, bf16[256,512]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %five = s32[] constant(5)
+  ROOT %lt.1 = pred[] compare(%i.1, %five), direction=LT
+}
+
+%body (s.2: (s32[], bf16[128,256], bf16[256,512])) -> (s32[], bf16[128,256], bf16[256,512]) {
+  %s.2 = (s32[], bf16[128,256]{1,0}, bf16[256,512]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%s.2), index=0
+  %x.2 = bf16[128,256]{1,0} get-tuple-element(%s.2), index=1
+  %w.2 = bf16[256,512]{1,0} get-tuple-element(%s.2), index=2
+  %one = s32[] constant(1)
+  %next = s32[]{:T(128)S(1)} add(%i.2, %one)
+  %y.2 = bf16[128,512]{1,0} fusion(%x.2, %w.2), kind=kOutput, calls=%product
+  ROOT %t.2 = (s32[], bf16[128,256]{1,0}, bf16[256,512]{1,0}) tuple(%next, %x.2, %w.2)
+}
+
+ENTRY %main (x: bf16[128,256], w: bf16[256,512]) -> bf16[128,512] {
+  %x = bf16[128,256]{1,0} parameter(0)
+  %w = bf16[256,512]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[128,256]{1,0}, bf16[256,512]{1,0}) tuple(%zero, %x, %w)
+  %loop = (s32[], bf16[128,256]{1,0}, bf16[256,512]{1,0}) while(%start), condition=%condition, \
+body=%body
+  %last = bf16[256,512]{1,0} get-tuple-element(%loop), index=2
+  ROOT %y = bf16[128,512]{1,0} fusion(%x, %last), kind=kOutput, calls=%product
+}
+"""
+
+
+def _compiled(text, kind, optimal_seconds):
+    sharding = types.SimpleNamespace(device_set=[types.SimpleNamespace(device_kind=kind)])
+    return types.SimpleNamespace(
+        as_text=lambda: text,
+        cost_analysis=lambda: {"optimal_seconds": optimal_seconds},
+        input_shardings=sharding,
+        output_shardings=sharding,
     )
-    # 7 cycles outside and 10 in the loop, which runs 12 times.
-    expected = 0.5 * (7 + 12 * 10) / (7 + 10)
-    assert compiled_program.estimated_seconds(compiled) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("flops_rate", [1e9, 1e18])
+def test_further_iterations_cost_the_longer_of_products_and_memory(monkeypatch, flops_rate):
+    bytes_rate = 1e9
+    monkeypatch.setattr(compiled_program, "TPU_RATES", {"TPU v0": (flops_rate, bytes_rate)})
+    flops = 2 * 128 * 256 * 512
+    moved = 2 * (128 * 256 + 256 * 512 + 128 * 512)
+    each = max(flops / flops_rate, moved / bytes_rate)
+    # The counter of the loop is read too: 4 bytes in each addition, with 4 of its step; the
+    # comparison reads 8 bytes and writes 1, once more than the body runs.
+    counter = (4 * (4 + 4) + 5 * (4 + 4 + 1)) / bytes_rate
+    compiled = _compiled(LOOP_TEXT, "TPU v0", 0.5)
+    expected = 0.5 + 4 * each + counter
+    assert compiled_program.estimated_seconds(compiled) == pytest.approx(expected, rel=1e-12)
+    assert compiled_program.estimated_seconds(_compiled(LOOP_TEXT, "TPU v9", 0.5)) is None
 
 
 def test_memory_adds_up_and_cpus_have_no_estimate_of_time():
