@@ -1,4 +1,4 @@
-"""What each instruction of optimised HLO costs: multiplications, and bytes of main memory."""
+"""What each instruction of optimised HLO costs: products of matrices, and bytes of main memory."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 def flops(program: Program, instruction: Instruction) -> int:
     """Floating-point operations of the products of matrices in an instruction.
 
-    A multiplication and an addition count as two. All else that an instruction computes is less
-    than what its memory costs, and is not counted.
+    A multiplication and an addition count as two.
     """
     total = 0
     for inner in (instruction, *program.inside(instruction)):
@@ -101,15 +100,17 @@ def _bytes_read(program: Program, inner: dict[str, Instruction], name: str) -> i
                 total += _bytes_used(program, program.called(user), number)
             elif user.opcode != "dynamic-update-slice" or number != 0:
                 total += whole
-    return min(total, whole)
+    used = any(name in user.operands for user in inner.values())
+    return min(total, whole) if used else whole  # What has no use here is returned.
 
 
 def _bytes_written(program: Program, fusion: Instruction) -> int:
     """Bytes of a fusion's results, or of what it updates in them."""
     inner = program.called(fusion)
     root = program.root(fusion)
-    roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    parts = top_level(fusion.shape) if fusion.shape.startswith("(") else [fusion.shape]
+    roots, parts = [root], [fusion.shape]
+    if root.opcode == "tuple":
+        roots, parts = [inner[name] for name in root.operands], top_level(fusion.shape)
     total = 0
     for part, result in zip(parts, roots, strict=True):
         made = result

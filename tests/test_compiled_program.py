@@ -258,30 +258,27 @@ body=%body
 """
 
 
-def _compiled(text, kind, optimal_seconds):
+def _compiled(text, kind):
     sharding = types.SimpleNamespace(device_set=[types.SimpleNamespace(device_kind=kind)])
     return types.SimpleNamespace(
-        as_text=lambda: text,
-        cost_analysis=lambda: {"optimal_seconds": optimal_seconds},
-        input_shardings=sharding,
-        output_shardings=sharding,
+        as_text=lambda: text, input_shardings=sharding, output_shardings=sharding
     )
 
 
 @pytest.mark.parametrize("flops_rate", [1e9, 1e18])
-def test_further_iterations_cost_the_longer_of_products_and_memory(monkeypatch, flops_rate):
+def test_seconds_are_the_longer_of_products_and_memory_of_every_iteration(monkeypatch, flops_rate):
     bytes_rate = 1e9
     monkeypatch.setattr(compiled_program, "TPU_RATES", {"TPU v0": (flops_rate, bytes_rate)})
     flops = 2 * 128 * 256 * 512
     moved = 2 * (128 * 256 + 256 * 512 + 128 * 512)
-    each = max(flops / flops_rate, moved / bytes_rate)
-    # The counter of the loop is read too: 4 bytes in each addition, with 4 of its step; the
-    # comparison reads 8 bytes and writes 1, once more than the body runs.
-    counter = (4 * (4 + 4) + 5 * (4 + 4 + 1)) / bytes_rate
-    compiled = _compiled(LOOP_TEXT, "TPU v0", 0.5)
-    expected = 0.5 + 4 * each + counter
+    # The loop's counter lies in main memory too, of which additions read 4 bytes and their step
+    # of 4; comparisons read 8 bytes and write 1, once more than the body runs.
+    counter = 5 * (4 + 4) + 6 * (4 + 4 + 1)
+    expected = 6 * max(flops / flops_rate, moved / bytes_rate) + counter / bytes_rate
+    compiled = _compiled(LOOP_TEXT, "TPU v0")
     assert compiled_program.estimated_seconds(compiled) == pytest.approx(expected, rel=1e-12)
-    assert compiled_program.estimated_seconds(_compiled(LOOP_TEXT, "TPU v9", 0.5)) is None
+    assert compiled_program.estimated_seconds(_compiled(LOOP_TEXT, "TPU v9")) is None
+    assert compiled_program.main_memory_bytes(LOOP_TEXT) == 6 * moved + counter
 
 
 def test_memory_adds_up_and_cpus_have_no_estimate_of_time():

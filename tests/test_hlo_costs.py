@@ -25,6 +25,25 @@ TEXT = """HloModule jit_f
   ROOT %n.1 = f32[1,128]{1,0} negate(%s.1)
 }
 
+%flattened (m.0: f32[64,128]) -> f32[8192] {
+  %m.0 = f32[64,128]{1,0} parameter(0)
+  ROOT %m.1 = f32[8192]{0} bitcast(%m.0)
+}
+
+%nested (m.2: f32[64,128]) -> f32[8192] {
+  %m.2 = f32[64,128]{1,0} parameter(0)
+  %m.3 = f32[8192]{0} fusion(%m.2), kind=kLoop, calls=%flattened
+  ROOT %m.4 = f32[8192]{0} negate(%m.3)
+}
+
+%largest (l.1: f32[64,128], l.2: s32[64,128]) -> (f32[64], s32[64]) {
+  %l.1 = f32[64,128]{1,0} parameter(0)
+  %l.2 = s32[64,128]{1,0} parameter(1)
+  %l.3 = f32[] constant(-inf)
+  %l.4 = s32[] constant(0)
+  ROOT %l.5 = (f32[64]{0}, s32[64]{0}) reduce(%l.1, %l.2, %l.3, %l.4), dimensions={1}, to_apply=%max
+}
+
 ENTRY %main (a: f32[64,128], b: f32[1,128], i: s32[]) -> f32[1,128] {
   %a = f32[64,128]{1,0} parameter(0)
   %b = f32[1,128]{1,0} parameter(1)
@@ -34,6 +53,9 @@ ENTRY %main (a: f32[64,128], b: f32[1,128], i: s32[]) -> f32[1,128] {
   %z = f32[64,128]{1,0:T(8,128)S(1)} parameter(5)
   %update = f32[64,128]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%updated
   %slice = f32[1,128]{1,0} fusion(%update, %i), kind=kLoop, calls=%sliced
+  %flat = f32[8192]{0} fusion(%a), kind=kLoop, calls=%nested
+  %which = s32[64,128]{1,0} parameter(6)
+  %argmax = (f32[64]{0}, s32[64]{0}) fusion(%a, %which), kind=kLoop, calls=%largest
   %fast = f32[64,128]{1,0:T(8,128)S(1)} add(%z, %z)
   %prefetch = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}, u32[]{:S(2)}) copy-start(%a)
   %arrived = f32[64,128]{1,0:S(1)} copy-done(%prefetch)
@@ -55,6 +77,8 @@ def entry():
     [
         ("update", 4 * 128 * 2 + 4),  # the row is read and written, and its index read
         ("slice", 4 * 128 * 2 + 4),
+        ("flat", 4 * (2 * 64 * 128)),
+        ("argmax", 4 * (2 * 64 * 128 + 2 * 64)),
         ("fast", 0),
         ("prefetch", 4 * 64 * 128),  # what leaves main memory
         ("arrived", 0),
