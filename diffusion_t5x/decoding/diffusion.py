@@ -45,7 +45,7 @@ class DiffusionDecoder:
       prefix_cache: compute the prefix's keys and values once, for all samples and steps. The same
         numbers; the objective's attention pattern must be one under which the prefix does not see
         the canvas.
-      block_logits: logits per canvas that may be alive at once (see `losses.CrossEntropy`).
+      block_logits: logits per canvas that may be alive at once (see `losses.read_in_blocks`).
     """
 
     corruption: UniformCorruption
