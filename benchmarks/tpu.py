@@ -13,8 +13,7 @@ training: loss and gradient of 128 texts of 1,024 tokens, data-parallel over v5p
   each setting of `TransformerConfig.remat` changes.
 decoding: on one v5p chip, weights in bfloat16: one AR token with a cache of `tokens`; one denoising
   step of a canvas of `tokens` as in the paper, nothing cached; and one of a block of 128 positions
-  with all before it cached. Programs of 2 and of 4 layers are compiled; every further layer costs
-  half of their difference. From these follow seconds of decoding `tokens` tokens: AR with a cache
+  with all before it cached. From these follow seconds of decoding `tokens` tokens: AR with a cache
   that doubles as the text grows, from the shortest length that was compiled; diffusion in 10 steps.
   A block's speed-up is 128 AR tokens over 10 steps and the one that caches it, where the text has
   `tokens` tokens.
@@ -30,7 +29,6 @@ arithmetic: the same programs on an H100 by its published peaks, 989 TFLOP/s (bf
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 from typing import Any
@@ -142,17 +140,11 @@ def measure_training(sizes: list[str]) -> None:
             )
 
 
-def _layered_seconds(make: Any, shape: Shape, chip: np.ndarray, donated: tuple[int, ...]) -> float:
-    """Seconds of a program of all layers, from those of two and four."""
-    two, four = (
-        compiled_program.estimated_seconds(
-            compile_for(
-                in_bfloat16(make(dataclasses.replace(shape, num_layers=layers))), chip, donated
-            )
-        )
-        for layers in (2, 4)
-    )
-    return two + (four - two) / 2 * (shape.num_layers - 2)
+def _decoding_seconds(
+    program: tpu_programs.Program, chip: np.ndarray, donated: tuple[int, ...] = ()
+) -> float:
+    compiled = compile_for(in_bfloat16(program), chip, donated)
+    return compiled_program.estimated_seconds(compiled)
 
 
 def ar_seconds(length: int, seconds_per_token: dict[int, float]) -> float:
@@ -178,17 +170,11 @@ def measure_decoding(sizes: list[str], batches: list[int], lengths: list[int]) -
         for batch_size in batches:
             tokens: dict[int, float] = {}
             for length in lengths:
-                tokens[length] = _layered_seconds(
-                    lambda s, n=length, b=batch_size: tpu_programs.token(s, b, n), shape, chip, (1,)
-                )
+                token = tpu_programs.token(shape, batch_size, length)
+                tokens[length] = _decoding_seconds(token, chip, donated=(1,))
                 whole, block = (
-                    _layered_seconds(
-                        lambda s, n=length, c=canvas, b=batch_size: tpu_programs.denoising_step(
-                            s, b, n, c
-                        ),
-                        shape,
-                        chip,
-                        (),
+                    _decoding_seconds(
+                        tpu_programs.denoising_step(shape, batch_size, length, canvas), chip
                     )
                     for canvas in (length - 1, BLOCK)
                 )
@@ -213,9 +199,7 @@ def _measure_t5x(size: str, length: int, chip: np.ndarray, token: float, step: f
         ("AR token", token, t5x_network.abstract_token, (1,)),
         ("pass over all tokens", step, t5x_network.abstract_pass, ()),
     ):
-        seconds = _layered_seconds(
-            lambda shape, make=make: make(shape, 1, length), SIZES[size], chip, donated
-        )
+        seconds = _decoding_seconds(make(SIZES[size], 1, length), chip, donated)
         _line(
             what=f"{what}, {size}, batch 1, {length} tokens",
             seconds=figure,
