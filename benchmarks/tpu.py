@@ -14,7 +14,8 @@ training: loss and gradient of 128 texts of 1,024 tokens, data-parallel over v5p
 decoding: on one v5p chip, weights in bfloat16: one AR token with a cache of `tokens`; one denoising
   step of a canvas of `tokens` as in the paper, nothing cached; and one of a block of 128 positions
   with all before it cached. From these follow seconds of decoding `tokens` tokens: AR with a cache
-  that doubles as the text grows, from the shortest length that was compiled; diffusion in 10 steps.
+  that doubles as the text grows (shorter ones than any that was compiled at its cost, others on
+  lines between those that were); diffusion in 10 steps.
   A block's speed-up is 128 AR tokens over 10 steps and the one that caches it, where the text has
   `tokens` tokens.
 arithmetic: the same programs on an H100 by its published peaks, 989 TFLOP/s (bfloat16, dense) and
@@ -42,6 +43,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import tpu_programs
 from benchmarks.workloads import Shape
 from diffusion_t5x import compiled_program, topologies
+from diffusion_t5x.decoding.growth import cache_lengths
 from diffusion_t5x.partitioning import standard_logical_axis_rules
 
 VOCABULARY = 256_000
@@ -148,17 +150,18 @@ def _decoding_seconds(
 
 
 def ar_seconds(length: int, seconds_per_token: dict[int, float]) -> float:
-    """Seconds of decoding `length` tokens with a cache that doubles.
+    """Seconds of decoding `length` tokens with a cache that begins small and doubles.
 
     Args:
       length: tokens.
-      seconds_per_token: for caches of each length, of which `length` is one.
+      seconds_per_token: for caches of some lengths; what others cost lies on lines between these.
     """
+    known = sorted(seconds_per_token)
     seconds, done = 0.0, 0
-    for room in sorted(seconds_per_token):
-        if room <= length:
-            seconds += (room - done) * seconds_per_token[room]
-            done = room
+    for room in cache_lengths(length):
+        each = np.interp(room, known, [seconds_per_token[k] for k in known])
+        seconds += (room - done) * float(each)
+        done = room
     return seconds
 
 

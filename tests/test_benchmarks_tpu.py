@@ -42,9 +42,10 @@ def test_arithmetic_is_the_longer_of_operations_and_bytes(peaks, expected):
 
 
 def test_a_growing_cache_costs_each_length_the_tokens_it_holds():
-    seconds = {512: 1.0, 1024: 2.0, 2048: 5.0}
-    assert tpu.ar_seconds(512, seconds) == 512
-    assert tpu.ar_seconds(2048, seconds) == 512 * 1 + 512 * 2 + 1024 * 5
+    seconds = {512: 1.0, 1024: 2.0, 4096: 8.0}
+    assert tpu.ar_seconds(512, seconds) == 512  # with 128 and 256 at the cost of 512
+    # A cache of 2,048 lies a third of the way from 1,024 to 4,096.
+    assert tpu.ar_seconds(4096, seconds) == 512 * 1 + 512 * 2 + 1024 * 4 + 2048 * 8
 
 
 def test_arithmetic_is_printed_for_each_batch_and_length(capsys):
