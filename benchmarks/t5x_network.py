@@ -16,10 +16,11 @@ from benchmarks.workloads import KEY, Shape
 NAME = "T5X"
 
 
-def _model(shape: Shape) -> Any:
+def _model(shape: Shape, dtype: str = "float32") -> Any:
     fields = dataclasses.asdict(shape)
     config = network.TransformerConfig(
         **{"emb_dim": fields.pop("embed_dim"), **fields},
+        dtype=dtype,
         mlp_activations=("gelu", "linear"),
         dropout_rate=0.0,
         logits_via_embedding=True,
@@ -66,3 +67,52 @@ def decoding(shape: Shape, batch_size: int, prefix: int, length: int) -> tuple[A
         return model.predict_batch_with_aux(params, batch, KEY, decoder_params=greedy)[0]
 
     return jax.jit(decode).lower(*args).compile(), args
+
+
+def abstract_gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, tuple[Any, ...]]:
+    """Loss and gradient in bfloat16, and the shapes of its parameters and batch."""
+    model = _model(shape, "bfloat16")
+
+    def gradient(params: Any, batch: Any) -> Any:
+        return jax.value_and_grad(lambda params: model.loss_fn(params, batch, KEY)[0])(params)
+
+    return gradient, jax.eval_shape(lambda: _arguments(shape, model, batch_size, 0, length))
+
+
+def abstract_token(shape: Shape, batch_size: int, length: int) -> tuple[Any, tuple[Any, ...]]:
+    """The greedy step of decoding in bfloat16, and the shapes of its arguments; see `tpu`."""
+    model = _model(shape, "bfloat16")
+
+    def run(params: Any, cache: Any, tokens: jax.Array) -> Any:
+        variables = {"params": params, **({} if cache is None else {"cache": cache})}
+        return model.module.apply(
+            variables,
+            tokens,
+            tokens,
+            enable_dropout=False,
+            decode=True,
+            max_decode_length=length,
+            mutable=["cache"],
+        )
+
+    def step(params: Any, cache: Any, tokens: jax.Array) -> Any:
+        logits, variables = run(params, cache, tokens[:, None])
+        return variables["cache"], jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+
+    def arguments() -> Any:
+        params, batch = _arguments(shape, model, batch_size, 0, length)
+        _, variables = run(params, None, batch["decoder_input_tokens"])
+        return params, variables["cache"], batch["decoder_input_tokens"][:, 0]
+
+    return step, jax.eval_shape(arguments)
+
+
+def abstract_pass(shape: Shape, batch_size: int, length: int) -> tuple[Any, tuple[Any, ...]]:
+    """One pass over whole texts in bfloat16, with the argmax of every position."""
+    model = _model(shape, "bfloat16")
+
+    def read(params: Any, batch: Any) -> jax.Array:
+        logits = model._compute_logits(params, batch)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return read, jax.eval_shape(lambda: _arguments(shape, model, batch_size, 0, length))

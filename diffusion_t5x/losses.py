@@ -14,6 +14,9 @@ import numpy as np
 
 Array = jax.Array
 LossNormalizingFactor = float | str | None
+# Where a batch has fewer rows, more positions of each are read at once: a product with few
+# positions takes as long as reading the vocabulary's embedding does.
+FEWEST_ROWS = 16
 
 NORMALIZING_FACTORS = (
     "NUM_REAL_TARGET_TOKENS",
@@ -201,8 +204,8 @@ def read_in_blocks(
       logits_fn: `hidden [..., embed] -> logits [..., vocab]`.
       tokens: `[batch, length]` int32, handed to `read` with their positions.
       rng: split among the blocks; may be None.
-      block_logits: logits per row that may be alive at once; where `length` needs more, blocks
-        of positions are read one after the other.
+      block_logits: logits per row that may be alive at once, or as many in all as `FEWEST_ROWS`
+        rows may have; where `length` needs more, blocks of positions are read one after the other.
     """
     vocab_size = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
 
@@ -210,6 +213,7 @@ def read_in_blocks(
         hidden, (tokens, rng) = block
         return read(logits_fn(hidden).astype(jnp.float32), tokens, rng)
 
+    block_logits *= max(1, FEWEST_ROWS // tokens.shape[0])
     block_length = _block_length(tokens.shape[1], vocab_size, block_logits)
     return _map_blocks(read_block, block_length, (hidden, (tokens, rng)))
 

@@ -55,7 +55,7 @@ class DiffusionDecoder:
         `prefix_cache`, and a model trained with blocks of this length.
       eos_id: the token that ends a text, after which no block is written; a negative one ends none.
         Read only with blocks.
-      block_logits: logits per canvas that may be alive at once (see `losses.CrossEntropy`).
+      block_logits: logits per canvas that may be alive at once (see `losses.read_in_blocks`).
     """
 
     corruption: UniformCorruption

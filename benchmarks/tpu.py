@@ -1,0 +1,292 @@
+"""Training and decoding on TPUs by the TPU compiler's account, and on an H100 by arithmetic.
+
+python -m benchmarks.tpu                                  # Base; about half an hour on two cores
+python -m benchmarks.tpu --parts=decoding --sizes=base,large,xl
+python -m benchmarks.tpu --parts=arithmetic --sizes=base,large,xl
+
+No TPU is needed: libtpu compiles for one (`pip install 'diffusion_t5x[tpu]'`). Nothing is run, so
+nothing is measured: memory is what the compiler allocates, seconds are its estimate (see
+`diffusion_t5x.compiled_program.estimated_seconds`). Parts:
+
+training: loss and gradient of 128 texts of 1,024 tokens, data-parallel over v5p:2x2x4, each size of
+  `--sizes` at a vocabulary of 256,000, in bfloat16; T5X's too where it can be imported; and what
+  each setting of `TransformerConfig.remat` changes.
+decoding: on one v5p chip, weights in bfloat16: one AR token with a cache of `tokens`; one denoising
+  step of a canvas of `tokens` as in the paper, nothing cached; and one of a block of 128 positions
+  with all before it cached. From these follow seconds of decoding `tokens` tokens: AR with a cache
+  that doubles as the text grows (shorter ones than any that was compiled at its cost, others on
+  lines between those that were); diffusion in 10 steps.
+  A block's speed-up is 128 AR tokens over 10 steps and the one that caches it, where the text has
+  `tokens` tokens.
+arithmetic: the same programs on an H100 by its published peaks, 989 TFLOP/s (bfloat16, dense) and
+  3.35 TB/s: the longer of operations / peak and bytes / bandwidth. With `b` rows of `n` new
+  positions, `c` positions to attend to, logits read of all `n`, and a network of `L` layers of
+  width `E`, with `A` = heads x head size, hidden size `M` and vocabulary `V`:
+    weights = L (4 E A + 3 E M) + V E
+    operations = 2 b n weights + 4 L b n c A
+    bytes = 2 weights + 4 L b c A + 8 b n V    (weights; keys and values; logits out and in again)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import partitioning as flax_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import tpu_programs
+from benchmarks.workloads import Shape
+from diffusion_t5x import compiled_program, topologies
+from diffusion_t5x.decoding.growth import cache_lengths
+from diffusion_t5x.partitioning import standard_logical_axis_rules
+
+VOCABULARY = 256_000
+# Those of gin/models/.
+SIZES = {
+    "base": Shape(VOCABULARY, 768, 12, 12, 64, 2048),
+    "large": Shape(VOCABULARY, 1024, 24, 16, 64, 2816),
+    "xl": Shape(VOCABULARY, 2048, 24, 32, 64, 5120),
+}
+TOPOLOGY = "v5p:2x2x4"
+TRAIN_BATCH, TRAIN_LENGTH = 128, 1024
+BATCHES = (1, 8, 64)
+LENGTHS = (512, 1024, 2048, 4096)
+BLOCK, STEPS = 128, 10
+H100 = (989e12, 3.35e12)
+
+
+def _line(**fields: object) -> None:
+    print(json.dumps({"benchmark": "tpu", **fields}), flush=True)
+
+
+def compile_for(program: tpu_programs.Program, chips: np.ndarray, donated: tuple[int, ...] = ()):
+    """A program compiled for chips, batches split among them and all else on each.
+
+    Args:
+      program: its function, and the shapes of its arguments: parameters first, the last a batch.
+      chips: `[chips]` devices.
+      donated: arguments whose memory results may take.
+    """
+    function, (*held, batch) = program
+    mesh = Mesh(chips.reshape(-1, 1), ("data", "model"))
+    on_each = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def place(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    rules = flax_partitioning.axis_rules(standard_logical_axis_rules())
+    with jax.set_mesh(mesh), rules:
+        jitted = jax.jit(function, donate_argnums=donated)
+        return jitted.lower(*place(held, on_each), place(batch, rows)).compile()
+
+
+def in_bfloat16(program: tpu_programs.Program) -> tpu_programs.Program:
+    """The program with its parameters in bfloat16, as they are kept for decoding."""
+    function, (params, *others) = program
+
+    def cast(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+
+    return function, (jax.tree.map(cast, params), *others)
+
+
+def measure_training(sizes: list[str]) -> None:
+    """Temporary memory and seconds of loss and gradient."""
+    chips = topologies.devices(TOPOLOGY)
+    for size in sizes:
+        shape = SIZES[size]
+        programs = {}
+        if importlib.util.find_spec("t5x"):
+            from benchmarks import t5x_network
+
+            programs["T5X, AR"] = t5x_network.abstract_gradient(shape, TRAIN_BATCH, TRAIN_LENGTH)
+        for name, objective, remat in (
+            ("AR", "autoregressive", "none"),
+            ("diffusion", "diffusion", "none"),
+            ("AR, remat dots", "autoregressive", "dots"),
+            ("AR, remat full", "autoregressive", "full"),
+        ):
+            programs[name] = tpu_programs.gradient(
+                shape, objective, TRAIN_BATCH, TRAIN_LENGTH, remat=remat
+            )
+        figures = {}
+        for name, program in programs.items():
+            compiled = compile_for(program, chips)
+            figures[name] = (
+                compiled_program.memory(compiled).temporaries,
+                compiled_program.estimated_seconds(compiled),
+            )
+            reference = "T5X, AR" if name == "AR" and "T5X, AR" in figures else "AR"
+            fields: dict[str, object] = {}
+            if reference in figures and reference != name:
+                fields = {
+                    "baseline": reference,
+                    "bytes_ratio": figures[name][0] / figures[reference][0],
+                    "seconds_ratio": figures[name][1] / figures[reference][1],
+                }
+            _line(
+                what=f"loss and gradient, {size}, {TRAIN_BATCH} x {TRAIN_LENGTH}, {TOPOLOGY}",
+                program=name,
+                temporary_bytes_per_chip=figures[name][0],
+                seconds=figures[name][1],
+                **fields,
+            )
+
+
+def _decoding_seconds(
+    program: tpu_programs.Program, chip: np.ndarray, donated: tuple[int, ...] = ()
+) -> float:
+    compiled = compile_for(in_bfloat16(program), chip, donated)
+    return compiled_program.estimated_seconds(compiled)
+
+
+def ar_seconds(length: int, seconds_per_token: dict[int, float]) -> float:
+    """Seconds of decoding `length` tokens with a cache that begins small and doubles.
+
+    Args:
+      length: tokens.
+      seconds_per_token: for caches of some lengths; what others cost lies on lines between these.
+    """
+    known = sorted(seconds_per_token)
+    seconds, done = 0.0, 0
+    for room in cache_lengths(length):
+        each = np.interp(room, known, [seconds_per_token[k] for k in known])
+        seconds += (room - done) * float(each)
+        done = room
+    return seconds
+
+
+def measure_decoding(sizes: list[str], batches: list[int], lengths: list[int]) -> None:
+    """AR tokens against denoising steps on one chip."""
+    chip = topologies.devices(TOPOLOGY)[:1]
+    for size in sizes:
+        shape = SIZES[size]
+        for batch_size in batches:
+            tokens: dict[int, float] = {}
+            for length in lengths:
+                token = tpu_programs.token(shape, batch_size, length)
+                tokens[length] = _decoding_seconds(token, chip, donated=(1,))
+                whole, block = (
+                    _decoding_seconds(
+                        tpu_programs.denoising_step(shape, batch_size, length, canvas), chip
+                    )
+                    for canvas in (length - 1, BLOCK)
+                )
+                _line(
+                    what=f"decoding, {size}, one {TOPOLOGY.partition(':')[0]} chip",
+                    batch=batch_size,
+                    tokens=length,
+                    ar_token_seconds=tokens[length],
+                    denoising_step_seconds=whole,
+                    block_step_seconds=block,
+                    speed_up=ar_seconds(length, tokens) / (STEPS * whole),
+                    block_speed_up=BLOCK * tokens[length] / ((STEPS + 1) * block),
+                )
+                if batch_size == 1 and importlib.util.find_spec("t5x"):
+                    _measure_t5x(size, length, chip, tokens[length], whole)
+
+
+def _measure_t5x(size: str, length: int, chip: np.ndarray, token: float, step: float) -> None:
+    from benchmarks import t5x_network
+
+    for what, figure, make, donated in (
+        ("AR token", token, t5x_network.abstract_token, (1,)),
+        ("pass over all tokens", step, t5x_network.abstract_pass, ()),
+    ):
+        seconds = _decoding_seconds(make(SIZES[size], 1, length), chip, donated)
+        _line(
+            what=f"{what}, {size}, batch 1, {length} tokens",
+            seconds=figure,
+            baseline="T5X",
+            baseline_seconds=seconds,
+            ratio=figure / seconds,
+        )
+
+
+def arithmetic_seconds(
+    shape: Shape, batch_size: int, new: int, attended: int, peaks: tuple[float, float]
+) -> float:
+    """The formula of this module's docstring.
+
+    Args:
+      shape: of the network.
+      batch_size: rows.
+      new: positions of a row that are computed.
+      attended: positions that each of them attends to.
+      peaks: operations and bytes per second.
+    """
+    width = shape.num_heads * shape.head_dim
+    layer = 4 * shape.embed_dim * width + 3 * shape.embed_dim * shape.mlp_dim
+    weights = shape.num_layers * layer + shape.vocab_size * shape.embed_dim
+    products = 4 * shape.num_layers * batch_size * attended * width
+    operations = 2 * batch_size * new * weights + products * new
+    moved = 2 * weights + products + 8 * batch_size * new * shape.vocab_size
+    return max(operations / peaks[0], moved / peaks[1])
+
+
+def print_arithmetic(sizes: list[str], batches: list[int], lengths: list[int]) -> None:
+    """What `measure_decoding` prints, for an H100."""
+    for size in sizes:
+        for batch_size in batches:
+            tokens: dict[int, float] = {}
+            for length in lengths:
+                token, whole, block = (
+                    arithmetic_seconds(SIZES[size], batch_size, new, length, H100)
+                    for new in (1, length, BLOCK)
+                )
+                tokens[length] = token
+                _line(
+                    what=f"decoding, {size}, one H100, by arithmetic",
+                    batch=batch_size,
+                    tokens=length,
+                    ar_token_seconds=token,
+                    denoising_step_seconds=whole,
+                    block_step_seconds=block,
+                    speed_up=ar_seconds(length, tokens) / (STEPS * whole),
+                    block_speed_up=BLOCK * token / ((STEPS + 1) * block),
+                )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what is asked for, one JSON line per figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def names(known: Any) -> Any:
+        def parse(text: str) -> list[Any]:
+            wanted = text.split(",")
+            for name in wanted:
+                if name not in map(str, known):
+                    raise argparse.ArgumentTypeError(
+                        f"{name!r} is unknown; expected some of {', '.join(map(str, known))}."
+                    )
+            return [known_name for known_name in known if str(known_name) in wanted]
+
+        return parse
+
+    parts = ("training", "decoding", "arithmetic")
+    parser.add_argument("--parts", type=names(parts), default=list(parts))
+    parser.add_argument("--sizes", type=names(SIZES), default=["base"])
+    parser.add_argument("--batches", type=names(BATCHES), default=list(BATCHES))
+    parser.add_argument("--lengths", type=names(LENGTHS), default=list(LENGTHS))
+    options = parser.parse_args(arguments)
+    if "arithmetic" in options.parts:
+        print_arithmetic(options.sizes, options.batches, options.lengths)
+    if "decoding" in options.parts:
+        measure_decoding(options.sizes, options.batches, options.lengths)
+    if "training" in options.parts:
+        measure_training(options.sizes)
+
+
+if __name__ == "__main__":
+    main()
