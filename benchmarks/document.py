@@ -33,6 +33,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "startup": (),
     "runtime_overhead": (),
     "decode_quality": (),
+    "tpu": (),
 }
 
 
@@ -57,16 +58,21 @@ def run(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 def _cell(key: str, value: Any) -> Any:
     """Bytes as GB, and names as they are."""
-    if key.endswith("bytes") and value is not None:
+    if "bytes" in key and not key.endswith("ratio"):
         return f"{value / 1e9:.3g} GB"
     return str(value) if isinstance(value, (bool, str)) else value
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of a benchmark's records, a column per name in them."""
-    names = [key for key in dict.fromkeys(k for r in records for k in r) if key != "benchmark"]
-    body = [[_cell(name, record.get(name)) for name in names] for record in records]
-    return tables.markdown([name.replace("_", " ") for name in names], body)
+    """A Markdown table of a benchmark's records, one for each set of names that they have."""
+    kinds: dict[tuple[str, ...], list[list[Any]]] = {}
+    for record in records:
+        names = tuple(name for name in record if name != "benchmark")
+        kinds.setdefault(names, []).append([_cell(name, record[name]) for name in names])
+    return "\n".join(
+        tables.markdown([name.replace("_", " ") for name in names], body)
+        for names, body in kinds.items()
+    )
 
 
 def replace_table(document: str, name: str, markdown: str) -> str:

@@ -71,7 +71,7 @@ def denoising_step(shape: Shape, batch_size: int, length: int, canvas: int) -> P
     def run(params: Any, context: Any, tokens: Array) -> Any:
         variables = {"params": params}
         if cached:
-            hidden = module.apply(variables, context, tokens, pattern, method=module.denoise)
+            hidden, _ = module.apply(variables, context, tokens, method=module.denoise)
         else:
             hidden = module.apply(
                 variables, context, tokens, pattern, deterministic=True, method=module.decode

@@ -73,14 +73,16 @@ def test_the_document_has_a_place_for_every_table_and_takes_the_new_one():
         document.replace_table(text, "nothing", "")
 
 
-def test_a_table_has_a_column_for_every_name_and_a_dash_for_what_is_missing():
+def test_records_of_the_same_names_are_a_table():
     records = [
         {"benchmark": "x", "method": "AR", "packed": True, "seconds": 1.23456},
-        {"benchmark": "x", "method": "T5X", "baseline_bytes": 2_100_000_000},
+        {"benchmark": "x", "method": "T5X", "baseline_bytes": 2_100_000_000, "bytes_ratio": 0.5},
+        {"benchmark": "x", "method": "plain", "packed": False, "seconds": 2.0},
     ]
     assert document.table(records) == (
-        "| method | packed | seconds | baseline bytes |\n| --- | --- | --- | --- |\n"
-        "| AR | True | 1.235 | – |\n| T5X | – | – | 2.1 GB |\n"
+        "| method | packed | seconds |\n| --- | --- | --- |\n"
+        "| AR | True | 1.235 |\n| plain | False | 2 |\n\n"
+        "| method | baseline bytes | bytes ratio |\n| --- | --- | --- |\n| T5X | 2.1 GB | 0.5 |\n"
     )
 
 
