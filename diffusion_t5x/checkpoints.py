@@ -9,36 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from diffusion_t5x import checkpoint_integrity
+from diffusion_t5x.checkpoint_integrity import DamagedCheckpointError
+from diffusion_t5x.checkpoint_items import (
+    ArraysArgs,
+    ArraysHandler,
+    CheckpointMismatchError,
+    DatasetArgs,
+    DatasetHandler,
+    SavesPosition,
+)
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, place, read_together
 from diffusion_t5x.train_state import TrainState, named_leaves
 
 PREFIX = "checkpoint"
 _NAME = re.compile(rf"^{PREFIX}_(\d+)$")
-
-
-class SavesPosition(Protocol):
-    """An iterator that can write and read its position."""
-
-    def save(self, path: str) -> None:
-        """Writes files that begin with `path`."""
-
-    def restore(self, path: str) -> None:
-        """Goes on where `save(path)` was called."""
-
-
-class CheckpointMismatchError(ValueError):
-    """A checkpoint does not fit the model; the message lists names and shapes that differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +49,7 @@ class SaveCheckpointConfig:
         'training_eval/loss' or 'inference_eval/my_task/bleu'.
       best_mode: whether the best is the 'min' or the 'max'.
       save_dataset: save the position in the data, so that resuming goes on where it was.
+      checksums: keep a checksum of each file, by which damage is found before it is restored.
     """
 
     period: int = 1000
@@ -59,6 +57,7 @@ class SaveCheckpointConfig:
     keep_best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     save_dataset: bool = True
+    checksums: bool = True
 
     def __post_init__(self):
         if self.period < 1 or (self.keep is not None and self.keep < 1):
@@ -103,40 +102,30 @@ class CheckpointConfig:
     restore: RestoreCheckpointConfig | None = None
 
 
-class _DatasetHandler(ocp.CheckpointHandler):
-    """Each process writes the position of its own iterator."""
-
-    def save(self, directory: epath.Path, args: _DatasetArgs) -> None:
-        args.iterator.save(str(directory / f"process_{jax.process_index()}"))
-
-    def restore(self, directory: epath.Path, args: _DatasetArgs) -> None:
-        count = len(list(directory.glob("process_*.index")))
-        if count != jax.process_count():
-            raise CheckpointMismatchError(
-                f"{directory} has the data positions of {count} processes, but "
-                f"{jax.process_count()} are running; start with as many, or set "
-                "SaveCheckpointConfig.save_dataset = False to begin the data anew."
-            )
-        args.iterator.restore(str(directory / f"process_{jax.process_index()}"))
-
-
-@ocp.args.register_with_handler(_DatasetHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _DatasetArgs(ocp.args.CheckpointArgs):
-    """The iterator to save or to move.
-
-    Attributes:
-      iterator: of this process.
-    """
-
-    iterator: SavesPosition
-
-
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "opt_state": flax.serialization.to_state_dict(state.opt_state),
     }
+
+
+def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptions:
+    policies = checkpoint_managers.preservation_policy
+    metric, value = config.keep_best_metric, None
+    if config.keep is None:
+        policy = policies.PreserveAll()
+    elif metric is None:
+        policy = policies.LatestN(config.keep)
+    else:
+        # A checkpoint without the metric counts as the worst.
+        worst = float("inf") if config.best_mode == "min" else -float("inf")
+        value = lambda metrics: metrics.get(metric, worst)  # noqa: E731
+        best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
+        policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
+    # Orbax writes the metrics down, and so knows them after a restart, where `best_fn` is set.
+    return ocp.CheckpointManagerOptions(
+        step_prefix=PREFIX, preservation_policy=policy, best_fn=value, create=True
+    )
 
 
 class Checkpointer:
@@ -149,34 +138,17 @@ class Checkpointer:
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
         self._directory = epath.Path(directory).absolute()
-        policies = checkpoint_managers.preservation_policy
-        metric = config.keep_best_metric
-        if config.keep is None:
-            policy = policies.PreserveAll()
-        elif metric is None:
-            policy = policies.LatestN(config.keep)
-        else:
-            # A checkpoint without the metric counts as the worst.
-            worst = float("inf") if config.best_mode == "min" else -float("inf")
-            policy = policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(1),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics.get(metric, worst),
-                        reverse=config.best_mode == "min",
-                        n=config.keep,
-                    ),
-                ]
-            )
+        if jax.process_index() == 0:
+            checkpoint_integrity.forget_unreadable_metrics(self._directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("metrics of checkpoints are readable")
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(
-                step_prefix=PREFIX, preservation_policy=policy, create=True
-            ),
+            options=_manager_options(config),
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "dataset": _DatasetHandler(),
+                "params": ArraysHandler(config.checksums),
+                "optimizer": ArraysHandler(config.checksums),
+                "dataset": DatasetHandler(config.checksums),
             },
         )
 
@@ -194,11 +166,11 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {"params": ocp.args.StandardSave(state.params)}
+        items = {"params": ArraysArgs(state.params)}
         if state.opt_state is not None:
-            items["optimizer"] = ocp.args.StandardSave(_optimizer_item(state))
+            items["optimizer"] = ArraysArgs(_optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
-            items["dataset"] = _DatasetArgs(iterator)
+            items["dataset"] = DatasetArgs(iterator)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def latest_step(self) -> int | None:
@@ -214,22 +186,33 @@ class Checkpointer:
     ) -> TrainState:
         """The latest state, laid out as `abstract_state` says; `iterator` is moved to its place.
 
+        Checkpoints that turn out to be damaged are set aside, as `checkpoint_{step}.damaged`, and
+        the latest whole one is taken.
+
         Raises:
           FileNotFoundError: if there is none.
+          DamagedCheckpointError: if all are damaged; none is set aside then.
           CheckpointMismatchError: if it does not fit.
         """
-        step = self.latest_step()
-        if step is None:
+        if not self.all_steps():
             raise FileNotFoundError(f"{self._directory} has no checkpoint to go on from.")
-        path = self._directory / f"{PREFIX}_{step}"
-        state = restore_train_state(str(path), abstract_state)
+        found = list_checkpoints(str(self._directory))
+        whole, damaged = _newest_whole(found, ("params", "optimizer", "dataset"))
+        path = epath.Path(whole)
+        self._set_aside(damaged)
+        state = _restore_train_state(str(path), abstract_state)
         if iterator is not None and self.config.save_dataset and (path / "dataset").exists():
-            _DatasetHandler().restore(path / "dataset", _DatasetArgs(iterator))
+            DatasetHandler().restore(path / "dataset", DatasetArgs(iterator))
         return state
 
-    def wait(self) -> None:
-        """Returns once everything is written; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+    def _set_aside(self, damaged: Sequence[str]) -> None:
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for path in damaged:
+                print(f"{path} is kept as {checkpoint_integrity.set_aside(epath.Path(path))}.")
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits and lets go of all resources."""
@@ -264,18 +247,49 @@ def _is_checkpoint(directory: epath.Path) -> bool:
     return (directory / "params").exists() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
 
 
-def select_checkpoints(config: RestoreCheckpointConfig) -> list[tuple[int, str]]:
+def _newest_whole(found: Sequence[tuple[int, str]], items: Sequence[str]) -> tuple[str, list[str]]:
+    """The last of a run's checkpoints whose `items` are not damaged, and those that are.
+
+    Raises:
+      DamagedCheckpointError: if all are damaged.
+    """
+    damaged = []
+    for _, path in reversed(found):
+        try:
+            checkpoint_integrity.verify(path, items)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        if jax.process_index() == 0:
+            for _, error in damaged:
+                print(f"{error}\nThe one before it that is whole is {path}.", flush=True)
+        return path, [path for path, _ in damaged]
+    raise DamagedCheckpointError(
+        "no checkpoint is whole; to begin anew, move them away.\n"
+        + "\n".join(str(error) for _, error in damaged)
+    )
+
+
+def select_checkpoints(
+    config: RestoreCheckpointConfig, items: Sequence[str] = ("params",)
+) -> list[tuple[int, str]]:
     """(step, path) of the checkpoints that `config` means, ascending.
+
+    Where the latest of a run is meant, it is the latest whose `items` are not damaged.
 
     Raises:
       FileNotFoundError: as `list_checkpoints`.
+      DamagedCheckpointError: if all of a run's are damaged.
       ValueError: if several have the same step, which could not be told apart in results.
     """
     paths = (config.path,) if isinstance(config.path, str) else tuple(config.path)
     selected: dict[int, str] = {}
     for path in paths:
         found = list_checkpoints(path)
-        for step, checkpoint in found if config.mode == "all" else found[-1:]:
+        if config.mode != "all" and len(found) > 1:
+            whole, _ = _newest_whole(found, items)
+            found = [(step, checkpoint) for step, checkpoint in found if checkpoint == whole]
+        for step, checkpoint in found:
             if selected.setdefault(step, checkpoint) != checkpoint:
                 raise ValueError(
                     f"CHECKPOINT_PATH means two checkpoints of step {step}: {selected[step]} and "
@@ -338,6 +352,7 @@ def open_params(path: str) -> dict[str, StoredArray]:
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
+      DamagedCheckpointError: if a file is not as it was written.
       ValueError: if it is one of T5X's with a network that is not known here.
     """
     if t5x_checkpoints.is_t5x_checkpoint(path):
@@ -351,6 +366,7 @@ def open_params(path: str) -> dict[str, StoredArray]:
     directory = epath.Path(path).absolute() / "params"
     if not directory.exists():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no 'params'.")
+    checkpoint_integrity.verify(path, ("params",))
 
     def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(directory)))
@@ -369,8 +385,14 @@ def restore_params(path: str, abstract_params: Any) -> Any:
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
+      DamagedCheckpointError: if a file is not as it was written.
       CheckpointMismatchError: if they do not fit.
     """
+    checkpoint_integrity.verify(path, ("params",))
+    return _restore_params(path, abstract_params)
+
+
+def _restore_params(path: str, abstract_params: Any) -> Any:
     if not t5x_checkpoints.is_t5x_checkpoint(path):
         return _restore_item(path, "params", abstract_params)
     stored, expected = open_params(path), named_leaves(abstract_params)
@@ -385,9 +407,15 @@ def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
+      DamagedCheckpointError: if a file is not as it was written.
       CheckpointMismatchError: if it does not fit.
     """
-    params = restore_params(path, abstract_state.params)
+    checkpoint_integrity.verify(path, ("params", "optimizer"))
+    return _restore_train_state(path, abstract_state)
+
+
+def _restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
+    params = _restore_params(path, abstract_state.params)
     rest = _restore_item(path, "optimizer", _optimizer_item(abstract_state))
     opt_state = flax.serialization.from_state_dict(abstract_state.opt_state, rest["opt_state"])
     return TrainState(rest["step"], params, opt_state)

@@ -318,6 +318,7 @@ def evaluate(
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
+      DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
       ValueError: if a task or the metric is unknown.
     """

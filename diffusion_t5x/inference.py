@@ -74,6 +74,7 @@ def infer(
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
+      DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
       ValueError: if settings are out of range or a task is unknown.
     """

@@ -40,16 +40,18 @@ def write_model_info(model_dir: str, abstract_state: TrainState) -> None:
 
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a line cut off by a kill is left out."""
+    """The lines of a run's `metrics.jsonl`; one that is cut off or damaged is left out."""
     path = pathlib.Path(model_dir) / "metrics.jsonl"
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

@@ -99,6 +99,7 @@ def train(
     Raises:
       NonFiniteError: if the loss or a gradient is not finite.
       CheckpointMismatchError: if a checkpoint does not fit the model.
+      DamagedCheckpointError: if the initial checkpoint is damaged, or all of the run's own.
       Preempted: after SIGTERM, everything saved.
       ValueError: if settings do not go together.
     """
@@ -175,8 +176,11 @@ def _initial_state(
     """
     first_step, initial, params_only = 0, None, False
     if config.restore is not None:
-        [(step, initial)] = select_checkpoints(dataclasses.replace(config.restore, mode="specific"))
         params_only = config.restore.params_only
+        [(step, initial)] = select_checkpoints(
+            dataclasses.replace(config.restore, mode="specific"),
+            ("params",) if params_only else ("params", "optimizer"),
+        )
         first_step = 0 if params_only else step
     if checkpointer is not None and checkpointer.latest_step() is not None:
         return checkpointer.restore(abstract, iterator), first_step
