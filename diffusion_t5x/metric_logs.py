@@ -19,7 +19,11 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        error.filename = error.filename or os.fspath(temporary)  # the system leaves it out
+        raise
     os.replace(temporary, path)
 
 

@@ -23,6 +23,7 @@ from diffusion_t5x.checkpoints import (
     select_checkpoints,
 )
 from diffusion_t5x.data import datasets
+from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.exit_codes import PREEMPTED
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
@@ -100,6 +101,7 @@ def train(
       NonFiniteError: if the loss or a gradient is not finite.
       CheckpointMismatchError: if a checkpoint does not fit the model.
       DamagedCheckpointError: if the initial checkpoint is damaged, or all of the run's own.
+      DiskFull: if something cannot be written for lack of room.
       Preempted: after SIGTERM, everything saved.
       ValueError: if settings do not go together.
     """
@@ -129,7 +131,7 @@ def train(
         state = create_train_state(model, partitioner, shapes, types, jax.random.PRNGKey(0))
         _report_dry_run(trainer, partitioner, state, next(iterator))
         return state
-    with _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
+    with stops_when_full(model_dir), _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
         state, first_step = _initial_state(
             model, partitioner, checkpoint_cfg, checkpointer, abstract, iterator, random_seed,
             (shapes, types),
@@ -329,6 +331,8 @@ class _Loop:
                 if len(self._in_flight) > STEPS_IN_FLIGHT:
                     self._in_flight.popleft().check(self._trainer.leaf_names)
                 progress.update()
+                if self._checkpointer is not None:
+                    self._checkpointer.check()
                 stopping = told_to_stop(step)
                 last = step == total_steps or stopping
                 due = [last or step % every == 0 for every in (log_period, eval_period, period)]

@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_t5x import launch, launch_local
 from diffusion_t5x.checkpoints import list_checkpoints
-from diffusion_t5x.exit_codes import PREEMPTED
+from diffusion_t5x.exit_codes import DISK_FULL, PREEMPTED
 from diffusion_t5x.metric_logs import read_metrics
 
 FLAGS = ["--gin_file=models/xl.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
@@ -43,7 +43,7 @@ def test_gcloud_is_told_to_run_the_command_on_all_workers_until_it_is_not_preemp
 
 def test_the_shell_loop_of_the_workers_restarts_what_is_preempted_and_nothing_else(tmp_path):
     count = tmp_path / "count"
-    for code, attempts in ((PREEMPTED, 4), (0, 1), (3, 1)):
+    for code, attempts in ((PREEMPTED, 4), (0, 1), (3, 1), (DISK_FULL, 1)):
         count.write_text("")
         line = launch._until_done(f"sh -c 'echo >> {count}; exit {code}'", 3)
         assert subprocess.run(["bash", "-c", line], check=False).returncode == code
