@@ -27,6 +27,7 @@ from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.exit_codes import PREEMPTED
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
+from diffusion_t5x.nonfinite import NonFiniteSteps
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.progress import Progress
 from diffusion_t5x.train_state import (
@@ -98,7 +99,8 @@ def train(
       The final state.
 
     Raises:
-      NonFiniteError: if the loss or a gradient is not finite.
+      NonFiniteError: if the loss, a gradient or an update is not finite, in more steps in a row
+        than `Trainer.max_skipped_updates` allows; `nonfinite/` has the batch.
       CheckpointMismatchError: if a checkpoint does not fit the model.
       DamagedCheckpointError: if the initial checkpoint is damaged, or all of the run's own.
       DiskFull: if something cannot be written for lack of room.
@@ -142,10 +144,22 @@ def train(
         if summarize_config_fn is not None and jax.process_index() == 0:
             summarize_config_fn(model_dir)
         with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
+            nonfinite = NonFiniteSteps(
+                model_dir, int(state.step), trainer.leaf_names, trainer.max_skipped_updates,
+                random_seed, _vocabularies(model),
+            )  # fmt: skip
             loop = _Loop(
-                trainer, partitioner, iterator, evaluations, checkpointer, log, early_stopping
-            )
+                trainer, partitioner, iterator, evaluations, checkpointer, log, nonfinite,
+                early_stopping,
+            )  # fmt: skip
             return loop.run(state, last_step, log_period, eval_period)
+
+
+def _vocabularies(model: Any) -> dict[str, Any]:
+    """Stack -> vocabulary, of a model that has some."""
+    names = {"encoder": "input_vocabulary", "decoder": "output_vocabulary"}
+    found = {stack: getattr(model, name, None) for stack, name in names.items()}
+    return {stack: vocabulary for stack, vocabulary in found.items() if vocabulary is not None}
 
 
 @contextmanager
@@ -298,6 +312,7 @@ class _Loop:
         evaluations: _Evaluations,
         checkpointer: Checkpointer | None,
         log: MetricLog,
+        nonfinite: NonFiniteSteps,
         early_stopping: EarlyStopping,
     ):
         self._trainer = trainer
@@ -306,8 +321,9 @@ class _Loop:
         self._evaluations = evaluations
         self._checkpointer = checkpointer
         self._log = log
+        self._nonfinite = nonfinite
         self._early_stopping = early_stopping
-        self._in_flight: collections.deque[Health] = collections.deque()
+        self._in_flight: collections.deque[tuple[Health, datasets.Batch]] = collections.deque()
 
     def run(
         self, state: TrainState, total_steps: int, log_period: int, eval_period: int
@@ -316,20 +332,20 @@ class _Loop:
         step = int(state.step)
         if step >= total_steps or self._early_stopping.should_stop(self._log.lines):
             return state
-        batch = self._next_batch()
+        local, batch = self._next_batch()
         empty = self._trainer.metric_shapes(state, batch)
         metrics = self._trainer.empty_metrics(empty)
         run_step = self._trainer.step.lower(state, metrics, batch).compile()
         period = self._checkpointer.config.period if self._checkpointer else total_steps
         progress = Progress(total_steps, "training", "steps", initial=step)
         with _stop_on_sigterm() as told_to_stop, progress:
-            started = time.monotonic()
+            started, logged = time.monotonic(), step
             while step < total_steps:
                 state, metrics, health = run_step(state, metrics, batch)
                 step += 1
-                self._in_flight.append(health)
+                self._in_flight.append((health, local))
                 if len(self._in_flight) > STEPS_IN_FLIGHT:
-                    self._in_flight.popleft().check(self._trainer.leaf_names)
+                    self._nonfinite.look_at(*self._in_flight.popleft())
                 progress.update()
                 if self._checkpointer is not None:
                     self._checkpointer.check()
@@ -341,7 +357,10 @@ class _Loop:
                     self._log.count(time.monotonic() - started)
                     if due[0]:
                         values = _compute(metrics)
+                        if self._trainer.max_skipped_updates:
+                            values["skipped_updates"] = self._nonfinite.skipped_since(logged)
                         self._log.training(step, values)
+                        logged = step
                         progress.update(0, loss=values["loss"])
                         metrics = self._trainer.empty_metrics(empty)
                     enough = self._pause(state, step, due[1] and not stopping, due[2])
@@ -353,16 +372,18 @@ class _Loop:
                     print(f"stopped at step {step} as told; everything is saved.", flush=True)
                     raise Preempted
                 if step < total_steps:
-                    batch = self._next_batch()
+                    local, batch = self._next_batch()
         return state
 
-    def _next_batch(self) -> dict[str, jax.Array]:
-        return self._partitioner.shard_batch(next(self._iterator))
+    def _next_batch(self) -> tuple[datasets.Batch, dict[str, jax.Array]]:
+        """This process's rows, and the global batch."""
+        local = next(self._iterator)
+        return local, self._partitioner.shard_batch(local)
 
     def _drain(self) -> None:
         """Waits for all steps and checks each, so that nothing broken is logged or saved."""
         while self._in_flight:
-            self._in_flight.popleft().check(self._trainer.leaf_names)
+            self._nonfinite.look_at(*self._in_flight.popleft())
 
     def _pause(self, state: TrainState, step: int, evaluate: bool, save: bool) -> bool:
         """Evaluates and saves what is due; whether the evaluations say that it is enough."""
