@@ -38,6 +38,7 @@ from diffusion_t5x.train_state import (
     named_leaves,
 )
 from diffusion_t5x.train_step import Health, Metrics, Trainer
+from diffusion_t5x.watchdog import Watchdog
 
 # Steps handed to the devices before the oldest one's result is looked at.
 STEPS_IN_FLIGHT = 2
@@ -68,6 +69,7 @@ def train(
     random_seed: int = 0,
     inference_evaluator_cls: Callable[..., Any] | None = None,
     log_period: int = 100,
+    step_timeout_seconds: float | None = 1800.0,
     summarize_config_fn: Callable[[str], None] | None = None,
     dry_run: bool = False,
 ) -> TrainState:
@@ -92,6 +94,9 @@ def train(
       random_seed: of parameters, data order, and all that is drawn in a step.
       inference_evaluator_cls: makes the evaluator of decoded text.
       log_period: steps between lines of metrics.
+      step_timeout_seconds: the longest that a step may take, its data and saving included,
+        evaluations and compilation not; then the process ends with its stacks and exit code 69.
+        None or 0 for no limit.
       summarize_config_fn: writes the configuration to the run's directory.
       dry_run: build and compile everything, report, and stop before the first step.
 
@@ -111,6 +116,7 @@ def train(
         raise ValueError(f"EVAL_PERIOD = {eval_period}, log_period = {log_period}; expected >= 1.")
     if total_steps is None and relative_steps is None:
         raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
+    watchdog = Watchdog(step_timeout_seconds)
     last_step = total_steps or 0
     layout = partitioner.data_layout(train_dataset_cfg.batch_size)
     iterator = datasets.get_training_iterator(
@@ -150,7 +156,7 @@ def train(
             )  # fmt: skip
             loop = _Loop(
                 trainer, partitioner, iterator, evaluations, checkpointer, log, nonfinite,
-                early_stopping,
+                early_stopping, watchdog,
             )  # fmt: skip
             return loop.run(state, last_step, log_period, eval_period)
 
@@ -314,6 +320,7 @@ class _Loop:
         log: MetricLog,
         nonfinite: NonFiniteSteps,
         early_stopping: EarlyStopping,
+        watchdog: Watchdog,
     ):
         self._trainer = trainer
         self._partitioner = partitioner
@@ -322,6 +329,7 @@ class _Loop:
         self._checkpointer = checkpointer
         self._log = log
         self._nonfinite = nonfinite
+        self._watchdog = watchdog
         self._early_stopping = early_stopping
         self._in_flight: collections.deque[tuple[Health, datasets.Batch]] = collections.deque()
 
@@ -338,9 +346,10 @@ class _Loop:
         run_step = self._trainer.step.lower(state, metrics, batch).compile()
         period = self._checkpointer.config.period if self._checkpointer else total_steps
         progress = Progress(total_steps, "training", "steps", initial=step)
-        with _stop_on_sigterm() as told_to_stop, progress:
+        with _stop_on_sigterm() as told_to_stop, progress, self._watchdog:
             started, logged = time.monotonic(), step
             while step < total_steps:
+                self._watchdog.beat(f"step {step + 1}")
                 state, metrics, health = run_step(state, metrics, batch)
                 step += 1
                 self._in_flight.append((health, local))
@@ -387,7 +396,8 @@ class _Loop:
 
     def _pause(self, state: TrainState, step: int, evaluate: bool, save: bool) -> bool:
         """Evaluates and saves what is due; whether the evaluations say that it is enough."""
-        results = self._evaluations.run(state) if evaluate else {}
+        with self._watchdog.suspended():
+            results = self._evaluations.run(state) if evaluate else {}
         flat = {}
         for split, values in results.items():
             self._log.evaluation(step, split, values)
