@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion_t5x import checkpoint_integrity
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 
 
 class SavesPosition(Protocol):
@@ -20,10 +21,6 @@ class SavesPosition(Protocol):
 
     def restore(self, path: str) -> None:
         """Goes on where `save(path)` was called."""
-
-
-class CheckpointMismatchError(ValueError):
-    """A checkpoint does not fit the model; the message lists names and shapes that differ."""
 
 
 class ArraysHandler(ocp.StandardCheckpointHandler):

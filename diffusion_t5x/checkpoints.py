@@ -14,18 +14,17 @@ from typing import Any, Literal
 
 import flax.serialization
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from diffusion_t5x import checkpoint_integrity
+from diffusion_t5x.checkpoint_fit import check_fit
 from diffusion_t5x.checkpoint_integrity import DamagedCheckpointError
 from diffusion_t5x.checkpoint_items import (
     ArraysArgs,
     ArraysHandler,
-    CheckpointMismatchError,
     DatasetArgs,
     DatasetHandler,
     SavesPosition,
@@ -321,41 +320,6 @@ def select_checkpoints(
     return sorted(selected.items())
 
 
-def _describe(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Lines that say in which names and shapes `stored` differs from `expected`."""
-    lines = [f"  the checkpoint lacks {name}: {_describe(expected[name])}"
-             for name in sorted(expected.keys() - stored.keys())]  # fmt: skip
-    lines += [f"  the model has no {name}: {_describe(stored[name])}"
-              for name in sorted(stored.keys() - expected.keys())]  # fmt: skip
-    lines += [
-        f"  {name}: the checkpoint has {list(stored[name].shape)}, the model "
-        f"{list(expected[name].shape)}"
-        for name in sorted(expected.keys() & stored.keys())
-        if tuple(stored[name].shape) != tuple(expected[name].shape)
-    ]
-    return lines
-
-
-def _check_fit(path: str, item: str, stored: Mapping[str, Any], abstract: Any) -> None:
-    """Compares names and shapes of a stored item with those expected.
-
-    Raises:
-      CheckpointMismatchError: if they differ.
-    """
-    if lines := compare(stored, named_leaves(abstract)):
-        what = "optimiser" if item == "optimizer" else "model"
-        hint = t5x_networks.hint(lines)
-        if item == "optimizer":
-            hint = "\nWith RestoreCheckpointConfig.params_only = True the optimiser starts afresh."
-        raise CheckpointMismatchError(
-            f"{path} does not fit this {what}:\n" + "\n".join(lines) + hint
-        )
-
-
 def _stored_leaves(item: epath.Path) -> dict[str, Any]:
     """Names, shapes and dtypes in an Orbax item."""
     metadata = ocp.StandardCheckpointer().metadata(item).item_metadata
@@ -366,7 +330,7 @@ def _restore_item(path: str, item: str, abstract: Any) -> Any:
     directory = epath.Path(path).absolute()
     if not (directory / item).exists():
         raise FileNotFoundError(f"{path} is not a checkpoint of this kind: it has no {item!r}.")
-    _check_fit(path, item, _stored_leaves(directory / item), abstract)
+    check_fit(path, item, _stored_leaves(directory / item), abstract)
     return ocp.StandardCheckpointer().restore(directory / item, abstract)
 
 
@@ -421,7 +385,7 @@ def _restore_params(path: str, abstract_params: Any) -> Any:
     stored, expected = open_params(path), named_leaves(abstract_params)
     if t5x_networks.is_scanned(expected):
         stored = t5x_networks.scan(stored)
-    _check_fit(path, "params", stored, abstract_params)
+    check_fit(path, "params", stored, abstract_params)
     return place(stored, expected, f"reading {path}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from diffusion_t5x.checkpoints import (
     CheckpointConfig,
@@ -25,10 +23,10 @@ from diffusion_t5x.checkpoints import (
 from diffusion_t5x.data import datasets
 from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.early_stopping import EarlyStopping
-from diffusion_t5x.exit_codes import PREEMPTED
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
 from diffusion_t5x.nonfinite import NonFiniteSteps
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.preemption import Preempted, stop_on_sigterm
 from diffusion_t5x.progress import Progress
 from diffusion_t5x.train_state import (
     TrainState,
@@ -42,13 +40,6 @@ from diffusion_t5x.watchdog import Watchdog
 
 # Steps handed to the devices before the oldest one's result is looked at.
 STEPS_IN_FLIGHT = 2
-
-
-class Preempted(SystemExit):
-    """Training was told to stop, and saved everything first; the exit code says so."""
-
-    def __init__(self):
-        super().__init__(PREEMPTED)
 
 
 def train(
@@ -285,28 +276,6 @@ def _compute(metrics: Metrics) -> dict[str, float]:
     return {name: float(metric.compute()) for name, metric in jax.device_get(metrics).items()}
 
 
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step that says whether to stop there; SIGTERM itself does no harm.
-
-    Where several processes run, JAX has caught the signal, whichever of them got it, and names a
-    step that all of them have yet to reach, so that they stop at the same one.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    except ValueError:  # not the main thread, which alone may catch signals
-        yield lambda step: False
-        return
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Loop:
     """The steps themselves."""
 
@@ -346,7 +315,7 @@ class _Loop:
         run_step = self._trainer.step.lower(state, metrics, batch).compile()
         period = self._checkpointer.config.period if self._checkpointer else total_steps
         progress = Progress(total_steps, "training", "steps", initial=step)
-        with _stop_on_sigterm() as told_to_stop, progress, self._watchdog:
+        with stop_on_sigterm() as told_to_stop, progress, self._watchdog:
             started, logged = time.monotonic(), step
             while step < total_steps:
                 self._watchdog.beat(f"step {step + 1}")

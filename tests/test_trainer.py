@@ -10,8 +10,8 @@ import pytest
 import toy
 
 from diffusion_t5x import optimizers
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 from diffusion_t5x.checkpoints import (
-    CheckpointMismatchError,
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
     list_checkpoints,
