@@ -286,9 +286,9 @@ def _newest_whole(found: Sequence[tuple[int, str]], items: Sequence[str]) -> tup
             for _, error in damaged:
                 print(f"{error}\nThe one before it that is whole is {path}.", flush=True)
         return path, [path for path, _ in damaged]
+    errors = "\n".join(str(error) for _, error in damaged)
     raise DamagedCheckpointError(
-        "no checkpoint is whole; to begin anew, move them away.\n"
-        + "\n".join(str(error) for _, error in damaged)
+        errors if len(found) == 1 else f"no checkpoint is whole.\n{errors}"
     )
 
 
@@ -297,18 +297,19 @@ def select_checkpoints(
 ) -> list[tuple[int, str]]:
     """(step, path) of the checkpoints that `config` means, ascending.
 
-    Where the latest of a run is meant, it is the latest whose `items` are not damaged.
+    Where the latest of a run is meant, it is the latest whose `items` are not damaged; of all, each
+    is looked at when it is restored.
 
     Raises:
       FileNotFoundError: as `list_checkpoints`.
-      DamagedCheckpointError: if all of a run's are damaged.
+      DamagedCheckpointError: if the one meant is damaged, or all of a run's.
       ValueError: if several have the same step, which could not be told apart in results.
     """
     paths = (config.path,) if isinstance(config.path, str) else tuple(config.path)
     selected: dict[int, str] = {}
     for path in paths:
         found = list_checkpoints(path)
-        if config.mode != "all" and len(found) > 1:
+        if config.mode != "all":
             whole, _ = _newest_whole(found, items)
             found = [(step, checkpoint) for step, checkpoint in found if checkpoint == whole]
         for step, checkpoint in found:

@@ -200,3 +200,33 @@ def test_metrics_that_can_be_read_are_let_alone(a_copy):
     (item / "metrics").write_text('{"training_eval/loss": 1.5}')
     Checkpointer(str(a_copy), SaveCheckpointConfig()).close()
     assert (item / "metrics").read_text() == '{"training_eval/loss": 1.5}'
+
+
+def test_what_was_found_whole_is_read_again_only_when_it_was_written_to(a_copy, monkeypatch):
+    read = []
+    original = checkpoint_integrity._checksum
+    monkeypatch.setattr(
+        checkpoint_integrity, "_checksum", lambda file: read.append(file.name) or original(file)
+    )
+    checkpoint = a_copy / "checkpoint_4"
+    checkpoint_integrity.verify(checkpoint, ITEMS)
+    assert len(read) > 3
+    read.clear()
+    checkpoint_integrity.verify(checkpoint, ITEMS)
+    assert not read
+    damaged = _array_file(checkpoint / "params")
+    _flip_a_bit(damaged)
+    for _ in range(2):
+        with pytest.raises(DamagedCheckpointError):
+            checkpoint_integrity.verify(checkpoint, ITEMS)
+    assert read == [damaged.name] * 2
+
+
+def test_a_single_checkpoint_is_looked_at_when_it_is_chosen(a_copy):
+    shutil.rmtree(a_copy / "checkpoint_2")
+    _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "params"))
+    for path in (a_copy, a_copy / "checkpoint_4"):
+        with pytest.raises(DamagedCheckpointError, match=r"checkpoint_4 is damaged:\n  params/"):
+            select_checkpoints(RestoreCheckpointConfig(str(path)))
+    # Of all of a run's, those that are whole can be used.
+    assert len(select_checkpoints(RestoreCheckpointConfig(str(a_copy), "all"))) == 1
