@@ -1,16 +1,20 @@
 """Damage to a checkpoint, of whatever kind and wherever, is found, named and survived."""
 
+import ast
 import json
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x import checkpoint_integrity
+from diffusion_t5x import checkpoint_integrity, launch_local
 from diffusion_t5x.checkpoint_integrity import CHECKSUMS, DamagedCheckpointError
 from diffusion_t5x.checkpoints import (
     Checkpointer,
@@ -230,3 +234,61 @@ def test_a_single_checkpoint_is_looked_at_when_it_is_chosen(a_copy):
             select_checkpoints(RestoreCheckpointConfig(str(path)))
     # Of all of a run's, those that are whole can be used.
     assert len(select_checkpoints(RestoreCheckpointConfig(str(a_copy), "all"))) == 1
+
+
+TWO_PROCESSES = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import jax
+jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
+import toy
+from jax.experimental import multihost_utils
+from diffusion_t5x import checkpoint_integrity, launch_local
+
+run, read = pathlib.Path({run!r}), []
+toy.run(run, 4)
+if jax.process_index() == 0:
+    for item in ("params", "optimizer"):
+        files = [file for file in (run / "checkpoint_4" / item).rglob("*") if file.is_file()]
+        file = max(files, key=lambda file: file.stat().st_size)
+        file.write_bytes(bytes(file.stat().st_size))
+multihost_utils.sync_global_devices("damaged")
+original = checkpoint_integrity._checksum
+checkpoint_integrity._checksum = lambda file: read.append(str(file)) or original(file)
+state = toy.run(run, 5)
+print("READ", sorted(file for file in read if "/checkpoint_2/" in file))
+print("STEP", int(state.step))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
+    run = tmp_path / "run"
+    program = TWO_PROCESSES.format(
+        tests=os.path.dirname(__file__), port=launch_local.free_port(), run=str(run)
+    )
+    environment = {**launch_local.process_environment(1), "PYTHONPATH": os.getcwd()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(index)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    told = [out for out, _ in outputs]
+    assert all("STEP 5" in out for out in told)
+    assert "params/" in told[0] and "optimizer/" in told[0]
+    assert f"The one before it that is whole is {run}/checkpoint_2" in told[0]
+    assert "is damaged" not in told[1]
+    shares = [set(ast.literal_eval(out.partition("READ ")[2].splitlines()[0])) for out in told]
+    assert all(shares) and not shares[0] & shares[1]
+    listed = {
+        str(run / "checkpoint_2" / item / name)
+        for item in ITEMS
+        for name in json.loads((run / "checkpoint_2" / item / CHECKSUMS).read_text())
+    }
+    assert shares[0] | shares[1] == listed
+    assert (run / "checkpoint_4.damaged").is_dir()
+    assert [step for step, _ in list_checkpoints(str(run))] == [2, 4, 5]

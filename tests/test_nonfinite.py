@@ -171,6 +171,22 @@ def test_what_was_skipped_beyond_the_checkpoint_is_forgotten_on_a_restart(tmp_pa
     assert fake.open(5).skipped_since(0) == 2
 
 
+def test_each_of_several_processes_keeps_its_own_rows_and_one_writes_the_list(
+    tmp_path, monkeypatch, capsys
+):
+    fake = _Fake(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        steps = fake.open()
+        steps.look_at(fake.health(3, loss=np.nan), {"rows": np.full(2, index)})
+        assert steps.skipped_since(0) == 1
+        kept = np.load(tmp_path / "nonfinite" / f"step_3.process_{index}.npz")
+        np.testing.assert_array_equal(kept["rows"], np.full(2, index))
+        assert (tmp_path / "nonfinite" / "skipped.jsonl").exists() == (index == 0)
+    assert capsys.readouterr().out.count("The update is skipped") == 1
+
+
 def test_a_negative_number_of_updates_is_refused(tmp_path):
     with pytest.raises(ValueError, match="max_skipped_updates = -1; expected at least 0"):
         toy.run(tmp_path, 1, trainer={"max_skipped_updates": -1})
