@@ -9,42 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import flax.serialization
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from diffusion_t5x import checkpoint_integrity
+from diffusion_t5x.checkpoint_fit import check_fit
+from diffusion_t5x.checkpoint_integrity import DamagedCheckpointError
+from diffusion_t5x.checkpoint_items import (
+    ArraysArgs,
+    ArraysHandler,
+    DatasetArgs,
+    DatasetHandler,
+    SavesPosition,
+)
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, place, read_together
 from diffusion_t5x.train_state import TrainState, named_leaves
 
 PREFIX = "checkpoint"
 _NAME = re.compile(rf"^{PREFIX}_(\d+)$")
-
-
-class SavesPosition(Protocol):
-    """An iterator that can write and read its position.
-
-    Attributes:
-      num_shards: data shards, over all processes.
-    """
-
-    num_shards: int
-
-    def save(self, path: str) -> None:
-        """Writes files that begin with `path`."""
-
-    def restore(self, path: str) -> None:
-        """Goes on where `save(path)` was called."""
-
-
-class CheckpointMismatchError(ValueError):
-    """A checkpoint does not fit the model; the message lists names and shapes that differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +48,7 @@ class SaveCheckpointConfig:
         'training_eval/loss' or 'inference_eval/my_task/bleu'.
       best_mode: whether the best is the 'min' or the 'max'.
       save_dataset: save the position in the data, so that resuming goes on where it was.
+      checksums: keep a checksum of each file, by which damage is found before it is restored.
     """
 
     period: int = 1000
@@ -65,6 +56,7 @@ class SaveCheckpointConfig:
     keep_best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     save_dataset: bool = True
+    checksums: bool = True
 
     def __post_init__(self):
         if self.period < 1 or (self.keep is not None and self.keep < 1):
@@ -109,41 +101,47 @@ class CheckpointConfig:
     restore: RestoreCheckpointConfig | None = None
 
 
-class _DatasetHandler(ocp.CheckpointHandler):
-    """The position of each data shard, written by one process that reads it."""
-
-    def save(self, directory: epath.Path, args: _DatasetArgs) -> None:
-        args.iterator.save(str(directory / "shard"))
-
-    def restore(self, directory: epath.Path, args: _DatasetArgs) -> None:
-        count = len(list(directory.glob("shard-*.index")))
-        if count != args.iterator.num_shards:
-            raise CheckpointMismatchError(
-                f"{directory} has the data positions of {count} data shards, but this mesh has "
-                f"{args.iterator.num_shards} data-parallel parts; start with a mesh that has as "
-                "many, on however many processes, or set SaveCheckpointConfig.save_dataset = False "
-                "to begin the data anew."
-            )
-        args.iterator.restore(str(directory / "shard"))
-
-
-@ocp.args.register_with_handler(_DatasetHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _DatasetArgs(ocp.args.CheckpointArgs):
-    """The iterator to save or to move.
-
-    Attributes:
-      iterator: of this process.
-    """
-
-    iterator: SavesPosition
-
-
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "opt_state": flax.serialization.to_state_dict(state.opt_state),
     }
+
+
+def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptions:
+    policies = checkpoint_managers.preservation_policy
+    metric, value = config.keep_best_metric, None
+    if config.keep is None:
+        policy = policies.PreserveAll()
+    elif metric is None:
+        policy = policies.LatestN(config.keep)
+    else:
+        # A checkpoint without the metric counts as the worst.
+        worst = float("inf") if config.best_mode == "min" else -float("inf")
+        value = lambda metrics: metrics.get(metric, worst)  # noqa: E731
+        best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
+        policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
+    # Orbax writes the metrics down, and so knows them after a restart, where `best_fn` is set.
+    return ocp.CheckpointManagerOptions(
+        step_prefix=PREFIX, preservation_policy=policy, best_fn=value, create=True
+    )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's own, which keeps what went wrong in the background.
+
+    Orbax tells of it only after all processes have met, and those where nothing went wrong come to
+    that meeting twenty minutes later.
+    """
+
+    failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
 
 
 class Checkpointer:
@@ -156,34 +154,17 @@ class Checkpointer:
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
         self._directory = epath.Path(directory).absolute()
-        policies = checkpoint_managers.preservation_policy
-        metric = config.keep_best_metric
-        if config.keep is None:
-            policy = policies.PreserveAll()
-        elif metric is None:
-            policy = policies.LatestN(config.keep)
-        else:
-            # A checkpoint without the metric counts as the worst.
-            worst = float("inf") if config.best_mode == "min" else -float("inf")
-            policy = policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(1),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics.get(metric, worst),
-                        reverse=config.best_mode == "min",
-                        n=config.keep,
-                    ),
-                ]
-            )
-        self._manager = ocp.CheckpointManager(
+        if jax.process_index() == 0:
+            checkpoint_integrity.forget_unreadable_metrics(self._directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("metrics of checkpoints are readable")
+        self._manager = _Manager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(
-                step_prefix=PREFIX, preservation_policy=policy, create=True
-            ),
+            options=_manager_options(config),
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "dataset": _DatasetHandler(),
+                "params": ArraysHandler(config.checksums),
+                "optimizer": ArraysHandler(config.checksums),
+                "dataset": DatasetHandler(config.checksums),
             },
         )
 
@@ -201,12 +182,17 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {"params": ocp.args.StandardSave(state.params)}
+        items = {"params": ArraysArgs(state.params)}
         if state.opt_state is not None:
-            items["optimizer"] = ocp.args.StandardSave(_optimizer_item(state))
+            items["optimizer"] = ArraysArgs(_optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
-            items["dataset"] = _DatasetArgs(iterator)
+            items["dataset"] = DatasetArgs(iterator)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
+
+    def check(self) -> None:
+        """Raises what went wrong in the background since; does not wait."""
+        if self._manager.failure is not None:
+            raise self._manager.failure
 
     def latest_step(self) -> int | None:
         """The last step saved, or None."""
@@ -221,25 +207,37 @@ class Checkpointer:
     ) -> TrainState:
         """The latest state, laid out as `abstract_state` says; `iterator` is moved to its place.
 
+        Checkpoints that turn out to be damaged are set aside, as `checkpoint_{step}.damaged`, and
+        the latest whole one is taken.
+
         Raises:
           FileNotFoundError: if there is none.
+          DamagedCheckpointError: if all are damaged; none is set aside then.
           CheckpointMismatchError: if it does not fit.
         """
-        step = self.latest_step()
-        if step is None:
+        if not self.all_steps():
             raise FileNotFoundError(f"{self._directory} has no checkpoint to go on from.")
-        path = self._directory / f"{PREFIX}_{step}"
-        state = restore_train_state(str(path), abstract_state)
+        found = list_checkpoints(str(self._directory))
+        whole, damaged = _newest_whole(found, ("params", "optimizer", "dataset"))
+        path = epath.Path(whole)
+        self._set_aside(damaged)
+        state = _restore_train_state(str(path), abstract_state)
         if iterator is not None and self.config.save_dataset and (path / "dataset").exists():
-            _DatasetHandler().restore(path / "dataset", _DatasetArgs(iterator))
+            DatasetHandler().restore(path / "dataset", DatasetArgs(iterator))
         return state
 
-    def wait(self) -> None:
-        """Returns once everything is written; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+    def _set_aside(self, damaged: Sequence[str]) -> None:
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for path in damaged:
+                print(f"{path} is kept as {checkpoint_integrity.set_aside(epath.Path(path))}.")
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
 
     def close(self) -> None:
-        """Waits and lets go of all resources."""
+        """Waits and lets go of all resources; what failed in the background is not waited for."""
+        self.check()
         self._manager.close()
 
 
@@ -271,59 +269,56 @@ def _is_checkpoint(directory: epath.Path) -> bool:
     return (directory / "params").exists() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
 
 
-def select_checkpoints(config: RestoreCheckpointConfig) -> list[tuple[int, str]]:
+def _newest_whole(found: Sequence[tuple[int, str]], items: Sequence[str]) -> tuple[str, list[str]]:
+    """The last of a run's checkpoints whose `items` are not damaged, and those that are.
+
+    Raises:
+      DamagedCheckpointError: if all are damaged.
+    """
+    damaged = []
+    for _, path in reversed(found):
+        try:
+            checkpoint_integrity.verify(path, items)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        if jax.process_index() == 0:
+            for _, error in damaged:
+                print(f"{error}\nThe one before it that is whole is {path}.", flush=True)
+        return path, [path for path, _ in damaged]
+    errors = "\n".join(str(error) for _, error in damaged)
+    raise DamagedCheckpointError(
+        errors if len(found) == 1 else f"no checkpoint is whole.\n{errors}"
+    )
+
+
+def select_checkpoints(
+    config: RestoreCheckpointConfig, items: Sequence[str] = ("params",)
+) -> list[tuple[int, str]]:
     """(step, path) of the checkpoints that `config` means, ascending.
+
+    Where the latest of a run is meant, it is the latest whose `items` are not damaged; of all, each
+    is looked at when it is restored.
 
     Raises:
       FileNotFoundError: as `list_checkpoints`.
+      DamagedCheckpointError: if the one meant is damaged, or all of a run's.
       ValueError: if several have the same step, which could not be told apart in results.
     """
     paths = (config.path,) if isinstance(config.path, str) else tuple(config.path)
     selected: dict[int, str] = {}
     for path in paths:
         found = list_checkpoints(path)
-        for step, checkpoint in found if config.mode == "all" else found[-1:]:
+        if config.mode != "all":
+            whole, _ = _newest_whole(found, items)
+            found = [(step, checkpoint) for step, checkpoint in found if checkpoint == whole]
+        for step, checkpoint in found:
             if selected.setdefault(step, checkpoint) != checkpoint:
                 raise ValueError(
                     f"CHECKPOINT_PATH means two checkpoints of step {step}: {selected[step]} and "
                     f"{checkpoint}; evaluate different runs into directories of their own."
                 )
     return sorted(selected.items())
-
-
-def _describe(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Lines that say in which names and shapes `stored` differs from `expected`."""
-    lines = [f"  the checkpoint lacks {name}: {_describe(expected[name])}"
-             for name in sorted(expected.keys() - stored.keys())]  # fmt: skip
-    lines += [f"  the model has no {name}: {_describe(stored[name])}"
-              for name in sorted(stored.keys() - expected.keys())]  # fmt: skip
-    lines += [
-        f"  {name}: the checkpoint has {list(stored[name].shape)}, the model "
-        f"{list(expected[name].shape)}"
-        for name in sorted(expected.keys() & stored.keys())
-        if tuple(stored[name].shape) != tuple(expected[name].shape)
-    ]
-    return lines
-
-
-def _check_fit(path: str, item: str, stored: Mapping[str, Any], abstract: Any) -> None:
-    """Compares names and shapes of a stored item with those expected.
-
-    Raises:
-      CheckpointMismatchError: if they differ.
-    """
-    if lines := compare(stored, named_leaves(abstract)):
-        what = "optimiser" if item == "optimizer" else "model"
-        hint = t5x_networks.hint(lines)
-        if item == "optimizer":
-            hint = "\nWith RestoreCheckpointConfig.params_only = True the optimiser starts afresh."
-        raise CheckpointMismatchError(
-            f"{path} does not fit this {what}:\n" + "\n".join(lines) + hint
-        )
 
 
 def _stored_leaves(item: epath.Path) -> dict[str, Any]:
@@ -336,7 +331,7 @@ def _restore_item(path: str, item: str, abstract: Any) -> Any:
     directory = epath.Path(path).absolute()
     if not (directory / item).exists():
         raise FileNotFoundError(f"{path} is not a checkpoint of this kind: it has no {item!r}.")
-    _check_fit(path, item, _stored_leaves(directory / item), abstract)
+    check_fit(path, item, _stored_leaves(directory / item), abstract)
     return ocp.StandardCheckpointer().restore(directory / item, abstract)
 
 
@@ -345,6 +340,7 @@ def open_params(path: str) -> dict[str, StoredArray]:
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
+      DamagedCheckpointError: if a file is not as it was written.
       ValueError: if it is one of T5X's with a network that is not known here.
     """
     if t5x_checkpoints.is_t5x_checkpoint(path):
@@ -358,6 +354,7 @@ def open_params(path: str) -> dict[str, StoredArray]:
     directory = epath.Path(path).absolute() / "params"
     if not directory.exists():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no 'params'.")
+    checkpoint_integrity.verify(path, ("params",))
 
     def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(directory)))
@@ -376,14 +373,20 @@ def restore_params(path: str, abstract_params: Any) -> Any:
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
+      DamagedCheckpointError: if a file is not as it was written.
       CheckpointMismatchError: if they do not fit.
     """
+    checkpoint_integrity.verify(path, ("params",))
+    return _restore_params(path, abstract_params)
+
+
+def _restore_params(path: str, abstract_params: Any) -> Any:
     if not t5x_checkpoints.is_t5x_checkpoint(path):
         return _restore_item(path, "params", abstract_params)
     stored, expected = open_params(path), named_leaves(abstract_params)
     if t5x_networks.is_scanned(expected):
         stored = t5x_networks.scan(stored)
-    _check_fit(path, "params", stored, abstract_params)
+    check_fit(path, "params", stored, abstract_params)
     return place(stored, expected, f"reading {path}")
 
 
@@ -392,9 +395,15 @@ def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
 
     Raises:
       FileNotFoundError: if `path` is no checkpoint.
+      DamagedCheckpointError: if a file is not as it was written.
       CheckpointMismatchError: if it does not fit.
     """
-    params = restore_params(path, abstract_state.params)
+    checkpoint_integrity.verify(path, ("params", "optimizer"))
+    return _restore_train_state(path, abstract_state)
+
+
+def _restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
+    params = _restore_params(path, abstract_state.params)
     rest = _restore_item(path, "optimizer", _optimizer_item(abstract_state))
     opt_state = flax.serialization.from_state_dict(abstract_state.opt_state, rest["opt_state"])
     return TrainState(rest["step"], params, opt_state)

@@ -17,12 +17,11 @@ import numpy as np
 from etils import epath
 
 from diffusion_t5x import tables
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError, compare
 from diffusion_t5x.checkpoints import (
     PREFIX,
     Checkpointer,
-    CheckpointMismatchError,
     SaveCheckpointConfig,
-    compare,
     list_checkpoints,
     open_params,
 )

@@ -22,6 +22,7 @@ from diffusion_t5x.checkpoints import (
 )
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
+from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES, Predictor
@@ -318,7 +319,9 @@ def evaluate(
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
+      DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
+      DiskFull: if something cannot be written for lack of room.
       ValueError: if a task or the metric is unknown.
     """
     if best_mode not in ("max", "min"):
@@ -337,15 +340,18 @@ def evaluate(
         return {"rows": [], "best": None}
     abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
     rows = []
-    with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
-        for step, path in checkpoints:
-            rows += _evaluate_checkpoint(evaluator, abstract, pathlib.Path(output_dir), step, path)
-            progress.update()
-    best = tables.choose_best(rows, best_metric, best_mode) if best_metric else None
-    results = {"rows": rows, "best": best, "settings": evaluator.settings}
-    if jax.process_index() == 0:
-        tables.write_results(output_dir, results)
-        tables.print_results(results)
+    with stops_when_full(output_dir):
+        with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
+            for step, path in checkpoints:
+                rows += _evaluate_checkpoint(
+                    evaluator, abstract, pathlib.Path(output_dir), step, path
+                )
+                progress.update()
+        best = tables.choose_best(rows, best_metric, best_mode) if best_metric else None
+        results = {"rows": rows, "best": best, "settings": evaluator.settings}
+        if jax.process_index() == 0:
+            tables.write_results(output_dir, results)
+            tables.print_results(results)
     return results
 
 

@@ -24,6 +24,7 @@ from diffusion_t5x.checkpoints import (
 )
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
+from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.evaluation import task_names
 from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.partitioning import PjitPartitioner
@@ -74,7 +75,9 @@ def infer(
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
+      DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
+      DiskFull: if something cannot be written for lack of room.
       ValueError: if settings are out of range or a task is unknown.
     """
     if mode not in MODES:
@@ -107,14 +110,15 @@ def infer(
     params = restore_params(path, abstract_params(model, partitioner, INIT_SHAPES, {}))
     predictor = Predictor(model, partitioner, random_seed, return_all_decodes=return_all_decodes)
     records = functools.partial(_records, model, predictor, mode, params, dataset_cfg.batch_size)
-    for task, output in zip(tasks, outputs, strict=True):
-        parts = output.with_name(f".{output.name}.{digest}")
-        if not (output.exists() and _made_with(output) == digest):
-            rows = _rows(model, task, dataset_cfg, shard_id, num_shards)
-            batches = _batched(rows, dataset_cfg.batch_size)
-            write = _PartWriter(parts, checkpoint_period, f"{mode} {task.name}")
-            write.run(batches, records)
-            write.join(output, digest)
+    with stops_when_full(output_dir):
+        for task, output in zip(tasks, outputs, strict=True):
+            parts = output.with_name(f".{output.name}.{digest}")
+            if not (output.exists() and _made_with(output) == digest):
+                rows = _rows(model, task, dataset_cfg, shard_id, num_shards)
+                batches = _batched(rows, dataset_cfg.batch_size)
+                write = _PartWriter(parts, checkpoint_period, f"{mode} {task.name}")
+                write.run(batches, records)
+                write.join(output, digest)
     return [str(output) for output in outputs]
 
 

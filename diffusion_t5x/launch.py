@@ -6,7 +6,7 @@ python -m diffusion_t5x.launch xpk --cluster=C --workload=W --tpu_type=v5p-128 -
 python -m diffusion_t5x.launch slurm --nodes=4 --sbatch=--gpus-per-node=8 train --gin_file=...
 
 What follows the name of the command is passed through untouched. With --print_only nothing runs:
-exactly what would is printed. A run that was preempted is started again.
+exactly what would is printed. A run that was preempted, or that hung, is started again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_t5x import launch_local
-from diffusion_t5x.exit_codes import PREEMPTED
+from diffusion_t5x.exit_codes import RESTARTABLE
 
 COMMANDS = ("train", "eval", "infer", "speed", "convert")
 
@@ -60,18 +60,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for sub in (local, tpu_vm, xpk, slurm):
         sub.add_argument("--python", default="python", help="the interpreter to run")
-        sub.add_argument("--max_restarts", type=int, default=10, help="after preemption")
+        sub.add_argument("--max_restarts", type=int, default=10, help="after preemption or a hang")
         sub.add_argument("--print_only", action="store_true", help="print what would run")
         sub.add_argument("command", choices=COMMANDS, help="module of diffusion_t5x")
         sub.add_argument("flags", nargs=argparse.REMAINDER, help="its flags, passed through")
     return parser
 
 
+# A shell's test whether `code` is that of a run to be started again.
+_MAY_GO_ON = " || ".join(f"[ $code -eq {code} ]" for code in RESTARTABLE)
+
+
 def _until_done(command: str, max_restarts: int) -> str:
-    """A shell line that runs `command` again as long as it ends preempted."""
+    """A shell line that runs `command` again as long as its exit code says so."""
     return (
         f"for i in $(seq 0 {max_restarts}); do {command}; code=$?; "
-        f"[ $code -eq {PREEMPTED} ] || exit $code; done; exit $code"
+        f"{_MAY_GO_ON} || exit $code; done; exit $code"
     )
 
 
@@ -95,13 +99,14 @@ def xpk_argv(args: argparse.Namespace, command: Sequence[str]) -> list[str]:
         f"--cluster={args.cluster}", f"--workload={args.workload}",
         f"--tpu-type={args.tpu_type}", f"--num-slices={args.num_slices}",
         f"--docker-image={args.image}", *where,
-        f"--max-restarts={args.max_restarts}", f"--restart-on-exit-codes={PREEMPTED}",
+        f"--max-restarts={args.max_restarts}",
+        f"--restart-on-exit-codes={','.join(map(str, RESTARTABLE))}",
         f"--command={shlex.join(command)}",
     ]  # fmt: skip
 
 
 def slurm_script(args: argparse.Namespace, command: Sequence[str]) -> str:
-    """The script for sbatch; a job that was preempted is put back into the queue."""
+    """The script for sbatch; a job that was preempted or hung is put back into the queue."""
     options = [
         f"--nodes={args.nodes}", f"--ntasks-per-node={args.tasks_per_node}", "--requeue",
         *args.sbatch,
@@ -112,7 +117,7 @@ def slurm_script(args: argparse.Namespace, command: Sequence[str]) -> str:
             *(f"#SBATCH {option}" for option in options),
             f"srun --kill-on-bad-exit=1 {shlex.join(command)}",
             "code=$?",
-            f"if [ $code -eq {PREEMPTED} ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt "
+            f"if {{ {_MAY_GO_ON}; }} && [ ${{SLURM_RESTART_COUNT:-0}} -lt "
             f"{args.max_restarts} ]; then",
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",

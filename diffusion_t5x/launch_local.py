@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from diffusion_t5x.exit_codes import PREEMPTED
+from diffusion_t5x.exit_codes import RESTARTABLE
 
 GRACE_SECONDS = 60.0  # between asking processes to stop and stopping them
 
@@ -110,7 +110,7 @@ class Group:
 
 
 def run(command: Sequence[str], processes: int, devices: int | None, max_restarts: int) -> int:
-    """Runs the command in so many processes, again each time that it was preempted.
+    """Runs the command in so many processes, again each time that it was preempted or hung.
 
     SIGTERM and interrupts to this process are handed on, and then nothing is started again.
 
@@ -118,7 +118,7 @@ def run(command: Sequence[str], processes: int, devices: int | None, max_restart
       command: what each process runs.
       processes: how many.
       devices: simulated CPU devices of each; None for the devices that there are.
-      max_restarts: restarts after preemption.
+      max_restarts: restarts after preemption or a hang.
 
     Returns:
       An exit code: 0, or that of the first process that failed.
@@ -141,9 +141,11 @@ def run(command: Sequence[str], processes: int, devices: int | None, max_restart
             if stopping:
                 group.signal(signal.SIGTERM)
             code = group.wait()
-            if code != PREEMPTED or stopping or attempt == max_restarts:
+            if code not in RESTARTABLE or stopping or attempt == max_restarts:
                 return code
-            print(f"preempted; restart {attempt + 1} of at most {max_restarts}", flush=True)
+            print(
+                f"{RESTARTABLE[code]}; restart {attempt + 1} of at most {max_restarts}", flush=True
+            )
         raise AssertionError("the last attempt returns")
     finally:
         for number, handler in before.items():

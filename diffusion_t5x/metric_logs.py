@@ -14,12 +14,16 @@ import jax
 from diffusion_t5x.train_state import TrainState, named_leaves
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file that is there whole or not at all."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(temporary)  # the system leaves it out
+        raise
     os.replace(temporary, path)
 
 
@@ -39,18 +43,25 @@ def write_model_info(model_dir: str, abstract_state: TrainState) -> None:
     )
 
 
-def read_metrics(model_dir: str) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a line cut off by a kill is left out."""
-    path = pathlib.Path(model_dir) / "metrics.jsonl"
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that tell of steps; one that is cut off or damaged is left out."""
+    path = pathlib.Path(path)
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
+
+
+def read_metrics(model_dir: str) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return read_lines(pathlib.Path(model_dir) / "metrics.jsonl")
 
 
 class MetricLog:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -42,22 +42,11 @@ class Health:
     grad_squares: jax.Array
     update_squares: jax.Array
 
-    def check(self, names: list[str]) -> None:
-        """Waits for the step and looks at it.
-
-        Raises:
-          NonFiniteError: if the loss, a gradient or an update is not finite.
-        """
+    def not_finite(self, names: Sequence[str]) -> tuple[float, list[str]]:
+        """Waits for the step; its loss, and the leaves whose gradient or update is not finite."""
         loss, *squares = jax.device_get((self.loss, self.grad_squares, self.update_squares))
         finite = np.isfinite(squares).all(axis=0)
-        if np.isfinite(loss) and finite.all():
-            return
-        bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
-        raise NonFiniteError(
-            f"step {int(self.step)}: the loss is {float(self.loss)} and gradient or update is not "
-            f"finite in {len(bad)} of {len(names)} leaves: {', '.join(bad) or 'none'}. Nothing of "
-            "this step was saved. Lower the learning rate, or set Trainer.clip_norm."
-        )
+        return float(loss), [name for name, fine in zip(names, finite, strict=True) if not fine]
 
 
 def merge_metrics(ours: Metrics, theirs: Metrics) -> Metrics:
@@ -81,10 +70,30 @@ def _leaf_squares(tree: Any) -> jax.Array:
     return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(tree).values()])
 
 
+def _unless_finite(
+    health: Health, old: TrainState, new: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The new state and metrics, or the old state at the new step and no metrics.
+
+    The step goes on in any case, so that each step has its batch, its key and its learning rate,
+    whatever was skipped before.
+    """
+    squares = jnp.stack([health.grad_squares, health.update_squares])
+    finite = jnp.isfinite(health.loss) & jnp.all(jnp.isfinite(squares))
+
+    def choose(one: Any, other: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(finite, x, y), one, other)
+
+    params, opt_state = choose((new.params, new.opt_state), (old.params, old.opt_state))
+    nothing = jax.tree.map(jnp.zeros_like, metrics)
+    return TrainState(new.step, params, opt_state), choose(metrics, nothing)
+
+
 class Trainer:
     """Compiled train and eval steps of one model.
 
     Attributes:
+      max_skipped_updates: so many updates in a row may be skipped.
       leaf_names: names of the parameters, in the order of `Health.grad_squares`.
     """
 
@@ -97,6 +106,7 @@ class Trainer:
         learning_rate_fn: Schedule,
         num_microbatches: int | None = None,
         clip_norm: float | None = None,
+        max_skipped_updates: int = 0,
     ):
         """Prepares the steps.
 
@@ -108,6 +118,8 @@ class Trainer:
           learning_rate_fn: step -> learning rate.
           num_microbatches: parts that a batch is divided into, whose gradients are summed.
           clip_norm: the most that the gradient's global norm may be.
+          max_skipped_updates: so many updates in a row are skipped for a loss, gradient or update
+            that is not finite; the next stops training. 0 to stop at the first.
 
         Raises:
           ValueError: if a number is out of range.
@@ -116,12 +128,15 @@ class Trainer:
             raise ValueError(f"num_microbatches = {num_microbatches}; expected at least 1 or None.")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"clip_norm = {clip_norm}; expected a positive number or None.")
+        if max_skipped_updates < 0:
+            raise ValueError(f"max_skipped_updates = {max_skipped_updates}; expected at least 0.")
         self._model = model
         self._partitioner = partitioner
         self._learning_rate_fn = learning_rate_fn
         self._num_microbatches = num_microbatches or 1
         self._clip_norm = clip_norm
         self._rng = jax.random.PRNGKey(random_seed)
+        self.max_skipped_updates = max_skipped_updates
         self.leaf_names = list(named_leaves(abstract_state.params))
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         everywhere = partitioner.replicated
@@ -175,8 +190,11 @@ class Trainer:
             "learning_rate": clu.metrics.Average(total=rate, count=one),
             "grad_norm": clu.metrics.Average(total=norm, count=one),
         }
-        state = TrainState(state.step + 1, params, opt_state)
-        return state, metrics, Health(state.step, loss, squares, _leaf_squares(updates))
+        new = TrainState(state.step + 1, params, opt_state)
+        health = Health(new.step, loss, squares, _leaf_squares(updates))
+        if self.max_skipped_updates:
+            new, metrics = _unless_finite(health, state, new, metrics)
+        return new, metrics, health
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
         """Loss, metrics and gradients of a batch, microbatch by microbatch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from diffusion_t5x.checkpoints import (
     CheckpointConfig,
@@ -23,10 +21,12 @@ from diffusion_t5x.checkpoints import (
     select_checkpoints,
 )
 from diffusion_t5x.data import datasets
+from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.early_stopping import EarlyStopping
-from diffusion_t5x.exit_codes import PREEMPTED
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
+from diffusion_t5x.nonfinite import NonFiniteSteps
 from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.preemption import Preempted, stop_on_sigterm
 from diffusion_t5x.progress import Progress
 from diffusion_t5x.train_state import (
     TrainState,
@@ -36,16 +36,10 @@ from diffusion_t5x.train_state import (
     named_leaves,
 )
 from diffusion_t5x.train_step import Health, Metrics, Trainer
+from diffusion_t5x.watchdog import Watchdog
 
 # Steps handed to the devices before the oldest one's result is looked at.
 STEPS_IN_FLIGHT = 2
-
-
-class Preempted(SystemExit):
-    """Training was told to stop, and saved everything first; the exit code says so."""
-
-    def __init__(self):
-        super().__init__(PREEMPTED)
 
 
 def train(
@@ -66,6 +60,7 @@ def train(
     random_seed: int = 0,
     inference_evaluator_cls: Callable[..., Any] | None = None,
     log_period: int = 100,
+    step_timeout_seconds: float | None = 1800.0,
     summarize_config_fn: Callable[[str], None] | None = None,
     dry_run: bool = False,
 ) -> TrainState:
@@ -90,6 +85,9 @@ def train(
       random_seed: of parameters, data order, and all that is drawn in a step.
       inference_evaluator_cls: makes the evaluator of decoded text.
       log_period: steps between lines of metrics.
+      step_timeout_seconds: the longest that a step may take, its data and saving included,
+        evaluations and compilation not; then the process ends with its stacks and exit code 69.
+        None or 0 for no limit.
       summarize_config_fn: writes the configuration to the run's directory.
       dry_run: build and compile everything, report, and stop before the first step.
 
@@ -97,8 +95,11 @@ def train(
       The final state.
 
     Raises:
-      NonFiniteError: if the loss or a gradient is not finite.
+      NonFiniteError: if the loss, a gradient or an update is not finite, in more steps in a row
+        than `Trainer.max_skipped_updates` allows; `nonfinite/` has the batch.
       CheckpointMismatchError: if a checkpoint does not fit the model.
+      DamagedCheckpointError: if the initial checkpoint is damaged, or all of the run's own.
+      DiskFull: if something cannot be written for lack of room.
       Preempted: after SIGTERM, everything saved.
       ValueError: if settings do not go together.
     """
@@ -106,6 +107,7 @@ def train(
         raise ValueError(f"EVAL_PERIOD = {eval_period}, log_period = {log_period}; expected >= 1.")
     if total_steps is None and relative_steps is None:
         raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
+    watchdog = Watchdog(step_timeout_seconds)
     last_step = total_steps or 0
     iterator = datasets.get_training_iterator(
         train_dataset_cfg,
@@ -126,7 +128,7 @@ def train(
         state = create_train_state(model, partitioner, shapes, types, jax.random.PRNGKey(0))
         _report_dry_run(trainer, partitioner, state, next(iterator))
         return state
-    with _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
+    with stops_when_full(model_dir), _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
         state, first_step = _initial_state(
             model, partitioner, checkpoint_cfg, checkpointer, abstract, iterator, random_seed,
             (shapes, types),
@@ -137,10 +139,22 @@ def train(
         if summarize_config_fn is not None and jax.process_index() == 0:
             summarize_config_fn(model_dir)
         with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
+            nonfinite = NonFiniteSteps(
+                model_dir, int(state.step), trainer.leaf_names, trainer.max_skipped_updates,
+                random_seed, _vocabularies(model),
+            )  # fmt: skip
             loop = _Loop(
-                trainer, partitioner, iterator, evaluations, checkpointer, log, early_stopping
-            )
+                trainer, partitioner, iterator, evaluations, checkpointer, log, nonfinite,
+                early_stopping, watchdog,
+            )  # fmt: skip
             return loop.run(state, last_step, log_period, eval_period)
+
+
+def _vocabularies(model: Any) -> dict[str, Any]:
+    """Stack -> vocabulary, of a model that has some."""
+    names = {"encoder": "input_vocabulary", "decoder": "output_vocabulary"}
+    found = {stack: getattr(model, name, None) for stack, name in names.items()}
+    return {stack: vocabulary for stack, vocabulary in found.items() if vocabulary is not None}
 
 
 @contextmanager
@@ -173,8 +187,11 @@ def _initial_state(
     """
     first_step, initial, params_only = 0, None, False
     if config.restore is not None:
-        [(step, initial)] = select_checkpoints(dataclasses.replace(config.restore, mode="specific"))
         params_only = config.restore.params_only
+        [(step, initial)] = select_checkpoints(
+            dataclasses.replace(config.restore, mode="specific"),
+            ("params",) if params_only else ("params", "optimizer"),
+        )
         first_step = 0 if params_only else step
     if checkpointer is not None and checkpointer.latest_step() is not None:
         return checkpointer.restore(abstract, iterator), first_step
@@ -255,28 +272,6 @@ def _compute(metrics: Metrics) -> dict[str, float]:
     return {name: float(metric.compute()) for name, metric in jax.device_get(metrics).items()}
 
 
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step that says whether to stop there; SIGTERM itself does no harm.
-
-    Where several processes run, JAX has caught the signal, whichever of them got it, and names a
-    step that all of them have yet to reach, so that they stop at the same one.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    except ValueError:  # not the main thread, which alone may catch signals
-        yield lambda step: False
-        return
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Loop:
     """The steps themselves."""
 
@@ -288,7 +283,9 @@ class _Loop:
         evaluations: _Evaluations,
         checkpointer: Checkpointer | None,
         log: MetricLog,
+        nonfinite: NonFiniteSteps,
         early_stopping: EarlyStopping,
+        watchdog: Watchdog,
     ):
         self._trainer = trainer
         self._partitioner = partitioner
@@ -296,8 +293,10 @@ class _Loop:
         self._evaluations = evaluations
         self._checkpointer = checkpointer
         self._log = log
+        self._nonfinite = nonfinite
+        self._watchdog = watchdog
         self._early_stopping = early_stopping
-        self._in_flight: collections.deque[Health] = collections.deque()
+        self._in_flight: collections.deque[tuple[Health, datasets.Batch]] = collections.deque()
 
     def run(
         self, state: TrainState, total_steps: int, log_period: int, eval_period: int
@@ -306,21 +305,24 @@ class _Loop:
         step = int(state.step)
         if step >= total_steps or self._early_stopping.should_stop(self._log.lines):
             return state
-        batch = self._next_batch()
+        local, batch = self._next_batch()
         empty = self._trainer.metric_shapes(state, batch)
         metrics = self._trainer.empty_metrics(empty)
         run_step = self._trainer.step.lower(state, metrics, batch).compile()
         period = self._checkpointer.config.period if self._checkpointer else total_steps
         progress = Progress(total_steps, "training", "steps", initial=step)
-        with _stop_on_sigterm() as told_to_stop, progress:
-            started = time.monotonic()
+        with stop_on_sigterm() as told_to_stop, progress, self._watchdog:
+            started, logged = time.monotonic(), step
             while step < total_steps:
+                self._watchdog.beat(f"step {step + 1}")
                 state, metrics, health = run_step(state, metrics, batch)
                 step += 1
-                self._in_flight.append(health)
+                self._in_flight.append((health, local))
                 if len(self._in_flight) > STEPS_IN_FLIGHT:
-                    self._in_flight.popleft().check(self._trainer.leaf_names)
+                    self._nonfinite.look_at(*self._in_flight.popleft())
                 progress.update()
+                if self._checkpointer is not None:
+                    self._checkpointer.check()
                 stopping = told_to_stop(step)
                 last = step == total_steps or stopping
                 due = [last or step % every == 0 for every in (log_period, eval_period, period)]
@@ -329,7 +331,10 @@ class _Loop:
                     self._log.count(time.monotonic() - started)
                     if due[0]:
                         values = _compute(metrics)
+                        if self._trainer.max_skipped_updates:
+                            values["skipped_updates"] = self._nonfinite.skipped_since(logged)
                         self._log.training(step, values)
+                        logged = step
                         progress.update(0, loss=values["loss"])
                         metrics = self._trainer.empty_metrics(empty)
                     enough = self._pause(state, step, due[1] and not stopping, due[2])
@@ -341,20 +346,23 @@ class _Loop:
                     print(f"stopped at step {step} as told; everything is saved.", flush=True)
                     raise Preempted
                 if step < total_steps:
-                    batch = self._next_batch()
+                    local, batch = self._next_batch()
         return state
 
-    def _next_batch(self) -> dict[str, jax.Array]:
-        return self._partitioner.shard_batch(next(self._iterator))
+    def _next_batch(self) -> tuple[datasets.Batch, dict[str, jax.Array]]:
+        """This process's rows, and the global batch."""
+        local = next(self._iterator)
+        return local, self._partitioner.shard_batch(local)
 
     def _drain(self) -> None:
         """Waits for all steps and checks each, so that nothing broken is logged or saved."""
         while self._in_flight:
-            self._in_flight.popleft().check(self._trainer.leaf_names)
+            self._nonfinite.look_at(*self._in_flight.popleft())
 
     def _pause(self, state: TrainState, step: int, evaluate: bool, save: bool) -> bool:
         """Evaluates and saves what is due; whether the evaluations say that it is enough."""
-        results = self._evaluations.run(state) if evaluate else {}
+        with self._watchdog.suspended():
+            results = self._evaluations.run(state) if evaluate else {}
         flat = {}
         for split, values in results.items():
             self._log.evaluation(step, split, values)

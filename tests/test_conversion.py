@@ -9,8 +9,8 @@ from interop import parity
 
 import gin
 from diffusion_t5x import conversion, convert, gin_utils
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 from diffusion_t5x.checkpoints import (
-    CheckpointMismatchError,
     RestoreCheckpointConfig,
     list_checkpoints,
     open_params,

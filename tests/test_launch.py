@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_t5x import launch, launch_local
 from diffusion_t5x.checkpoints import list_checkpoints
-from diffusion_t5x.exit_codes import PREEMPTED
+from diffusion_t5x.exit_codes import DISK_FULL, HUNG, PREEMPTED
 from diffusion_t5x.metric_logs import read_metrics
 
 FLAGS = ["--gin_file=models/xl.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
@@ -43,7 +43,7 @@ def test_gcloud_is_told_to_run_the_command_on_all_workers_until_it_is_not_preemp
 
 def test_the_shell_loop_of_the_workers_restarts_what_is_preempted_and_nothing_else(tmp_path):
     count = tmp_path / "count"
-    for code, attempts in ((PREEMPTED, 4), (0, 1), (3, 1)):
+    for code, attempts in ((PREEMPTED, 4), (HUNG, 4), (0, 1), (3, 1), (DISK_FULL, 1)):
         count.write_text("")
         line = launch._until_done(f"sh -c 'echo >> {count}; exit {code}'", 3)
         assert subprocess.run(["bash", "-c", line], check=False).returncode == code
@@ -57,13 +57,16 @@ def test_xpk_makes_a_workload_that_restarts_after_preemption(capsys):
     assert words[:3] == ["xpk", "workload", "create"]
     assert {
         "--cluster=c", "--workload=w", "--tpu-type=v5p-128", "--num-slices=2", "--docker-image=i",
-        f"--restart-on-exit-codes={PREEMPTED}",
+        f"--restart-on-exit-codes={PREEMPTED},{HUNG}",
     } <= set(words)  # fmt: skip
     command = shlex.join(["python", "-m", "diffusion_t5x.train", *FLAGS, "--distributed"])
     assert f"--command={command}" in words
 
 
-def test_slurm_gets_a_script_that_puts_a_preempted_job_back(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(PREEMPTED, True), (HUNG, True), (DISK_FULL, False), (0, False)]
+)
+def test_slurm_gets_a_script_that_puts_a_job_back_that_may_go_on(capsys, tmp_path, code, requeued):
     text = _printed(capsys, "slurm", "--nodes=4", "--sbatch=--gpus-per-node=8", "--print_only")
     name, _, script = text.partition("\n")
     assert name == "sbatch"
@@ -71,7 +74,7 @@ def test_slurm_gets_a_script_that_puts_a_preempted_job_back(capsys, tmp_path):
     assert "#SBATCH --gpus-per-node=8\n" in script
     # Run with stand-ins for Slurm's commands.
     for program, body in {
-        "srun": f"exit {PREEMPTED}",
+        "srun": f"exit {code}",
         "scontrol": f'echo "$@" > {tmp_path}/log',
     }.items():
         path = tmp_path / program
@@ -79,8 +82,9 @@ def test_slurm_gets_a_script_that_puts_a_preempted_job_back(capsys, tmp_path):
         path.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash"], input=script, text=True, env=environment, check=False)
-    assert done.returncode == PREEMPTED
-    assert (tmp_path / "log").read_text() == "requeue 7\n"
+    assert done.returncode == code
+    assert (tmp_path / "log").exists() == requeued
+    assert not requeued or (tmp_path / "log").read_text() == "requeue 7\n"
 
 
 def test_a_missing_tool_and_settings_out_of_range_are_refused(monkeypatch):
@@ -107,17 +111,18 @@ def test_one_process_that_fails_ends_the_others_and_gives_its_code(tmp_path):
     assert time.monotonic() - started < 30
 
 
-def test_a_preempted_run_is_started_again_as_often_as_allowed(tmp_path, capfd):
+@pytest.mark.parametrize(("code", "word"), [(PREEMPTED, "preempted"), (HUNG, "hung")])
+def test_a_run_that_may_go_on_is_started_again_as_often_as_allowed(tmp_path, capfd, code, word):
     command = _script(
         tmp_path,
         f"import pathlib\nlog = pathlib.Path({str(tmp_path / 'log')!r})\n"
         f"log.write_text((log.read_text() if log.exists() else '') + 'x')\n"
-        f"raise SystemExit({PREEMPTED} if len(log.read_text()) < 3 else 0)\n",
+        f"raise SystemExit({code} if len(log.read_text()) < 3 else 0)\n",
     )
-    assert launch_local.run(command, 1, None, 1) == PREEMPTED
+    assert launch_local.run(command, 1, None, 1) == code
     assert (tmp_path / "log").read_text() == "xx"
     assert launch_local.run(command, 1, None, 1) == 0
-    assert "restart 1 of at most 1" in capfd.readouterr().out
+    assert f"{word}; restart 1 of at most 1" in capfd.readouterr().out
 
 
 def test_sigterm_on_one_of_two_processes_saves_one_step_on_both_and_the_run_goes_on(tmp_path):

@@ -152,3 +152,12 @@ def test_the_model_info_lists_every_parameter_and_their_sum(tmp_path):
         ["parameters", "1,507"],
     ]
     assert rows[0][2:4] == ["[30,", "50]"]
+
+
+def test_lines_that_a_disk_has_changed_or_a_kill_has_cut_are_left_out(tmp_path):
+    good = b'{"step": 2, "split": "train"}'
+    bad = [b"\xff\xfe", b"3", b"null", b'{"st\x80p": 4}', b"\0" * 8, b'{"step": 6, "spl']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([bad[0], good, *bad[1:]]))
+    assert read_metrics(str(tmp_path)) == [{"step": 2, "split": "train"}]
+    with MetricLog(str(tmp_path), 4, 1) as log:
+        assert log.lines == [{"step": 2, "split": "train"}]

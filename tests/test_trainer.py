@@ -10,8 +10,8 @@ import pytest
 import toy
 
 from diffusion_t5x import optimizers
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 from diffusion_t5x.checkpoints import (
-    CheckpointMismatchError,
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
     list_checkpoints,
@@ -161,23 +161,25 @@ def test_only_the_latest_n_checkpoints_are_kept(tmp_path, keep):
     assert [step for step, _ in list_checkpoints(str(tmp_path))] == [1, 2, 3, 4][-keep:]
 
 
-def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path):
-    # The loss grows under such a learning rate, so the first checkpoint is the best.
-    toy.run(
-        tmp_path,
-        4,
-        learning_rate=3.0,
-        train_eval_dataset_cfg=toy.dataset_cfg("validation"),
-        eval_period=1,
-        save=SaveCheckpointConfig(period=1, keep=1, keep_best_metric="training_eval/loss"),
-    )
-    losses = {
-        line["step"]: line["loss"]
-        for line in read_metrics(str(tmp_path))
-        if line["split"] == "training_eval"
-    }
-    best = min(losses, key=losses.get)
-    assert {step for step, _ in list_checkpoints(str(tmp_path))} == {best, 4}
+def _losses(directory):
+    lines = read_metrics(str(directory))
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "training_eval"}
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest_also_over_a_restart(tmp_path):
+    # The loss goes up and down under such a learning rate.
+    for steps in (3, 5):
+        toy.run(
+            tmp_path,
+            steps,
+            learning_rate=3.0,
+            train_eval_dataset_cfg=toy.dataset_cfg("validation"),
+            eval_period=1,
+            save=SaveCheckpointConfig(period=1, keep=1, keep_best_metric="training_eval/loss"),
+        )
+        losses = _losses(tmp_path)
+        best = min(losses, key=losses.get)
+        assert {step for step, _ in list_checkpoints(str(tmp_path))} == {best, steps}
 
 
 def test_training_stops_when_the_validation_loss_no_longer_falls_and_stays_stopped(tmp_path):

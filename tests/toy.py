@@ -103,7 +103,7 @@ def run(model_dir, steps, the_model=None, learning_rate=1e-2, period=2, trainer=
         train_dataset_cfg=dataset_cfg(),
         partitioner=PjitPartitioner(),
         trainer_cls=functools.partial(
-            Trainer, learning_rate_fn=lambda step: learning_rate, **(trainer or {})
+            Trainer, **{"learning_rate_fn": lambda step: learning_rate, **(trainer or {})}
         ),
         total_steps=steps,
         checkpoint_cfg=CheckpointConfig(save=save, restore=restore),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from interop import parity
 
-from diffusion_t5x.checkpoints import CheckpointMismatchError, restore_params
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
+from diffusion_t5x.checkpoints import restore_params
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.train_state import abstract_params
 

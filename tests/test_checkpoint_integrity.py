@@ -1,0 +1,294 @@
+"""Damage to a checkpoint, of whatever kind and wherever, is found, named and survived."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from diffusion_t5x import checkpoint_integrity, launch_local
+from diffusion_t5x.checkpoint_integrity import CHECKSUMS, DamagedCheckpointError
+from diffusion_t5x.checkpoints import (
+    Checkpointer,
+    RestoreCheckpointConfig,
+    SaveCheckpointConfig,
+    list_checkpoints,
+    open_params,
+    select_checkpoints,
+)
+
+ITEMS = ("params", "optimizer", "dataset")
+COMMIT_MARK = "commit_success.txt"  # Orbax's, added last; nothing is read from it
+
+
+def _flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "has the CRC-32": _flip_a_bit,
+    "bytes, expected": _cut,
+    "is missing": pathlib.Path.unlink,
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of four steps, with checkpoints of steps 2 and 4."""
+    directory = tmp_path_factory.mktemp("run")
+    toy.run(directory, 4)
+    return directory
+
+
+@pytest.fixture
+def a_copy(run_dir, tmp_path):
+    """The run, to be damaged."""
+    return pathlib.Path(shutil.copytree(run_dir, tmp_path / "run"))
+
+
+def _array_file(item):
+    """The largest of an item's files, which holds numbers."""
+    return max((file for file in item.rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+
+
+def test_each_file_that_is_cut_changed_or_missing_is_named(a_copy):
+    checkpoint = a_copy / "checkpoint_4"
+    checkpoint_integrity.verify(checkpoint, ITEMS)
+    files = [
+        file
+        for item in ITEMS
+        for file in (checkpoint / item).rglob("*")
+        if file.is_file() and file.name not in (CHECKSUMS, COMMIT_MARK)
+    ]
+    assert {file.relative_to(checkpoint).parts[0] for file in files} == set(ITEMS)
+    for file in files:
+        content = file.read_bytes()
+        for words, damage in DAMAGES.items():
+            damage(file)
+            name = re.escape(str(file.relative_to(checkpoint)))
+            with pytest.raises(DamagedCheckpointError, match=f"{name} .*{words}"):
+                checkpoint_integrity.verify(checkpoint, ITEMS)
+            file.write_bytes(content)
+    checkpoint_integrity.verify(checkpoint, ITEMS)
+
+
+def test_damage_to_the_checksums_themselves_is_damage(a_copy):
+    checksums = a_copy / "checkpoint_4" / "params" / CHECKSUMS
+    for text in ("", "[1]", '{"d": {"bytes": 1}}'):
+        checksums.write_text(text)
+        with pytest.raises(DamagedCheckpointError, match=r"params/checksums.json is not readable"):
+            checkpoint_integrity.verify(a_copy / "checkpoint_4", ITEMS)
+
+
+def test_only_what_is_asked_for_is_looked_at(a_copy):
+    _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "optimizer"))
+    checkpoint_integrity.verify(a_copy / "checkpoint_4", ("params",))
+    with pytest.raises(DamagedCheckpointError):
+        checkpoint_integrity.verify(a_copy / "checkpoint_4", ("optimizer",))
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(
+    run_dir, a_copy, item, capsys
+):
+    damaged = _array_file(a_copy / "checkpoint_4" / item)
+    _flip_a_bit(damaged)
+    capsys.readouterr()
+    state = toy.run(a_copy, 4)
+    text = capsys.readouterr().out
+    assert f"{damaged.relative_to(a_copy / 'checkpoint_4')} has the CRC-32" in text
+    assert f"The one before it that is whole is {a_copy}/checkpoint_2" in text
+    assert (a_copy / "checkpoint_4.damaged" / item).is_dir()
+    assert [step for step, _ in list_checkpoints(str(a_copy))] == [2, 4]
+    expected = open_params(str(run_dir / "checkpoint_4"))
+    for name, array in open_params(str(a_copy / "checkpoint_4")).items():
+        np.testing.assert_array_equal(array.read(), expected[name].read())
+    assert int(state.step) == 4
+
+
+def test_a_run_without_a_whole_checkpoint_stops_and_touches_none(a_copy):
+    for step in (2, 4):
+        _cut(_array_file(a_copy / f"checkpoint_{step}" / "params"))
+    before = sorted(path.name for path in a_copy.iterdir())
+    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint is whole") as error:
+        toy.run(a_copy, 6)
+    assert "checkpoint_2 is damaged" in str(error.value)
+    assert "checkpoint_4 is damaged" in str(error.value)
+    assert sorted(path.name for path in a_copy.iterdir()) == before
+
+
+def test_the_latest_of_another_run_is_its_newest_whole_one_and_a_named_one_must_be_whole(
+    a_copy, tmp_path, capsys
+):
+    newest = str(a_copy / "checkpoint_4")
+    _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "params"))
+    for mode in ("specific", "latest"):
+        [(step, path)] = select_checkpoints(RestoreCheckpointConfig(str(a_copy), mode))
+        assert (step, path) == (2, str(a_copy / "checkpoint_2"))
+    assert "checkpoint_4 is damaged" in capsys.readouterr().out
+    adapted = toy.run(tmp_path / "new", 3, restore=RestoreCheckpointConfig(str(a_copy)))
+    assert int(adapted.step) == 3
+    for params_only in (False, True):
+        restore = RestoreCheckpointConfig(newest, params_only=params_only)
+        with pytest.raises(DamagedCheckpointError, match=r"params/.* has the CRC-32"):
+            toy.run(tmp_path / "named", 5, restore=restore)
+    with pytest.raises(DamagedCheckpointError, match=r"params/.* has the CRC-32"):
+        open_params(newest)
+    assert not list(a_copy.glob("*.damaged"))
+
+
+def test_what_has_no_checksums_is_read_as_it_is(run_dir, a_copy):
+    for checksums in a_copy.rglob(CHECKSUMS):
+        checksums.unlink()
+    _same = lambda one, other: jax.tree.map(np.testing.assert_array_equal, one, other)  # noqa: E731
+    _same(toy.run(a_copy, 5), toy.run(shutil.copytree(run_dir, a_copy.parent / "other"), 5))
+
+
+def test_checksums_may_be_left_out(tmp_path):
+    toy.run(tmp_path, 1, save=SaveCheckpointConfig(period=1, checksums=False))
+    assert not list(tmp_path.rglob(CHECKSUMS))
+    assert int(toy.run(tmp_path, 2).step) == 2
+
+
+def test_a_name_that_is_taken_is_not_overwritten(tmp_path):
+    for content in ("first", "second", "third"):
+        (tmp_path / "checkpoint_4").mkdir()
+        (tmp_path / "checkpoint_4" / "file").write_text(content)
+        checkpoint_integrity.set_aside(checkpoint_integrity.epath.Path(tmp_path / "checkpoint_4"))
+    kept = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert kept == {
+        "checkpoint_4.damaged": "first",
+        "checkpoint_4.damaged_2": "second",
+        "checkpoint_4.damaged_3": "third",
+    }
+
+
+def test_the_checksums_are_those_of_other_programs(run_dir):
+    import zlib
+
+    listed = json.loads((run_dir / "checkpoint_4" / "params" / CHECKSUMS).read_text())
+    for name, entry in listed.items():
+        content = (run_dir / "checkpoint_4" / "params" / name).read_bytes()
+        assert entry == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    assert "manifest.ocdbt" in listed
+
+
+@pytest.mark.parametrize("text", ["", '{"training_eval/loss": 1', "\0\0\0\0"])
+def test_metrics_of_a_checkpoint_that_cannot_be_read_do_not_stop_a_run(a_copy, text, capsys):
+    item = a_copy / "checkpoint_2" / "metrics"
+    item.mkdir()
+    (item / "metrics").write_text(text)
+    config = SaveCheckpointConfig(keep=1, keep_best_metric="training_eval/loss")
+    Checkpointer(str(a_copy), config).close()
+    assert f"{item}/metrics is not readable" in capsys.readouterr().out
+    assert (a_copy / "checkpoint_2" / "metrics.damaged" / "metrics").read_text() == text
+
+
+def test_metrics_that_can_be_read_are_let_alone(a_copy):
+    item = a_copy / "checkpoint_2" / "metrics"
+    item.mkdir()
+    (item / "metrics").write_text('{"training_eval/loss": 1.5}')
+    Checkpointer(str(a_copy), SaveCheckpointConfig()).close()
+    assert (item / "metrics").read_text() == '{"training_eval/loss": 1.5}'
+
+
+def test_what_was_found_whole_is_read_again_only_when_it_was_written_to(a_copy, monkeypatch):
+    read = []
+    original = checkpoint_integrity._checksum
+    monkeypatch.setattr(
+        checkpoint_integrity, "_checksum", lambda file: read.append(file.name) or original(file)
+    )
+    checkpoint = a_copy / "checkpoint_4"
+    checkpoint_integrity.verify(checkpoint, ITEMS)
+    assert len(read) > 3
+    read.clear()
+    checkpoint_integrity.verify(checkpoint, ITEMS)
+    assert not read
+    damaged = _array_file(checkpoint / "params")
+    _flip_a_bit(damaged)
+    for _ in range(2):
+        with pytest.raises(DamagedCheckpointError):
+            checkpoint_integrity.verify(checkpoint, ITEMS)
+    assert read == [damaged.name] * 2
+
+
+def test_a_single_checkpoint_is_looked_at_when_it_is_chosen(a_copy):
+    shutil.rmtree(a_copy / "checkpoint_2")
+    _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "params"))
+    for path in (a_copy, a_copy / "checkpoint_4"):
+        with pytest.raises(DamagedCheckpointError, match=r"checkpoint_4 is damaged:\n  params/"):
+            select_checkpoints(RestoreCheckpointConfig(str(path)))
+    # Of all of a run's, those that are whole can be used.
+    assert len(select_checkpoints(RestoreCheckpointConfig(str(a_copy), "all"))) == 1
+
+
+TWO_PROCESSES = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import jax
+jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
+import toy
+from jax.experimental import multihost_utils
+from diffusion_t5x import checkpoint_integrity, launch_local
+
+run, read = pathlib.Path({run!r}), []
+toy.run(run, 4)
+if jax.process_index() == 0:
+    for item in ("params", "optimizer"):
+        files = [file for file in (run / "checkpoint_4" / item).rglob("*") if file.is_file()]
+        file = max(files, key=lambda file: file.stat().st_size)
+        file.write_bytes(bytes(file.stat().st_size))
+multihost_utils.sync_global_devices("damaged")
+original = checkpoint_integrity._checksum
+checkpoint_integrity._checksum = lambda file: read.append(str(file)) or original(file)
+state = toy.run(run, 5)
+print("READ", sorted(file for file in read if "/checkpoint_2/" in file))
+print("STEP", int(state.step))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
+    run = tmp_path / "run"
+    program = TWO_PROCESSES.format(
+        tests=os.path.dirname(__file__), port=launch_local.free_port(), run=str(run)
+    )
+    environment = {**launch_local.process_environment(1), "PYTHONPATH": os.getcwd()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(index)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    told = [out for out, _ in outputs]
+    assert all("STEP 5" in out for out in told)
+    assert "params/" in told[0] and "optimizer/" in told[0]
+    assert f"The one before it that is whole is {run}/checkpoint_2" in told[0]
+    assert "is damaged" not in told[1]
+    shares = [set(ast.literal_eval(out.partition("READ ")[2].splitlines()[0])) for out in told]
+    assert all(shares) and not shares[0] & shares[1]
+    listed = {
+        str(run / "checkpoint_2" / item / name)
+        for item in ITEMS
+        for name in json.loads((run / "checkpoint_2" / item / CHECKSUMS).read_text())
+    }
+    assert shares[0] | shares[1] == listed
+    assert (run / "checkpoint_4.damaged").is_dir()
+    assert [step for step, _ in list_checkpoints(str(run))] == [2, 4, 5]
