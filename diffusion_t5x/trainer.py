@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from diffusion_t5x import dry_run as dry_run_report
 from diffusion_t5x import run_record, starting_point
 from diffusion_t5x.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
@@ -24,7 +25,6 @@ from diffusion_t5x.train_state import (
     TrainState,
     abstract_train_state,
     input_shapes_and_types,
-    named_leaves,
 )
 from diffusion_t5x.train_step import Health, Metrics, Trainer
 
@@ -59,7 +59,7 @@ def train(
     log_period: int = 100,
     summarize_config_fn: Callable[[str], None] | None = None,
     dry_run: bool = False,
-) -> TrainState:
+) -> TrainState | dry_run_report.Report:
     """Trains until `total_steps`, from the run's latest checkpoint if it has one.
 
     Args:
@@ -85,7 +85,7 @@ def train(
       dry_run: check everything, compile the step, report, and stop before anything is made.
 
     Returns:
-      The final state; its shapes after a dry run.
+      The final state; of a dry run, what it found.
 
     Raises:
       NonFiniteError: if the loss or a gradient is not finite.
@@ -93,6 +93,7 @@ def train(
       FileNotFoundError: if the initial checkpoint is not there.
       OtherRunError: if `model_dir` holds checkpoints of a run of something else.
       Preempted: after SIGTERM, everything saved.
+      DoesNotFit: in a dry run, if the step needs more memory than a device has.
       ValueError: if settings do not go together.
     """
     for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
@@ -127,8 +128,11 @@ def train(
     if dry_run:
         next(iterator)  # which says what is wrong with the data
         print(f"start: {start}; {starting_point.what_is_left(start.step, last_step)}")
-        batch = {name: (train_dataset_cfg.batch_size, *shape[1:]) for name, shape in shapes.items()}
-        return _report_dry_run(trainer, partitioner, abstract, batch, types)
+        return dry_run_report.check(
+            dry_run_report.Job(
+                model, partitioner, trainer_cls, train_dataset_cfg.batch_size, shapes, types
+            )
+        )
     with _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
         state = starting_point.restore(
             start, model, partitioner, abstract, checkpointer, iterator, random_seed,
@@ -339,30 +343,3 @@ class _Loop:
         if (save or enough) and self._checkpointer is not None:
             self._checkpointer.save(state, self._iterator, flat)
         return enough
-
-
-def _report_dry_run(
-    trainer: Trainer,
-    partitioner: PjitPartitioner,
-    state: TrainState,
-    shapes: Mapping[str, tuple[int, ...]],
-    types: Mapping[str, Any],
-) -> TrainState:
-    """Compiles the step and prints what it needs; returns the state's shapes."""
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, types[name], sharding=partitioner.batch_sharding)
-        for name, shape in shapes.items()
-    }
-    metrics = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=partitioner.replicated),
-        trainer.metric_shapes(state, batch),
-    )
-    compiled = trainer.step.lower(state, metrics, batch).compile()
-    count = sum(leaf.size for leaf in named_leaves(state.params).values())
-    memory = compiled.memory_analysis()
-    print(f"parameters: {count:,}")
-    print(f"mesh: {dict(partitioner.mesh.shape)}")
-    if memory is not None:
-        print(f"arguments, bytes per device: {memory.argument_size_in_bytes:,}")
-        print(f"temporary, bytes per device: {memory.temp_size_in_bytes:,}")
-    return state
