@@ -150,7 +150,7 @@ class Report:
         for kind, (times, size) in self.collectives.items():
             yield f"{kind}: {times:,} per step, {size / GIB:.3f} GiB"
         if self.seconds is not None:
-            yield f"seconds per step, estimated by the compiler, less collectives: {self.seconds:.3g}"
+            yield f"seconds per step, by the compiler, less collectives: {self.seconds:.3g}"
         if self.refusal is not None:
             yield f"the compiler refuses: {self.refusal}"
         if self.limit is not None:
