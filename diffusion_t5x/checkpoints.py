@@ -8,6 +8,7 @@ their parameters and step.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -258,9 +259,12 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
             if match := _NAME.match(child.name):
                 found.append((int(match.group(1)), str(child.absolute())))
     if not found:
+        beside = directory.parent.iterdir() if directory.parent.is_dir() else ()
+        near = difflib.get_close_matches(directory.name, [child.name for child in beside], n=1)
+        hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
         raise FileNotFoundError(
             f"{path} is neither a checkpoint nor a run with one; expected a directory such as "
-            f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000."
+            f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000.{hint}"
         )
     return sorted(found)
 
@@ -327,12 +331,17 @@ def _stored_leaves(item: epath.Path) -> dict[str, Any]:
     return named_leaves(getattr(metadata, "tree", metadata))
 
 
-def _restore_item(path: str, item: str, abstract: Any) -> Any:
-    directory = epath.Path(path).absolute()
-    if not (directory / item).exists():
+def _check_item(path: str, item: str, abstract: Any) -> epath.Path:
+    """The directory of an item that fits."""
+    directory = epath.Path(path).absolute() / item
+    if not directory.exists():
         raise FileNotFoundError(f"{path} is not a checkpoint of this kind: it has no {item!r}.")
-    check_fit(path, item, _stored_leaves(directory / item), abstract)
-    return ocp.StandardCheckpointer().restore(directory / item, abstract)
+    check_fit(path, item, _stored_leaves(directory), abstract)
+    return directory
+
+
+def _restore_item(path: str, item: str, abstract: Any) -> Any:
+    return ocp.StandardCheckpointer().restore(_check_item(path, item, abstract), abstract)
 
 
 def open_params(path: str) -> dict[str, StoredArray]:
@@ -383,11 +392,41 @@ def restore_params(path: str, abstract_params: Any) -> Any:
 def _restore_params(path: str, abstract_params: Any) -> Any:
     if not t5x_checkpoints.is_t5x_checkpoint(path):
         return _restore_item(path, "params", abstract_params)
-    stored, expected = open_params(path), named_leaves(abstract_params)
-    if t5x_networks.is_scanned(expected):
+    stored = _open_t5x_params(path, abstract_params)
+    return place(stored, named_leaves(abstract_params), f"reading {path}")
+
+
+def _open_t5x_params(path: str, abstract_params: Any) -> dict[str, StoredArray]:
+    """The parameters of a T5X checkpoint, which fit."""
+    stored = open_params(path)
+    if t5x_networks.is_scanned(named_leaves(abstract_params)):
         stored = t5x_networks.scan(stored)
     check_fit(path, "params", stored, abstract_params)
-    return place(stored, expected, f"reading {path}")
+    return stored
+
+
+def check_params(path: str, abstract_params: Any) -> None:
+    """Checks that `restore_params` could read a checkpoint; no array is read.
+
+    Raises:
+      FileNotFoundError: if `path` is no checkpoint.
+      CheckpointMismatchError: if they do not fit.
+    """
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        _open_t5x_params(path, abstract_params)
+    else:
+        _check_item(path, "params", abstract_params)
+
+
+def check_train_state(path: str, abstract_state: TrainState) -> None:
+    """Checks that `restore_train_state` could read a checkpoint; no array is read.
+
+    Raises:
+      FileNotFoundError: if `path` is no checkpoint.
+      CheckpointMismatchError: if it does not fit.
+    """
+    check_params(path, abstract_state.params)
+    _check_item(path, "optimizer", _optimizer_item(abstract_state))
 
 
 def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:

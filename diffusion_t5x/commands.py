@@ -47,19 +47,38 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def run(function: str, description: str, argv: Sequence[str] | None = None) -> Any:
+def run(
+    function: str, description: str, argv: Sequence[str] | None = None, *, topology: bool = False
+) -> Any:
     """Parses flags and gin files, then calls the gin-configured `function`.
 
     Args:
       function: dotted path of the function to call, e.g. 'diffusion_t5x.trainer.train'.
       description: first lines of `--help`.
       argv: the arguments after the program's name; None for this process's.
+      topology: whether a dry run may be for devices that are not there, `--topology`.
 
     Returns:
       What the function returns.
+
+    Raises:
+      SystemExit: for flags that are wrong.
     """
-    args = parse(make_parser(description), argv)
-    configure(args)
+    parser = make_parser(description)
+    if topology:
+        text = "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, instead"
+        parser.add_argument("--topology", help=text)
+    args = parse(parser, argv)
+    chosen = getattr(args, "topology", None)
+    if chosen and not args.dry_run:
+        parser.error(f"--topology={chosen} is for --dry_run: those devices are not there.")
+    if chosen:
+        from diffusion_t5x import topologies
+
+        topologies.devices(chosen)  # before JAX looks for devices of its own
+        configure(args, ["settings/topology.gin"], [f"TOPOLOGY={chosen!r}"])
+    else:
+        configure(args)
     import gin
 
     module, _, name = function.rpartition(".")

@@ -20,7 +20,7 @@ from diffusion_t5x.checkpoints import (
     restore_params,
     select_checkpoints,
 )
-from diffusion_t5x.data import datasets
+from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.metric_logs import write_atomically
@@ -76,8 +76,8 @@ class InferenceEvaluator:
             A batch holds `batch_size` of them at once whatever this is.
 
         Raises:
-          ValueError: if a task is unknown, none has metrics on the split, or settings contradict
-            each other.
+          ValueError: if a task is unknown or of another vocabulary than the model, none has metrics
+            on the split, or settings contradict each other.
         """
         if return_all_decodes and num_decodes > 1:
             raise ValueError(
@@ -106,6 +106,7 @@ class InferenceEvaluator:
         self._evaluators: dict[str, seqio.Evaluator] = {}
         for name in task_names(dataset_cfg.mixture_or_task_name):
             for task in seqio.get_subtasks(datasets.get_mixture_or_task(name)):
+                vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
                 if dataset_cfg.split in task.splits and task.metric_fns:
                     self._evaluators[task.name] = self._make_evaluator(task.name, num_examples)
         if not self._evaluators:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import pathlib
+import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import gin
 from diffusion_t5x.metric_logs import write_atomically
@@ -64,28 +67,81 @@ def parse_config(
 
     Raises:
       FileNotFoundError: if a file is nowhere; the message lists where it was looked for.
-      ValueError: if an assignment lacks its '=', or sets a macro that no file sets or reads.
+      ValueError: if an assignment lacks its '=', a macro that is set here is read by nothing and
+        known to no other file, a function or parameter is unknown, or a required macro has no
+        value; the message offers the nearest name.
     """
     places = [*search_paths, str(config_dir())]
     for place in places:
         gin.add_config_file_search_path(place)
-    for file in files:
-        if not any(os.path.exists(os.path.join(place, file)) for place in ["", *places]):
-            raise FileNotFoundError(
-                f"--gin_file={file} was not found in {', '.join(['.', *places])}."
-            )
+    found = [_find(file, places) for file in files]
     # Gin would also look for files inside Python packages, and fails with a TypeError where a
     # directory without __init__.py, such as runs/, has the first name of a path.
     readers = gin.config._FILE_READERS
     gin.config._FILE_READERS = [reader for reader in readers if reader[0] is open]
     try:
-        gin.parse_config_files_and_bindings(files, [], finalize_config=False)
+        with _nearest_names():
+            gin.parse_config_files_and_bindings(files, [], finalize_config=False)
     finally:
         gin.config._FILE_READERS = readers
     macros = _macros_set()
-    gin.parse_config([to_binding(a) for a in assignments])
+    with _nearest_names():
+        gin.parse_config([to_binding(a) for a in assignments])
     _refuse_unknown_macros(assignments, macros | _macros_read())
-    gin.finalize()
+    for path in found:
+        _refuse_misspelt_macros(path)
+    with _nearest_names():
+        gin.finalize()
+
+
+def _find(file: str, places: Sequence[str]) -> str:
+    """The path of a gin file, which is looked for where gin does.
+
+    Raises:
+      FileNotFoundError: naming the nearest of this project's files.
+    """
+    for place in ["", *places]:
+        if os.path.exists(path := os.path.join(place, file)):
+            return path
+    known = [path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.gin")]
+    near = difflib.get_close_matches(file, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise FileNotFoundError(f"--gin_file={file} was not found in {', '.join(['.', *places])}{hint}")
+
+
+@contextmanager
+def _nearest_names() -> Iterator[None]:
+    """Adds to gin's errors the nearest name, or what is to be done.
+
+    Raises:
+      ValueError: as gin does, with a message that says more.
+    """
+    try:
+        yield
+    except (AttributeError, NameError, ValueError) as error:
+        raise ValueError(f"{error}{_hint(str(error))}") from error
+
+
+def _hint(message: str) -> str:
+    """What to do about an error of gin's, from its text; '' where nothing is known."""
+    if match := re.match(r"(\w+)/\S+ set to `%gin.REQUIRED`", message):
+        return f"\n{match[1]} is required; give --gin.{match[1]}=VALUE, or set it in a gin file."
+    registered = gin.config._REGISTRY
+    if match := re.search(r"'(\S+)' doesn't have a parameter named '(\w+)'", message):
+        function = registered.get_match(match[1]).wrapped
+        return _did_you_mean(match[2], list(inspect.signature(function).parameters))
+    if match := re.search(r"No configurable matching '(\S+)'|resolve selector (\S+);", message):
+        name = match[1] or match[2]
+        dots = name.count(".") + 1
+        return _did_you_mean(
+            name, sorted({".".join(key.split(".")[-dots:]) for key, _ in registered.items()})
+        )
+    return ""
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"\nDid you mean {near[0]!r}?" if near else f"\nKnown: {', '.join(known)}."
 
 
 def _macros_set() -> set[str]:
@@ -115,6 +171,27 @@ def _refuse_unknown_macros(assignments: Sequence[str], known: set[str]) -> None:
             f"--gin.{assignment}: no gin file given sets or reads {name!r}; {hint}"
             f"Known: {', '.join(sorted(known))}."
         )
+
+
+def _refuse_misspelt_macros(path: str) -> None:
+    """A file of one's own may set macros that nothing reads, but hardly ones that look like others.
+
+    Raises:
+      ValueError: naming the nearest macro that is read.
+    """
+    if pathlib.Path(path).resolve().is_relative_to(config_dir()):
+        return
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    read = _macros_read()
+    statements = config_parser.ConfigParser(text, gin.config.ParserDelegate(skip_unknown=True))
+    for statement in statements:
+        name = getattr(statement, "selector", ".")
+        if "." in name or getattr(statement, "arg_name", None) or name in read:
+            continue
+        if near := difflib.get_close_matches(name, read, n=1, cutoff=0.8):
+            raise ValueError(
+                f"{path} sets {name!r}, which nothing reads; did you mean {near[0]!r}?"
+            )
 
 
 def write_config(directory: str) -> None:

@@ -22,7 +22,7 @@ from diffusion_t5x.checkpoints import (
     restore_params,
     select_checkpoints,
 )
-from diffusion_t5x.data import datasets
+from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.evaluation import task_names
@@ -78,7 +78,8 @@ def infer(
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
       DiskFull: if something cannot be written for lack of room.
-      ValueError: if settings are out of range or a task is unknown.
+      ValueError: if settings are out of range, or a task is unknown or of another vocabulary than
+        the model.
     """
     if mode not in MODES:
         raise ValueError(f"mode = {mode!r}; expected 'predict' or 'score'.")
@@ -96,6 +97,8 @@ def infer(
         for name in task_names(dataset_cfg.mixture_or_task_name)
         for task in seqio.get_subtasks(datasets.get_mixture_or_task(name))
     ]
+    for task in tasks:
+        vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
     suffix = f"{mode}.jsonl-{shard_id:05}-of-{num_shards:05}"
     outputs = [pathlib.Path(output_dir) / f"{task.name}-{suffix}" for task in tasks]
     if dry_run:

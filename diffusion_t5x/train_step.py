@@ -149,6 +149,23 @@ class Trainer:
             out_shardings=everywhere,
         )
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """Checks that every microbatch is spread over all data-parallel parts.
+
+        Args:
+          batch_size: examples of a global batch, which the parts divide.
+
+        Raises:
+          ValueError: if it does not divide so.
+        """
+        [rows] = self._partitioner.batch_sharding.shard_shape((batch_size,))
+        if rows % self._num_microbatches:
+            raise ValueError(
+                f"Trainer.num_microbatches = {self._num_microbatches} does not divide the {rows} "
+                f"examples that a data-parallel part has of BATCH_SIZE = {batch_size}; expected "
+                f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}."
+            )
+
     def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
         """Shapes of the metrics that a training step accumulates."""
         update = self._partitioner.jit(lambda state, batch: self._update(state, batch)[1])

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
-from diffusion_t5x.checkpoints import (
-    CheckpointConfig,
-    Checkpointer,
-    has_optimizer_state,
-    restore_params,
-    restore_train_state,
-    select_checkpoints,
-)
-from diffusion_t5x.data import datasets
+from diffusion_t5x import dry_run as dry_run_report
+from diffusion_t5x import run_record, starting_point
+from diffusion_t5x.checkpoints import CheckpointConfig, Checkpointer
+from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
@@ -31,9 +24,7 @@ from diffusion_t5x.progress import Progress
 from diffusion_t5x.train_state import (
     TrainState,
     abstract_train_state,
-    create_train_state,
     input_shapes_and_types,
-    named_leaves,
 )
 from diffusion_t5x.train_step import Health, Metrics, Trainer
 from diffusion_t5x.watchdog import Watchdog
@@ -63,7 +54,7 @@ def train(
     step_timeout_seconds: float | None = 1800.0,
     summarize_config_fn: Callable[[str], None] | None = None,
     dry_run: bool = False,
-) -> TrainState:
+) -> TrainState | dry_run_report.Report:
     """Trains until `total_steps`, from the run's latest checkpoint if it has one.
 
     Args:
@@ -89,10 +80,10 @@ def train(
         evaluations and compilation not; then the process ends with its stacks and exit code 69.
         None or 0 for no limit.
       summarize_config_fn: writes the configuration to the run's directory.
-      dry_run: build and compile everything, report, and stop before the first step.
+      dry_run: check everything, compile the step, report, and stop before anything is made.
 
     Returns:
-      The final state.
+      The final state; of a dry run, what it found.
 
     Raises:
       NonFiniteError: if the loss, a gradient or an update is not finite, in more steps in a row
@@ -100,42 +91,55 @@ def train(
       CheckpointMismatchError: if a checkpoint does not fit the model.
       DamagedCheckpointError: if the initial checkpoint is damaged, or all of the run's own.
       DiskFull: if something cannot be written for lack of room.
+      FileNotFoundError: if the initial checkpoint is not there.
+      OtherRunError: if `model_dir` holds checkpoints of a run of something else.
       Preempted: after SIGTERM, everything saved.
+      DoesNotFit: in a dry run, if the step needs more memory than a device has.
       ValueError: if settings do not go together.
     """
-    if eval_period < 1 or log_period < 1:
-        raise ValueError(f"EVAL_PERIOD = {eval_period}, log_period = {log_period}; expected >= 1.")
-    if total_steps is None and relative_steps is None:
-        raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
+    for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
+        if not isinstance(period, int) or period < 1:
+            raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
+    start = starting_point.find(model_dir, checkpoint_cfg)
+    last_step = start.last_step(total_steps, relative_steps)
     watchdog = Watchdog(step_timeout_seconds)
-    last_step = total_steps or 0
     iterator = datasets.get_training_iterator(
         train_dataset_cfg,
         model.FEATURE_CONVERTER_CLS,
         layout=partitioner.data_layout(train_dataset_cfg.batch_size),
         seed=random_seed,
     )
+    for cfg in (train_dataset_cfg, train_eval_dataset_cfg):
+        _check_data(model, cfg)
+    record = run_record.describe(model, str(train_dataset_cfg.mixture_or_task_name))
+    if start.is_own:
+        run_record.check(model_dir, record)
     shapes, types = input_shapes_and_types(iterator.element_spec)
     abstract = abstract_train_state(model, partitioner, shapes, types)
+    start.check(abstract)
     trainer = trainer_cls(
         model=model, partitioner=partitioner, abstract_state=abstract, random_seed=random_seed
     )
+    trainer.check_batch_size(train_dataset_cfg.batch_size)
     evaluations = _Evaluations(
         model, partitioner, trainer, train_eval_dataset_cfg, infer_eval_dataset_cfg,
         inference_evaluator_cls, eval_steps, model_dir, random_seed,
     )  # fmt: skip
     if dry_run:
-        state = create_train_state(model, partitioner, shapes, types, jax.random.PRNGKey(0))
-        _report_dry_run(trainer, partitioner, state, next(iterator))
-        return state
+        next(iterator)  # which says what is wrong with the data
+        print(f"start: {start}; {starting_point.what_is_left(start.step, last_step)}")
+        return dry_run_report.check(
+            dry_run_report.Job(
+                model, partitioner, trainer_cls, train_dataset_cfg.batch_size, shapes, types
+            )
+        )
     with stops_when_full(model_dir), _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
-        state, first_step = _initial_state(
-            model, partitioner, checkpoint_cfg, checkpointer, abstract, iterator, random_seed,
+        state = starting_point.restore(
+            start, model, partitioner, abstract, checkpointer, iterator, random_seed,
             (shapes, types),
         )  # fmt: skip
-        if relative_steps is not None:
-            last_step = first_step + relative_steps
         write_model_info(model_dir, abstract)
+        run_record.write(model_dir, record)
         if summarize_config_fn is not None and jax.process_index() == 0:
             summarize_config_fn(model_dir)
         with MetricLog(model_dir, int(state.step), train_dataset_cfg.batch_size) as log:
@@ -157,6 +161,17 @@ def _vocabularies(model: Any) -> dict[str, Any]:
     return {stack: vocabulary for stack, vocabulary in found.items() if vocabulary is not None}
 
 
+def _check_data(model: Any, cfg: datasets.DatasetConfig | None) -> None:
+    """Checks that there is such data, and that its tokens are the model's."""
+    if cfg is None:
+        return
+    converter = model.FEATURE_CONVERTER_CLS(
+        pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
+    )
+    task = datasets.find_task(cfg, converter)
+    vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
+
+
 @contextmanager
 def _open_checkpointer(model_dir: str, config: CheckpointConfig) -> Iterator[Checkpointer | None]:
     """The run's checkpointer, which finishes what it is writing however training ends."""
@@ -168,51 +183,6 @@ def _open_checkpointer(model_dir: str, config: CheckpointConfig) -> Iterator[Che
         yield checkpointer
     finally:
         checkpointer.close()
-
-
-def _initial_state(
-    model: Any,
-    partitioner: PjitPartitioner,
-    config: CheckpointConfig,
-    checkpointer: Checkpointer | None,
-    abstract: TrainState,
-    iterator: datasets.DatasetIterator,
-    random_seed: int,
-    spec: tuple[Any, Any],
-) -> tuple[TrainState, int]:
-    """The state to go on from, and the step that the run began at.
-
-    The run's own latest checkpoint comes first, then the initial checkpoint, then fresh
-    parameters.
-    """
-    first_step, initial, params_only = 0, None, False
-    if config.restore is not None:
-        params_only = config.restore.params_only
-        [(step, initial)] = select_checkpoints(
-            dataclasses.replace(config.restore, mode="specific"),
-            ("params",) if params_only else ("params", "optimizer"),
-        )
-        first_step = 0 if params_only else step
-    if checkpointer is not None and checkpointer.latest_step() is not None:
-        return checkpointer.restore(abstract, iterator), first_step
-    goes_on = initial is not None and not params_only
-    if initial is not None and goes_on and has_optimizer_state(initial):
-        return restore_train_state(initial, abstract), first_step
-    rng = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
-    state = create_train_state(model, partitioner, *spec, rng)
-    if initial is not None:
-        state = dataclasses.replace(state, params=restore_params(initial, abstract.params))
-    if goes_on:
-        state = dataclasses.replace(
-            state, step=jax.device_put(np.int32(first_step), abstract.step.sharding)
-        )
-        if jax.process_index() == 0:
-            print(
-                f"{initial}: parameters and step {first_step} are taken over; it has no optimiser "
-                "state that can be read here (a T5X optimiser's is dropped), so the optimiser "
-                "starts afresh."
-            )
-    return state, first_step
 
 
 class _Evaluations:
@@ -303,7 +273,10 @@ class _Loop:
     ) -> TrainState:
         """Trains from `state` until `total_steps`, or until evaluations say that it is enough."""
         step = int(state.step)
-        if step >= total_steps or self._early_stopping.should_stop(self._log.lines):
+        if step >= total_steps:
+            print(starting_point.what_is_left(step, total_steps), flush=True)
+            return state
+        if self._early_stopping.should_stop(self._log.lines):
             return state
         local, batch = self._next_batch()
         empty = self._trainer.metric_shapes(state, batch)
@@ -371,19 +344,3 @@ class _Loop:
         if (save or enough) and self._checkpointer is not None:
             self._checkpointer.save(state, self._iterator, flat)
         return enough
-
-
-def _report_dry_run(
-    trainer: Trainer, partitioner: PjitPartitioner, state: TrainState, local: datasets.Batch
-) -> None:
-    """Compiles the step and prints what it needs."""
-    batch = partitioner.shard_batch(local)
-    metrics = trainer.empty_metrics(trainer.metric_shapes(state, batch))
-    compiled = trainer.step.lower(state, metrics, batch).compile()
-    count = sum(leaf.size for leaf in named_leaves(state.params).values())
-    memory = compiled.memory_analysis()
-    print(f"parameters: {count:,}")
-    print(f"mesh: {dict(partitioner.mesh.shape)}")
-    if memory is not None:
-        print(f"arguments, bytes per device: {memory.argument_size_in_bytes:,}")
-        print(f"temporary, bytes per device: {memory.temp_size_in_bytes:,}")

@@ -22,6 +22,7 @@ COMMANDS = {"train": train, "eval": diffusion_t5x.eval, "infer": infer, "sample"
 MODEL = [
     "--gin_file=models/tiny.gin",
     "--gin.vocabularies.get_vocabulary.name='bytes'",
+    "--gin.vocabularies.get_vocabulary.extra_ids=0",
     "--gin.VOCAB_SIZE=296",
     "--gin_bindings=config.TransformerConfig.embed_dim = 16",
     "--gin_bindings=config.TransformerConfig.mlp_dim = 16",

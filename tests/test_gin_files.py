@@ -33,15 +33,20 @@ SAMPLE = "runs/sample.gin"
 SPEED = "runs/speed.gin"
 SCALES = ("embedded", "paper")
 # name -> (embed_dim, heads, layers, mlp_dim, head_dim); all but tiny are T5 1.1's, as published.
+# xxl has the layers of T5 1.1 XXL's encoder and decoder, and four more.
 SIZES = {
     "tiny": (96, 4, 3, 256, 24),
     "small": (512, 6, 8, 1024, 64),
     "base": (768, 12, 12, 2048, 64),
     "large": (1024, 16, 24, 2816, 64),
     "xl": (2048, 32, 24, 5120, 64),
+    "xxl": (4096, 64, 52, 10240, 64),
 }
 MODELS = tuple(
-    f"models/{folder}{size}.gin" for folder in ("", "encoder_decoder/") for size in SIZES
+    f"models/{folder}{size}.gin"
+    for folder in ("", "encoder_decoder/")
+    for size in SIZES
+    if f"{folder}{size}" != "encoder_decoder/xxl"
 )
 DATA = ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")
 # What a file says is to be given.
@@ -199,9 +204,9 @@ def test_parameters_at_the_papers_vocabulary_are_as_the_formula_counts(name):
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("base", 281.56), ("large", 570.48), ("xl", 1682.02)]
+    ("size", "millions"), [("base", 281.56), ("large", 570.48), ("xl", 1682.02), ("xxl", 11081.78)]
 )
-def test_the_papers_decoder_only_sizes(size, millions):
+def test_the_papers_decoder_only_sizes_and_eleven_billion(size, millions):
     # The paper says 280 M for Base and 1.7 B for XL; its 270 M for Large is less than its Base.
     assert _count(f"models/{size}.gin") / 1e6 == pytest.approx(millions, abs=0.005)
 

@@ -132,6 +132,7 @@ def test_sigterm_on_one_of_two_processes_saves_one_step_on_both_and_the_run_goes
         "--gin_file=models/tiny.gin", "--gin_file=objectives/diffusion.gin",
         "--gin_file=runs/pretrain.gin", "--gin.MIXTURE_OR_TASK_NAME=toy_copy",
         "--gin.MIXTURE_OR_TASK_MODULE=register_toy", "--gin.vocabularies.get_vocabulary.name=bytes",
+        "--gin.vocabularies.get_vocabulary.extra_ids=0",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 6, 'targets': 6}", "--gin.BATCH_SIZE=8",
         f"--gin.TRAIN_STEPS={steps}", "--gin.EVAL_PERIOD=1000", "--gin.CHECKPOINT_PERIOD=5",
         "--gin.config.TransformerConfig.num_layers=1", f"--gin.MODEL_DIR={run}",

@@ -185,6 +185,7 @@ def test_the_command_takes_the_number_of_candidates_from_gin(tmp_path):
         "--gin_file=models/tiny.gin",
         "--gin_file=objectives/autoregressive.gin",
         "--gin.vocabularies.get_vocabulary.name='bytes'",
+        "--gin.vocabularies.get_vocabulary.extra_ids=0",
         "--gin.VOCAB_SIZE=296",
         *(f"--gin.config.TransformerConfig.{field}" for field in architecture),
         "--gin.MIXTURE_OR_TASK_MODULE=toy",

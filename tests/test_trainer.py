@@ -238,7 +238,7 @@ def test_dry_run_compiles_reports_and_writes_nothing(tmp_path, capsys):
     toy.run(tmp_path / "run", 5, dry_run=True)
     text = capsys.readouterr().out
     assert "parameters: 6," in text
-    assert "temporary, bytes per device" in text
+    assert "activations and temporaries" in text
     assert not (tmp_path / "run").exists()
 
 

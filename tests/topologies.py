@@ -188,7 +188,11 @@ def compare(got: dict, expected: dict) -> dict:
         scores = [[line["score"] for line in outcome[kind]] for outcome in (got, expected)]
         differences[f"{kind}_scores"] = _farthest(*scores)
     texts = [
-        [{**line, "score": None, "scores": None} for kind in ("eval", "infer") for line in out[kind]]
+        [
+            {**line, "score": None, "scores": None}
+            for kind in ("eval", "infer")
+            for line in out[kind]
+        ]
         for out in (got, expected)
     ]
     same = texts[0] == texts[1]

@@ -36,6 +36,9 @@ class DatasetConfig:
       pack: pack several examples into one row, where the objective allows it.
       use_custom_packing_ops: SeqIO's compiled packing.
       module: Python module to import first, which registers the task.
+
+    Raises:
+      ValueError: if a size or a length is no positive whole number.
     """
 
     mixture_or_task_name: str | tuple[str, ...]
@@ -48,6 +51,25 @@ class DatasetConfig:
     pack: bool = False
     use_custom_packing_ops: bool = False
     module: str | None = None
+
+    def __post_init__(self):
+        if not _is_positive(self.batch_size):
+            raise ValueError(
+                f"BATCH_SIZE = {self.batch_size!r}; expected a positive whole number, a multiple "
+                "of the data-parallel devices."
+            )
+        lengths = self.task_feature_lengths
+        if lengths is None:
+            return
+        if not isinstance(lengths, Mapping) or not all(map(_is_positive, lengths.values())):
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS = {lengths!r}; expected positive numbers of tokens by "
+                "feature, such as {'inputs': 64, 'targets': 32}."
+            )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def import_task_module(module: str | None) -> None:
@@ -87,6 +109,37 @@ def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
     )
 
 
+def find_task(cfg: DatasetConfig, converter: seqio.FeatureConverter) -> seqio.Task | seqio.Mixture:
+    """The task or mixture of `cfg`, whose split and lengths are there.
+
+    Raises:
+      ValueError: for an unknown task or split, or lengths that lack one of the task's features.
+    """
+    import_task_module(cfg.module)
+    if not isinstance(cfg.mixture_or_task_name, str):
+        raise ValueError(
+            f"MIXTURE_OR_TASK_NAME = {cfg.mixture_or_task_name!r}; expected one name, of a task or "
+            "of a mixture that joins several."
+        )
+    task = get_mixture_or_task(cfg.mixture_or_task_name)
+    if cfg.split not in task.splits:
+        near = difflib.get_close_matches(cfg.split, task.splits, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"split = {cfg.split!r} is not a split of {task.name!r}; {hint}"
+            f"Known: {', '.join(sorted(task.splits))}."
+        )
+    given = set(cfg.task_feature_lengths or {})
+    if missing := sorted(set(converter.TASK_FEATURES) - given):
+        near = difflib.get_close_matches(missing[0], given - set(converter.TASK_FEATURES), n=1)
+        hint = f"; did you mean {missing[0]!r} by {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS = {cfg.task_feature_lengths} lacks {', '.join(missing)}, of "
+            f"task {task.name!r}{hint}"
+        )
+    return task
+
+
 def get_dataset(
     cfg: DatasetConfig,
     feature_converter_cls: FeatureConverterFactory,
@@ -112,25 +165,10 @@ def get_dataset(
     Raises:
       ValueError: for an unknown task or split, or lengths that lack one of the task's features.
     """
-    import_task_module(cfg.module)
-    if not isinstance(cfg.mixture_or_task_name, str):
-        raise ValueError(
-            f"MIXTURE_OR_TASK_NAME = {cfg.mixture_or_task_name!r}; expected one name, of a task or "
-            "of a mixture that joins several."
-        )
-    task = get_mixture_or_task(cfg.mixture_or_task_name)
-    if cfg.split not in task.splits:
-        raise ValueError(
-            f"split = {cfg.split!r} is not a split of {task.name!r}; known: {sorted(task.splits)}."
-        )
     converter = feature_converter_cls(
         pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
     )
-    missing = set(converter.TASK_FEATURES) - set(cfg.task_feature_lengths or {})
-    if missing:
-        raise ValueError(
-            f"TASK_FEATURE_LENGTHS = {cfg.task_feature_lengths} lacks {sorted(missing)}."
-        )
+    task = find_task(cfg, converter)
     return seqio.get_dataset(
         with_shard_seed(task, shard_index),
         task_feature_lengths=cfg.task_feature_lengths,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import io
 import itertools
 import pathlib
@@ -155,3 +156,37 @@ def get_vocabulary(name: str = "embedded", extra_ids: int = 32) -> seqio.Vocabul
       ValueError: if `name` is neither a known name nor a file, or the file's model does not fit.
     """
     return _get_vocabulary(name, extra_ids)
+
+
+def fingerprint(vocabulary: seqio.Vocabulary) -> str:
+    """A name for people, with a hash of the pieces of a SentencePiece model, wherever its file."""
+    text = f"{type(vocabulary).__name__} of {vocabulary.vocab_size} tokens"
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return f"{text}, sha256 {hashlib.sha256(vocabulary.sp_model).hexdigest()[:12]}"
+    return f"{text}, {getattr(vocabulary, 'extra_ids', 0)} of them sentinels"
+
+
+def check_task(
+    task: seqio.Task | seqio.Mixture,
+    input_vocabulary: seqio.Vocabulary,
+    output_vocabulary: seqio.Vocabulary,
+) -> None:
+    """Checks that a task's tokens are those that a model means.
+
+    Raises:
+      ValueError: if they are of another vocabulary.
+    """
+    for name, ours in (("inputs", input_vocabulary), ("targets", output_vocabulary)):
+        feature = task.output_features.get(name)
+        if feature is None or feature.vocabulary == ours:
+            continue
+        theirs = fingerprint(feature.vocabulary)
+        pieces = isinstance(ours, seqio.SentencePieceVocabulary)
+        if pieces and theirs == fingerprint(ours):
+            continue
+        raise ValueError(
+            f"MIXTURE_OR_TASK_NAME = {task.name!r}: its {name} are tokens of {theirs}, but the "
+            f"model's VOCABULARY is {fingerprint(ours)}. Register the task with the features of "
+            "tasks.features.output_features, which follow vocabularies.get_vocabulary as the model "
+            "does, or set VOCABULARY to the task's."
+        )

@@ -216,6 +216,7 @@ def test_a_users_own_task_trains_from_a_module_of_its_own(tmp_path, monkeypatch)
     )
     try:
         model = toy.model("autoregressive", vocab_size=get_vocabulary().vocab_size)
+        model.input_vocabulary = model.output_vocabulary = get_vocabulary()
         state = train(
             model=model,
             model_dir=str(tmp_path / "run"),
