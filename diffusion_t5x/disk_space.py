@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 
@@ -73,7 +73,8 @@ def stops_when_full(directory: str | os.PathLike[str]) -> Iterator[None]:
             "stay with checkpoints.SaveCheckpointConfig.keep) and start the same command again.\n"
             f"It was told of by {type(cause).__name__}: {str(cause).strip()[:500]}"
         )
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the log may be on the same disk
+            print(message, file=sys.stderr, flush=True)
         if jax.process_count() > 1:
             sys.stdout.flush()
             os._exit(DISK_FULL)
