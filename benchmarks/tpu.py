@@ -10,7 +10,7 @@ nothing is measured: memory is what the compiler allocates, seconds are its esti
 
 training: loss and gradient of 128 texts of 1,024 tokens, data-parallel over v5p:2x2x4, each size of
   `--sizes` at a vocabulary of 256,000, in bfloat16; T5X's too where it can be imported; and what
-  each setting of `TransformerConfig.remat` changes.
+  `TransformerConfig.scan_layers` and each setting of `remat` change.
 decoding: on one v5p chip, weights in bfloat16: one AR token with a cache of `tokens`; one denoising
   step of a canvas of `tokens` as in the paper, nothing cached; and one of a block of 128 positions
   with all before it cached. From these follow seconds of decoding `tokens` tokens: AR with a cache
@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -55,6 +56,15 @@ SIZES = {
 }
 TOPOLOGY = "v5p:2x2x4"
 TRAIN_BATCH, TRAIN_LENGTH = 128, 1024
+# Name, what it is compared with, objective, fields of `TransformerConfig`.
+SCANNED = {"scan_layers": True}
+TRAINING = (
+    ("AR", "T5X, AR", "autoregressive", {}),
+    ("AR, scanned", "AR", "autoregressive", SCANNED),
+    ("AR, scanned, remat dots", "AR, scanned", "autoregressive", {**SCANNED, "remat": "dots"}),
+    ("AR, scanned, remat full", "AR, scanned", "autoregressive", {**SCANNED, "remat": "full"}),
+    ("diffusion, scanned", "AR, scanned", "diffusion", SCANNED),
+)
 BATCHES = (1, 8, 64)
 LENGTHS = (512, 1024, 2048, 4096)
 BLOCK, STEPS = 128, 10
@@ -99,45 +109,43 @@ def in_bfloat16(program: tpu_programs.Program) -> tpu_programs.Program:
     return function, (jax.tree.map(cast, params), *others)
 
 
+def _training_programs(shape: Shape) -> Iterator[tuple[str, str, tpu_programs.Program]]:
+    """Name, what it is compared with, and program."""
+    if importlib.util.find_spec("t5x"):
+        from benchmarks import t5x_network
+
+        program = t5x_network.abstract_gradient(shape, TRAIN_BATCH, TRAIN_LENGTH)
+        yield "T5X, AR", "", program
+    for name, baseline, objective, config in TRAINING:
+        yield (
+            name,
+            baseline,
+            tpu_programs.gradient(shape, objective, TRAIN_BATCH, TRAIN_LENGTH, **config),
+        )
+
+
 def measure_training(sizes: list[str]) -> None:
     """Temporary memory and seconds of loss and gradient."""
     chips = topologies.devices(TOPOLOGY)
     for size in sizes:
-        shape = SIZES[size]
-        programs = {}
-        if importlib.util.find_spec("t5x"):
-            from benchmarks import t5x_network
-
-            programs["T5X, AR"] = t5x_network.abstract_gradient(shape, TRAIN_BATCH, TRAIN_LENGTH)
-        for name, objective, remat in (
-            ("AR", "autoregressive", "none"),
-            ("diffusion", "diffusion", "none"),
-            ("AR, remat dots", "autoregressive", "dots"),
-            ("AR, remat full", "autoregressive", "full"),
-        ):
-            programs[name] = tpu_programs.gradient(
-                shape, objective, TRAIN_BATCH, TRAIN_LENGTH, remat=remat
-            )
-        figures = {}
-        for name, program in programs.items():
+        figures: dict[str, tuple[int, float]] = {}
+        for name, baseline, program in _training_programs(SIZES[size]):
             compiled = compile_for(program, chips)
-            figures[name] = (
-                compiled_program.memory(compiled).temporaries,
-                compiled_program.estimated_seconds(compiled),
-            )
-            reference = "T5X, AR" if name == "AR" and "T5X, AR" in figures else "AR"
+            memory = compiled_program.memory(compiled).temporaries
+            seconds = compiled_program.estimated_seconds(compiled)
+            figures[name] = memory, seconds
             fields: dict[str, object] = {}
-            if reference in figures and reference != name:
+            if baseline in figures:
                 fields = {
-                    "baseline": reference,
-                    "bytes_ratio": figures[name][0] / figures[reference][0],
-                    "seconds_ratio": figures[name][1] / figures[reference][1],
+                    "baseline": baseline,
+                    "bytes_ratio": memory / figures[baseline][0],
+                    "seconds_ratio": seconds / figures[baseline][1],
                 }
             _line(
                 what=f"loss and gradient, {size}, {TRAIN_BATCH} x {TRAIN_LENGTH}, {TOPOLOGY}",
                 program=name,
-                temporary_bytes_per_chip=figures[name][0],
-                seconds=figures[name][1],
+                temporary_bytes_per_chip=memory,
+                seconds=seconds,
                 **fields,
             )
 
