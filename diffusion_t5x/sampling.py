@@ -8,11 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_t5x.checkpoints import (
-    RestoreCheckpointConfig,
-    restore_params,
-    select_checkpoints,
-)
+from diffusion_t5x.checkpoint_reading import restore_params
+from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES, Predictor

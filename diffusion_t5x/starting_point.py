@@ -8,16 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x.checkpoints import (
-    CheckpointConfig,
-    Checkpointer,
-    RestoreCheckpointConfig,
-    SavesPosition,
+from diffusion_t5x.checkpoint_reading import (
     check_params,
     check_train_state,
     has_optimizer_state,
     restore_params,
     restore_train_state,
+)
+from diffusion_t5x.checkpoints import (
+    CheckpointConfig,
+    Checkpointer,
+    RestoreCheckpointConfig,
+    SavesPosition,
     select_checkpoints,
 )
 from diffusion_t5x.partitioning import PjitPartitioner

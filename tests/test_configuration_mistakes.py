@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from diffusion_t5x import partitioning, train
-from diffusion_t5x.checkpoints import CheckpointMismatchError
+from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 from diffusion_t5x.run_record import OtherRunError
 
 PRETRAIN = "--gin_file=runs/pretrain.gin"

@@ -108,7 +108,7 @@ def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_di
     evaluator = evaluation.InferenceEvaluator(
         toy.model("diffusion"), cfg, PjitPartitioner(), str(tmp_path), return_all_decodes=True
     )
-    from diffusion_t5x.checkpoints import restore_params
+    from diffusion_t5x.checkpoint_reading import restore_params
     from diffusion_t5x.train_state import abstract_params
 
     abstract = abstract_params(

@@ -26,7 +26,7 @@ HERE = os.path.dirname(__file__)
 sys.path.insert(0, HERE)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from diffusion_t5x import launch_local
+from diffusion_t5x import launch_local  # noqa: E402
 
 STEPS = 6
 TOLERANCE = 1e-4  # relative, of losses and gradient norms; sums are made in other orders
@@ -115,7 +115,8 @@ def _work(objective: str, root: pathlib.Path, steps: int, flags: list[str]) -> N
         *common, checkpoint, "--gin_file=runs/eval.gin", f"--gin.EVAL_OUTPUT_DIR={root / 'eval'}",
     ])  # fmt: skip
     infer.main([
-        *common, checkpoint, "--gin_file=runs/infer.gin", "--gin.datasets.DatasetConfig.split=train",
+        *common, checkpoint, "--gin_file=runs/infer.gin",
+        "--gin.datasets.DatasetConfig.split=train",
         f"--gin.INFER_OUTPUT_DIR={root / 'infer'}", "--gin.inference.infer.checkpoint_period=2",
     ])  # fmt: skip
 

@@ -13,7 +13,7 @@ import pytest
 from interop import parity
 
 from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
-from diffusion_t5x.checkpoints import restore_params
+from diffusion_t5x.checkpoint_reading import restore_params
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.train_state import abstract_params
 

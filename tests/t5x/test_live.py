@@ -16,7 +16,7 @@ from interop import parity
 
 import gin
 from diffusion_t5x import conversion, gin_utils, models
-from diffusion_t5x.checkpoints import restore_params
+from diffusion_t5x.checkpoint_reading import restore_params
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES
