@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -305,10 +306,12 @@ class _Loop:
                     if due[0]:
                         values = _compute(metrics)
                         if self._trainer.max_skipped_updates:
+                            # Where all were skipped there is nothing to average over.
+                            values = {k: v for k, v in values.items() if math.isfinite(v)}
                             values["skipped_updates"] = self._nonfinite.skipped_since(logged)
                         self._log.training(step, values)
                         logged = step
-                        progress.update(0, loss=values["loss"])
+                        progress.update(0, loss=values.get("loss", math.nan))
                         metrics = self._trainer.empty_metrics(empty)
                     enough = self._pause(state, step, due[1] and not stopping, due[2])
                     if enough:

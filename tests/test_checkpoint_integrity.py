@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -24,6 +24,7 @@ from diffusion_t5x.checkpoints import (
     list_checkpoints,
     select_checkpoints,
 )
+from diffusion_t5x.train_state import TrainState
 
 ITEMS = ("params", "optimizer", "dataset")
 COMMIT_MARK = "commit_success.txt"  # Orbax's, added last; nothing is read from it
@@ -151,17 +152,23 @@ def test_the_latest_of_another_run_is_its_newest_whole_one_and_a_named_one_must_
     assert not list(a_copy.glob("*.damaged"))
 
 
-def test_what_has_no_checksums_is_read_as_it_is(run_dir, a_copy):
+def test_what_has_no_checksums_is_read_as_it_is(a_copy):
     for checksums in a_copy.rglob(CHECKSUMS):
         checksums.unlink()
-    _same = lambda one, other: jax.tree.map(np.testing.assert_array_equal, one, other)  # noqa: E731
-    _same(toy.run(a_copy, 5), toy.run(shutil.copytree(run_dir, a_copy.parent / "other"), 5))
+    assert int(toy.run(a_copy, 5).step) == 5
 
 
 def test_checksums_may_be_left_out(tmp_path):
-    toy.run(tmp_path, 1, save=SaveCheckpointConfig(period=1, checksums=False))
-    assert not list(tmp_path.rglob(CHECKSUMS))
-    assert int(toy.run(tmp_path, 2).step) == 2
+    state = TrainState(jnp.int32(1), {"a": jnp.arange(3.0)}, None)
+    for checksums in (False, True):
+        config = SaveCheckpointConfig(save_dataset=False, checksums=checksums)
+        directory = tmp_path / str(checksums)
+        checkpointer = Checkpointer(str(directory), config)
+        checkpointer.save(state)
+        checkpointer.close()
+        assert (directory / "checkpoint_1" / "params" / CHECKSUMS).exists() == checksums
+        stored = restore_params(str(directory / "checkpoint_1"), {"a": jnp.zeros(3)})
+        np.testing.assert_array_equal(stored["a"], [0.0, 1.0, 2.0])
 
 
 def test_a_name_that_is_taken_is_not_overwritten(tmp_path):

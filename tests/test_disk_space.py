@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -79,22 +80,29 @@ def _files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The state after six steps, and a run of the first two."""
+    directory = tmp_path_factory.mktemp("straight")
+    toy.run(directory / "run", 2)
+    return toy.run(directory / "whole", 6), directory / "run"
+
+
 @pytest.mark.parametrize(
     ("size", "file"),
     [(200_000, "process_0"), (5_000, "checkpoint_4"), (1_000, "model-info.txt")],
     ids=["data position", "arrays", "what a run says of itself"],
 )
-def test_a_run_that_cannot_write_stops_and_goes_on_once_it_can(tmp_path, size, file, capfd):
-    straight = toy.run(tmp_path / "straight", 6)
-    run = tmp_path / "run"
-    toy.run(run, 2)
+def test_a_run_that_cannot_write_stops_and_goes_on_once_it_can(tmp_path, straight, size, file):
+    state, two_steps = straight
+    run = pathlib.Path(shutil.copytree(two_steps, tmp_path / "run"))
     with pytest.raises(DiskFull) as stopped, _files_of_at_most(size):
         toy.run(run, 40)
     assert "File too large" in stopped.value.message
     assert file in stopped.value.message
     assert [step for step, _ in list_checkpoints(str(run))] == [2]
     checkpoint_integrity.verify(run / "checkpoint_2", ("params", "optimizer", "dataset"))
-    jax.tree.map(np.testing.assert_array_equal, straight, toy.run(run, 6))
+    jax.tree.map(np.testing.assert_array_equal, state, toy.run(run, 6))
 
 
 def test_metrics_that_cannot_be_written_stop_the_run(tmp_path):
@@ -162,6 +170,7 @@ def _may_mount():
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _may_mount(), reason="no disk can be mounted here")
 def test_a_disk_that_is_really_full_stops_a_run_within_steps_and_with_room_it_goes_on(tmp_path):
     program = """

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
 import toy
 
@@ -154,11 +152,3 @@ def test_where_one_of_two_processes_hangs_the_other_ends_and_tells_where_it_was(
     assert "has not come for 10 seconds" in text
     assert 'diffusion_t5x/trainer.py", line' in text
     assert list(run.glob("checkpoint_*"))
-
-
-def test_watching_changes_no_number(tmp_path):
-    one, other = (
-        toy.run(tmp_path / str(limit), 2, save=None, step_timeout_seconds=limit)
-        for limit in (None, 60)
-    )
-    jax.tree.map(np.testing.assert_array_equal, one, other)
