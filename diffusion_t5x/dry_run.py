@@ -54,6 +54,7 @@ class Job:
       batch_size: examples per global batch.
       shapes: of the features of one row, `[1, length]`.
       types: their dtypes.
+      num_microbatches: parts that a batch is divided into.
       changed: settings that differ from the run's own, by their names in gin.
     """
 
@@ -63,19 +64,17 @@ class Job:
     batch_size: int
     shapes: Shapes
     types: Mapping[str, Any]
+    num_microbatches: int = 1
     changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def trainer(self, state: TrainState) -> Trainer:
         """The trainer of a state of such shapes."""
-        settings = {}
-        if MICROBATCHES in self.changed:
-            settings["num_microbatches"] = self.changed[MICROBATCHES]
         trainer = self.trainer_cls(
             model=self.model,
             partitioner=self.partitioner,
             abstract_state=state,
             random_seed=0,
-            **settings,
+            num_microbatches=self.num_microbatches,
         )
         trainer.check_batch_size(self.batch_size)
         return trainer
@@ -300,8 +299,8 @@ def _split_parameters(job: Job) -> Job | None:
 
 def _microbatches(job: Job) -> Job | None:
     [rows] = job.partitioner.batch_sharding.shard_shape((job.batch_size,))
-    parts = job.changed.get(MICROBATCHES, 1) * 2
-    return None if rows % parts else _change(job, MICROBATCHES, parts)
+    parts = job.num_microbatches * 2
+    return None if rows % parts else _change(job, MICROBATCHES, parts, num_microbatches=parts)
 
 
 def _partition(job: Job) -> Job | None:

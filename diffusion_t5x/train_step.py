@@ -95,6 +95,7 @@ class Trainer:
     Attributes:
       max_skipped_updates: so many updates in a row may be skipped.
       leaf_names: names of the parameters, in the order of `Health.grad_squares`.
+      num_microbatches: parts that a batch is divided into.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Trainer:
         self._model = model
         self._partitioner = partitioner
         self._learning_rate_fn = learning_rate_fn
-        self._num_microbatches = num_microbatches or 1
+        self.num_microbatches = num_microbatches or 1
         self._clip_norm = clip_norm
         self._rng = jax.random.PRNGKey(random_seed)
         self.max_skipped_updates = max_skipped_updates
@@ -159,9 +160,9 @@ class Trainer:
           ValueError: if it does not divide so.
         """
         [rows] = self._partitioner.batch_sharding.shard_shape((batch_size,))
-        if rows % self._num_microbatches:
+        if rows % self.num_microbatches:
             raise ValueError(
-                f"Trainer.num_microbatches = {self._num_microbatches} does not divide the {rows} "
+                f"Trainer.num_microbatches = {self.num_microbatches} does not divide the {rows} "
                 f"examples that a data-parallel part has of BATCH_SIZE = {batch_size}; expected "
                 f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}."
             )
@@ -217,11 +218,11 @@ class Trainer:
         """Loss, metrics and gradients of a batch, microbatch by microbatch."""
         rng = jax.random.fold_in(self._rng, state.step)
         value_and_grad = jax.value_and_grad(self._model.loss_fn, has_aux=True)
-        if self._num_microbatches == 1:
+        if self.num_microbatches == 1:
             (loss, metrics), grads = value_and_grad(state.params, batch, rng)
             return loss, metrics, grads
         normalization = self._model.loss_normalization
-        parts = _split_batch(batch, self._num_microbatches)
+        parts = _split_batch(batch, self.num_microbatches)
 
         def one_part(index: jax.Array, part: Batch) -> Any:
             part_rng = jax.random.fold_in(rng, index)
@@ -236,7 +237,7 @@ class Trainer:
             grads = jax.tree.map(jnp.add, total[2], grads)
             return (total[0] + loss, merge_metrics(total[1], metrics), grads), None
 
-        indexed = jnp.arange(self._num_microbatches), parts
+        indexed = jnp.arange(self.num_microbatches), parts
         first = jax.tree.map(lambda x: x[0], indexed)
         shapes = jax.eval_shape(one_part, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

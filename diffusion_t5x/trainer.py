@@ -128,12 +128,13 @@ def train(
     )  # fmt: skip
     if dry_run:
         next(iterator)  # which says what is wrong with the data
-        print(f"start: {start}; {starting_point.what_is_left(start.step, last_step)}")
-        return dry_run_report.check(
-            dry_run_report.Job(
-                model, partitioner, trainer_cls, train_dataset_cfg.batch_size, shapes, types
-            )
+        if jax.process_index() == 0:
+            print(f"start: {start}; {starting_point.what_is_left(start.step, last_step)}")
+        size = train_dataset_cfg.batch_size
+        job = dry_run_report.Job(
+            model, partitioner, trainer_cls, size, shapes, types, trainer.num_microbatches
         )
+        return dry_run_report.check(job)
     with stops_when_full(model_dir), _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
         state = starting_point.restore(
             start, model, partitioner, abstract, checkpointer, iterator, random_seed,
@@ -275,7 +276,8 @@ class _Loop:
         """Trains from `state` until `total_steps`, or until evaluations say that it is enough."""
         step = int(state.step)
         if step >= total_steps:
-            print(starting_point.what_is_left(step, total_steps), flush=True)
+            if jax.process_index() == 0:
+                print(starting_point.what_is_left(step, total_steps), flush=True)
             return state
         if self._early_stopping.should_stop(self._log.lines):
             return state

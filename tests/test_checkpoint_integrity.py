@@ -16,7 +16,7 @@ import toy
 
 from diffusion_t5x import checkpoint_integrity, launch_local
 from diffusion_t5x.checkpoint_integrity import CHECKSUMS, DamagedCheckpointError
-from diffusion_t5x.checkpoint_reading import open_params
+from diffusion_t5x.checkpoint_reading import open_params, restore_params
 from diffusion_t5x.checkpoints import (
     Checkpointer,
     RestoreCheckpointConfig,

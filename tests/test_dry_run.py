@@ -142,7 +142,7 @@ def test_where_nothing_helps_that_is_said(monkeypatch, capsys):
 
 def test_changed_settings_are_those_of_the_job_that_is_compiled():
     changed = {}
-    for job in dry_run._smaller(_job(devices=8, batch_size=32), _report()):
+    for job in dry_run._smaller(_job(devices=8, batch_size=64, num_microbatches=2), _report()):
         new = [name for name in job.changed if name not in changed]
         changed[new[0] if new else dry_run.MICROBATCHES] = job
     assert changed[dry_run.REMAT].model.module.config.remat == "full"
@@ -150,12 +150,13 @@ def test_changed_settings_are_those_of_the_job_that_is_compiled():
     rules = changed[dry_run.DIMENSIONS].partitioner.logical_axis_rules
     assert set(rules) == set(standard_logical_axis_rules(1, 2))
     assert changed[dry_run.PARTITIONS].partitioner.mesh.shape["model"] == 2
-    last = job
-    assert last.partitioner.mesh.shape == {"data": 2, "model": 4}
-    assert last.changed[dry_run.MICROBATCHES] == 4
-    assert last.trainer(dry_run.abstract_train_state(
-        last.model, last.partitioner, last.shapes, last.types
-    ))._num_microbatches == 4  # fmt: skip
+    # The run's own number is what is doubled.
+    assert (job.changed[dry_run.MICROBATCHES], job.num_microbatches) == (8, 8)
+    assert job.partitioner.mesh.shape == {"data": 2, "model": 4}
+    state = dry_run.abstract_train_state(job.model, job.partitioner, job.shapes, job.types)
+    assert job.trainer(state).num_microbatches == 8
+    with pytest.raises(ValueError, match="num_microbatches = 8 does not divide the 4 examples"):
+        dataclasses.replace(job, batch_size=8).trainer(state)
 
 
 def test_recomputing_makes_a_step_fit_that_did_not(monkeypatch, capsys):
@@ -251,6 +252,7 @@ def test_without_libtpu_the_error_says_what_to_install(tmp_path, monkeypatch):
         train.main([*COMMAND, f"--gin.MODEL_DIR={tmp_path}", "--dry_run", "--topology=v5p:2x2x1"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_step_is_compiled_for_tpus_that_are_not_there(tmp_path):
     command = [*COMMAND, f"--gin.MODEL_DIR={tmp_path}/run", "--dry_run", "--topology=v5e:2x2"]

@@ -1,0 +1,166 @@
+"""Every training step of the paper's tables, compiled for a TPU slice that is not there.
+
+python -m benchmarks.dry_runs --output=runs/dry_runs.jsonl
+
+Needs libtpu (`pip install 'diffusion_t5x[tpu]'`) and minutes per step. Steps differ by network,
+objective and lengths. Only shapes matter, so embedded text stands in for the corpora, and what is
+fine-tuned starts from fresh parameters. Layers are scanned. Each is a JSON line; those that are in
+the file already are not compiled again. A Markdown table of the file ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from diffusion_t5x import dry_run, experiments, tables, train
+
+TABLES = ("table1", "table2", "table3")
+HEADER = (
+    "network", "objective", "prefix + target", "parameters", "state, GiB", "temporaries, GiB",
+    "total, GiB", "all-reduce, GiB", "s per step", "fits",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What decides the compiled training step.
+
+    Attributes:
+      model: gin file of the network.
+      objective: gin file.
+      inputs: tokens of the prefix.
+      targets: tokens of the target.
+    """
+
+    model: str
+    objective: str
+    inputs: int
+    targets: int
+
+    def argv(self, topology: str) -> list[str]:
+        """The arguments of its dry run."""
+        files = (self.model, self.objective, "runs/pretrain.gin", "settings/paper.gin")
+        lengths = {"inputs": self.inputs, "targets": self.targets}
+        return [
+            *(f"--gin_file={file}" for file in files),
+            "--gin.VOCABULARY_PATH=embedded",
+            "--gin.MIXTURE_OR_TASK_NAME=embedded_pretrain_prefix_lm",
+            f"--gin.TASK_FEATURE_LENGTHS={lengths}",
+            "--gin.config.TransformerConfig.scan_layers=True",
+            "--gin.TRAIN_STEPS=1_000_000",
+            "--gin.MODEL_DIR=/nowhere",
+            "--dry_run",
+            f"--topology={topology}",
+        ]
+
+
+def steps() -> list[Step]:
+    """The distinct training steps of the tables at the paper's scale, pretraining first."""
+    found: dict[Step, bool] = {}
+    for name in TABLES:
+        for stage in experiments.Run(name, "paper", "runs").stages:
+            if stage.command == "train":
+                lengths = stage.bindings["TASK_FEATURE_LENGTHS"]
+                step = Step(*stage.files[:2], lengths["inputs"], lengths["targets"])
+                found[step] = found.get(step, False) or "/pretrain_" in stage.name
+    return sorted(found, key=lambda step: not found[step])
+
+
+def measure(step: Step, topology: str) -> dict[str, Any]:
+    """Compiles one step; its record."""
+    started = time.monotonic()
+    remedy = None
+    try:
+        report = train.main(step.argv(topology))
+    except dry_run.DoesNotFit as error:
+        report, remedy = error.report, error.remedy
+    jax.clear_caches()
+    return {
+        **dataclasses.asdict(step),
+        "topology": topology,
+        "report": dataclasses.asdict(report),
+        "fits": report.fits,
+        "remedy": None if remedy is None else remedy.changed,
+        "wall_seconds": round(time.monotonic() - started),
+    }
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a file; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def row(record: dict[str, Any]) -> list[Any]:
+    """A record's row of the table."""
+    report = record["report"]
+
+    def gib(size: int | None) -> str:
+        return "–" if size is None else f"{size / dry_run.GIB:.1f}"
+
+    def stem(file: str) -> str:
+        return file.split("/", maxsplit=1)[1].removesuffix(".gin")
+
+    fits = "yes" if record["fits"] else "no"
+    if record["remedy"]:
+        changes = (f"`{name.split('.')[-1]}` = {v}" for name, v in record["remedy"].items())
+        fits = f"no; with {', '.join(changes)}"
+    seconds = report["seconds"]
+    return [
+        stem(record["model"]),
+        stem(record["objective"]),
+        f"{record['inputs']} + {record['targets']}",
+        f"{report['parameter_count'] / 1e6:,.0f} M",
+        gib(report["parameters"] + report["optimizer"]),
+        gib(report["temporaries"]),
+        gib(report["total"]),
+        gib(report["collectives"].get("all-reduce", (0, 0))[1]),
+        "–" if seconds is None else f"{seconds:.3f}",
+        fits,
+    ]
+
+
+def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table for each topology."""
+    for topology in dict.fromkeys(record["topology"] for record in records):
+        yield f"\n{topology}:\n"
+        yield tables.markdown(
+            HEADER, [row(record) for record in records if record["topology"] == topology]
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles what is missing, then prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5p:4x4x8")
+    parser.add_argument("--output", default="runs/dry_runs.jsonl", type=pathlib.Path)
+    parser.add_argument("--only", default="", help="part of the model file's name")
+    parser.add_argument("--at_most", type=int, help="steps to compile; by default all")
+    args = parser.parse_args(argv)
+    names = [field.name for field in dataclasses.fields(Step)]
+    done = {(*(record[name] for name in names), record["topology"]) for record in read(args.output)}
+    missing = [
+        step
+        for step in steps()
+        if (*dataclasses.astuple(step), args.topology) not in done and args.only in step.model
+    ]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for step in missing[: args.at_most]:
+        record = json.dumps(measure(step, args.topology))
+        with args.output.open("a") as file:
+            file.write(record + "\n")
+        print(record, flush=True)
+    print("\n".join(table(read(args.output))))
+
+
+if __name__ == "__main__":
+    main()
