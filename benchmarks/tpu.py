@@ -58,12 +58,14 @@ TOPOLOGY = "v5p:2x2x4"
 TRAIN_BATCH, TRAIN_LENGTH = 128, 1024
 # Name, what it is compared with, objective, fields of `TransformerConfig`.
 SCANNED = {"scan_layers": True}
+FULL = {**SCANNED, "remat": "full"}
 TRAINING = (
     ("AR", "T5X, AR", "autoregressive", {}),
-    ("AR, scanned", "AR", "autoregressive", SCANNED),
-    ("AR, scanned, remat dots", "AR, scanned", "autoregressive", {**SCANNED, "remat": "dots"}),
-    ("AR, scanned, remat full", "AR, scanned", "autoregressive", {**SCANNED, "remat": "full"}),
+    ("AR, scanned", "T5X, AR", "autoregressive", SCANNED),
+    ("AR, scanned, remat dots", "T5X, AR", "autoregressive", {**SCANNED, "remat": "dots"}),
+    ("AR, scanned, remat full", "T5X, AR", "autoregressive", FULL),
     ("diffusion, scanned", "AR, scanned", "diffusion", SCANNED),
+    ("diffusion, scanned, remat full", "AR, scanned, remat full", "diffusion", FULL),
 )
 BATCHES = (1, 8, 64)
 LENGTHS = (512, 1024, 2048, 4096)
