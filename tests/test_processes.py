@@ -1,0 +1,29 @@
+"""A pod's processes give what one process gives, which `python -m tests.topologies` shows in full."""
+
+import pytest
+
+from tests.topologies import GROUPS, Topology, compare, outcome
+
+
+@pytest.mark.parametrize(
+    ("objective", "mesh", "topology"),
+    [
+        ("diffusion", "8 data", Topology(4, 2)),
+        pytest.param("autoregressive", "8 data", Topology(4, 2), marks=pytest.mark.slow),
+        # Two processes hold each data shard.
+        pytest.param(
+            "diffusion", "2 data x 4 model", GROUPS["2 data x 4 model"][2], marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_losses_and_predictions_do_not_depend_on_how_many_processes_there_are(
+    objective, mesh, topology, tmp_path
+):
+    expected = outcome(GROUPS[mesh][0], objective, tmp_path / "one")
+    assert len(expected["losses"]) == 6
+    assert expected["losses"][-1] < expected["losses"][0]
+    # 11 and 50 examples in batches of 8: the last are not full.
+    assert (len(expected["eval"]), len(expected["infer"])) == (11, 50)
+    differences = compare(outcome(topology, objective, tmp_path / "several"), expected)
+    assert differences["same"], differences
