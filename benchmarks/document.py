@@ -32,7 +32,11 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "input": (),
     "startup": (),
     "runtime_overhead": (),
-    "decode_quality": (),
+    "decode_quality": (
+        "--examples=256",
+        "--settings",
+        *("objective", "stop_unchanged", "active_set", "halve", "fast"),
+    ),
     "tpu": (),
 }
 

@@ -1,4 +1,4 @@
-"""A pod's processes give what one process gives, which `python -m tests.topologies` shows in full."""
+"""A pod gives what one process gives; `python -m tests.topologies` shows it in full."""
 
 import pytest
 
