@@ -56,16 +56,28 @@ SIZES = {
 }
 TOPOLOGY = "v5p:2x2x4"
 TRAIN_BATCH, TRAIN_LENGTH = 128, 1024
-# Name, what it is compared with, objective, fields of `TransformerConfig`.
+# Name, what it is compared with, objective, and settings of `workloads.our_model`. `LARGE_BLOCKS`
+# are blocks for a chip that holds them: 128 positions of each text, and attention of 8 texts.
 SCANNED = {"scan_layers": True}
-FULL = {**SCANNED, "remat": "full"}
+LARGE_BLOCKS = {
+    **SCANNED,
+    "remat": "full",
+    "block_logits": 2**25,
+    "attention_block_logits": 2**27,
+}
 TRAINING = (
     ("AR", "T5X, AR", "autoregressive", {}),
     ("AR, scanned", "T5X, AR", "autoregressive", SCANNED),
     ("AR, scanned, remat dots", "T5X, AR", "autoregressive", {**SCANNED, "remat": "dots"}),
-    ("AR, scanned, remat full", "T5X, AR", "autoregressive", FULL),
+    ("AR, scanned, remat full", "T5X, AR", "autoregressive", {**SCANNED, "remat": "full"}),
+    ("AR, scanned, remat full, large blocks", "T5X, AR", "autoregressive", LARGE_BLOCKS),
     ("diffusion, scanned", "AR, scanned", "diffusion", SCANNED),
-    ("diffusion, scanned, remat full", "AR, scanned, remat full", "diffusion", FULL),
+    (
+        "diffusion, scanned, remat full, large blocks",
+        "AR, scanned, remat full, large blocks",
+        "diffusion",
+        LARGE_BLOCKS,
+    ),
 )
 BATCHES = (1, 8, 64)
 LENGTHS = (512, 1024, 2048, 4096)

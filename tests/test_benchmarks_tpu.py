@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import gin
 from benchmarks import tpu, tpu_programs
 from benchmarks.workloads import Shape
+from diffusion_t5x import gin_utils, models
 
 TINY = Shape(vocab_size=50, embed_dim=8, num_layers=3, num_heads=2, head_dim=4, mlp_dim=16)
 
@@ -78,6 +80,16 @@ def test_programs_have_the_shapes_that_they_are_named_for():
     loss, gradients = jax.eval_shape(function, *arguments)
     assert loss.shape == ()
     assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, arguments[0])
+
+
+def test_the_settings_for_tpus_are_those_of_the_benchmark():
+    files = ["models/base.gin", "objectives/diffusion.gin", "runs/pretrain.gin", "settings/tpu.gin"]
+    data = ["MIXTURE_OR_TASK_NAME='x'", "MODEL_DIR='x'", "TASK_FEATURE_LENGTHS={'targets': 8}"]
+    gin_utils.parse_config(files, data)
+    model = gin.get_configurable(models.Model)()
+    set_so = dataclasses.asdict(model.module.config)
+    set_so["block_logits"] = model.objective.cross_entropy.block_logits
+    assert {name: set_so[name] for name in tpu.LARGE_BLOCKS} == tpu.LARGE_BLOCKS
 
 
 def test_parameters_are_cast_and_nothing_else():
