@@ -169,8 +169,11 @@ def _num_blocks(
     """Into how many blocks of rows to split, so that few enough attention logits are alive.
 
     Blocks take an equal share of the rows of each data-parallel part, so that none moves; where it
-    cannot be told how many parts there are, rows stay together.
+    cannot be told how many parts there are, rows stay together. So do they where there is one
+    query, as its logits are fewer than the numbers of a cache, which blocks would copy.
     """
+    if query_key[0] == 1:
+        return 1
     mesh = jax.sharding.get_abstract_mesh()
     [axes] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
     axes = axes if isinstance(axes, tuple) else (axes,)
