@@ -55,18 +55,21 @@ def read_canvas(
     greedy = isinstance(temperature, int | float) and temperature == 0
 
     def read(logits: Array, canvas: Array, rng: Array) -> CanvasReadout:
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        # Sums over the vocabulary and single logits are kept, never all log-probabilities.
+        top = jnp.max(logits, axis=-1)
+        below = logits - top[..., None]
+        total = jnp.sum(jnp.exp(below), axis=-1)
+        log_total = jnp.log(total)
         argmax = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         drawn = argmax
         if not greedy:
             drawn = jax.random.categorical(rng, logits / temperature, axis=-1).astype(jnp.int32)
 
-        def of(tokens: Array) -> Array:
-            return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+        def log_prob(tokens: Array) -> Array:
+            logit = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+            return logit - top - log_total
 
-        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return CanvasReadout(
-            drawn, argmax, of(drawn), jnp.max(log_probs, axis=-1), of(canvas), entropy
-        )
+        entropy = log_total - jnp.sum(jnp.exp(below) * below, axis=-1) / total
+        return CanvasReadout(drawn, argmax, log_prob(drawn), -log_total, log_prob(canvas), entropy)
 
     return read_in_blocks(read, hidden, logits_fn, canvas, rng, block_logits)
