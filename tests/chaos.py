@@ -37,7 +37,8 @@ from diffusion_t5x import infer, train
 STEPS = 24
 MODEL = [
     "--gin_file=models/tiny.gin", "--gin_file=objectives/diffusion.gin",
-    "--gin.vocabularies.get_vocabulary.name=bytes", "--gin.VOCAB_SIZE=296",
+    "--gin.vocabularies.get_vocabulary.name=bytes",
+    "--gin.vocabularies.get_vocabulary.extra_ids=0", "--gin.VOCAB_SIZE=296",
     "--gin.config.TransformerConfig.embed_dim=16", "--gin.config.TransformerConfig.mlp_dim=16",
     "--gin.config.TransformerConfig.num_heads=2", "--gin.config.TransformerConfig.head_dim=4",
     "--gin.config.TransformerConfig.num_layers=1", "--gin.NUM_STEPS=2", "--gin.NUM_SAMPLES=2",

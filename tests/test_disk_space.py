@@ -90,7 +90,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("size", "file"),
-    [(200_000, "process_0"), (5_000, "checkpoint_4"), (1_000, "model-info.txt")],
+    [(200_000, "shard-00000-of-00001"), (5_000, "checkpoint_4"), (1_000, "model-info.txt")],
     ids=["data position", "arrays", "what a run says of itself"],
 )
 def test_a_run_that_cannot_write_stops_and_goes_on_once_it_can(tmp_path, straight, size, file):

@@ -8,7 +8,8 @@ from tests.topologies import GROUPS, Topology, compare, outcome
 @pytest.mark.parametrize(
     ("objective", "mesh", "topology"),
     [
-        ("diffusion", "8 data", Topology(4, 2)),
+        ("diffusion", "8 data", Topology(2, 4)),
+        pytest.param("diffusion", "8 data", Topology(4, 2), marks=pytest.mark.slow),
         pytest.param("autoregressive", "8 data", Topology(4, 2), marks=pytest.mark.slow),
         # Two processes hold each data shard.
         pytest.param(

@@ -116,6 +116,7 @@ def test_where_one_of_two_processes_hangs_the_other_ends_and_tells_where_it_was(
         "--gin_file=models/tiny.gin", "--gin_file=objectives/diffusion.gin",
         "--gin_file=runs/pretrain.gin", "--gin.MIXTURE_OR_TASK_NAME=toy_copy",
         "--gin.MIXTURE_OR_TASK_MODULE=register_toy", "--gin.vocabularies.get_vocabulary.name=bytes",
+        "--gin.vocabularies.get_vocabulary.extra_ids=0",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 6, 'targets': 6}", "--gin.BATCH_SIZE=8",
         "--gin.TRAIN_STEPS=100000", "--gin.EVAL_PERIOD=100000", "--gin.CHECKPOINT_PERIOD=5",
         "--gin.config.TransformerConfig.num_layers=1", f"--gin.MODEL_DIR={run}",

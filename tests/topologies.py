@@ -32,6 +32,7 @@ STEPS = 6
 TOLERANCE = 1e-4  # relative, of losses and gradient norms; sums are made in other orders
 MODEL = [
     "--gin_file=models/tiny.gin", "--gin.vocabularies.get_vocabulary.name=bytes",
+    "--gin.vocabularies.get_vocabulary.extra_ids=0",
     "--gin.VOCAB_SIZE=296", "--gin.config.TransformerConfig.embed_dim=16",
     "--gin.config.TransformerConfig.mlp_dim=16", "--gin.config.TransformerConfig.num_heads=4",
     "--gin.config.TransformerConfig.head_dim=4", "--gin.config.TransformerConfig.num_layers=1",

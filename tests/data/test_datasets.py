@@ -250,14 +250,16 @@ def test_a_mixture_is_found_as_a_task_is():
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
     cfg = dataclasses.replace(toy.dataset_cfg(), split="dev")
-    with pytest.raises(ValueError, match=r"split = 'dev'.*'toy_copy'.*'test', 'train', 'valid"):
+    with pytest.raises(ValueError, match=r"split = 'dev'.*'toy_copy'.*test, train, validation"):
         datasets.get_dataset(cfg, CanvasFeatureConverter)
 
 
 @pytest.mark.parametrize("lengths", [{"inputs": 6}, {}, None])
 def test_missing_lengths_are_named(lengths):
     cfg = dataclasses.replace(toy.dataset_cfg(), task_feature_lengths=lengths)
-    with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS = .* lacks .*'targets'"):
+    with pytest.raises(
+        ValueError, match=r"TASK_FEATURE_LENGTHS = .* lacks .*targets, of task 'toy_copy'"
+    ):
         datasets.get_dataset(cfg, CanvasFeatureConverter)
 
 
