@@ -186,10 +186,6 @@ class Checkpointer:
         if self._manager.failure is not None:
             raise self._manager.failure
 
-    def latest_step(self) -> int | None:
-        """The last step saved, or None."""
-        return self._manager.latest_step()
-
     def all_steps(self) -> list[int]:
         """All steps there are, ascending."""
         return sorted(self._manager.all_steps())
