@@ -89,6 +89,25 @@ class Job:
             for name, shape in self.shapes.items()
         }
 
+    def state(self) -> TrainState:
+        """Shapes and shardings of the state."""
+        return abstract_train_state(self.model, self.partitioner, self.shapes, self.types)
+
+    def compile(self) -> Any:
+        """The step, a `jax.stages.Compiled`.
+
+        Raises:
+          ValueError: if the devices do not divide the batch or an array.
+          jax.errors.JaxRuntimeError: if the compiler refuses, as for want of memory.
+        """
+        state, batch = self.state(), self.batch()
+        trainer = self.trainer(state)
+        metrics = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.partitioner.replicated),
+            trainer.metric_shapes(state, batch),
+        )
+        return trainer.step.lower(state, metrics, batch).compile()
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -192,12 +211,7 @@ def compile_step(job: Job) -> Report:
     Raises:
       ValueError: if the devices do not divide the batch or an array.
     """
-    state = abstract_train_state(job.model, job.partitioner, job.shapes, job.types)
-    trainer, batch = job.trainer(state), job.batch()
-    metrics = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=job.partitioner.replicated),
-        trainer.metric_shapes(state, batch),
-    )
+    state = job.state()
     device = job.partitioner.mesh.devices.flat[0]
     known = {
         "device": device.device_kind,
@@ -205,12 +219,12 @@ def compile_step(job: Job) -> Report:
         "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "parameters": _bytes(state.params),
         "optimizer": _bytes((state.step, state.opt_state)),
-        "batch": _bytes(batch),
+        "batch": _bytes(job.batch()),
         "limit": device_memory(device),
         "changed": dict(job.changed),
     }
     try:
-        compiled = trainer.step.lower(state, metrics, batch).compile()
+        compiled = job.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -205,6 +205,8 @@ class Model:
             rngs=rngs(rng),
         )
 
+        weights = apply(module.output_weights, batch["encoder_input_tokens"].shape[0])
+
         def bind(context: Any, batch_size: int) -> BoundNetwork:
             return BoundNetwork(
                 batch_size=batch_size,
@@ -217,7 +219,7 @@ class Model:
                     deterministic=deterministic,
                     rngs=rngs(rng),
                 ),
-                logits=lambda hidden: apply(module.logits, hidden),
+                logits=lambda hidden: apply(module.logits, hidden, weights),
                 prefill=lambda length, repeats: apply(
                     module.prefill, context, pattern, length, repeats
                 ),

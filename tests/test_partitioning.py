@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -226,3 +227,54 @@ def test_blocks_of_attention_move_no_row_to_another_device():
     assert loops > no_loops
     assert gathers == 0
     assert blocks_of_two_axes == 2  # eight parts of two rows each
+
+
+_RESTORED = """
+import json, sys
+import jax
+import numpy as np
+sys.path.insert(0, {tests!r})
+import toy
+from diffusion_t5x import optimizers
+from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
+from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.train_state import abstract_train_state, create_train_state
+
+tokens = np.random.default_rng(0).integers(1, 250, (8, 6)).astype(np.int32)
+shapes = {{name: (1, 6) for name in (
+    "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")}}
+model = toy.model(optimizer=optimizers.adafactor(min_dim_size_to_factor=4))
+out = []
+for devices, partitions, dims in ((8, 1, 1), (8, 4, 2), (4, 2, 1), (1, 1, 1)):
+    checkpointer = Checkpointer({directory!r}, SaveCheckpointConfig())
+    rules = standard_logical_axis_rules(dims, dims)
+    partitioner = PjitPartitioner(partitions, rules, jax.devices()[:devices])
+    if out:
+        state = checkpointer.restore(abstract_train_state(model, partitioner, shapes, {{}}))
+    else:
+        state = create_train_state(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
+        checkpointer.save(state)
+    checkpointer.close()
+    apply = partitioner.jit(
+        lambda p, tokens: model.module.apply({{"params": p}}, tokens, tokens, "bidirectional")
+    )
+    kernel = state.params["decoder"]["layers_0"]["mlp"]["wo"]["kernel"]
+    out.append({{
+        "logits": np.asarray(apply(state.params, tokens)).tolist(),
+        "state": [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state)],
+        "devices": len(kernel.sharding.device_set),
+        "shard": kernel.sharding.shard_shape(kernel.shape),
+    }})
+print(json.dumps(out))
+"""
+
+
+def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits(tmp_path):
+    first, *others = _on_eight_devices(
+        _RESTORED.format(tests=os.path.dirname(__file__), directory=str(tmp_path))
+    )
+    assert [other["devices"] for other in others] == [8, 4, 1]
+    assert [other["shard"] for other in others] == [[4, 8], [8, 16], [16, 16]]
+    for other in others:
+        assert other["state"] == first["state"]
+        assert np.allclose(other["logits"], first["logits"], rtol=1e-5, atol=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.data_parts import count_parts, for_each_part
 
 Array = jax.Array
 
@@ -55,11 +55,12 @@ class RelativePositionBias(nn.Module):
     num_buckets: int
 
     @nn.compact
-    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
-        """Positions of queries and `[keys]` of keys, int32 -> bias `[1, heads, queries, keys]`.
+    def __call__(self, query_positions: Array, key_positions: Array, batch_size: int) -> Array:
+        """Positions of queries and `[keys]` of keys, int32 -> bias `[parts, heads, queries, keys]`.
 
         Positions are shared by the whole batch: rows are laid out so that the distance between
-        two tokens of a text is the distance of their indices (see `layout.py`). Where each row
+        two tokens of a text is the distance of their indices (see `layout.py`). Each data-parallel
+        part of the `batch_size` rows has the bias to itself (see `data_parts.py`). Where each row
         has queries of its own, `[batch, queries]`, so has the bias: `[batch, heads, ...]`.
         """
         config = self.config
@@ -75,7 +76,10 @@ class RelativePositionBias(nn.Module):
             num_buckets=self.num_buckets,
             max_distance=config.relative_max_distance,
         )
-        return jnp.moveaxis(table[:, bucket], 0, 1).astype(config.dtype)
+        if query_positions.ndim == 2:
+            return jnp.moveaxis(table[:, bucket], 0, 1).astype(config.dtype)
+        tables = for_each_part(table, ("heads", "relpos_buckets"), batch_size)
+        return tables[:, :, bucket[0]].astype(config.dtype)
 
 
 @flax.struct.dataclass
@@ -130,7 +134,8 @@ class MultiHeadAttention(nn.Module):
             share have `batch / n` rows, and row `i` serves rows `i * n ... i * n + n - 1` of `x`.
           mask: bool, broadcasting to `[batch, queries, keys]`; False is not seen. `keys` counts
             those of all memories.
-          bias: added to the attention logits, broadcasting to `[batch, heads, queries, keys]`.
+          bias: `[groups, heads, queries, keys]`, added to the attention logits; row `i` has that of
+            group `i * groups // batch`.
           deterministic: no dropout.
         """
         config = self.config
@@ -174,11 +179,8 @@ def _num_blocks(
     """
     if query_key[0] == 1:
         return 1
-    mesh = jax.sharding.get_abstract_mesh()
-    [axes] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    if rows % parts or (mesh.empty and jax.device_count() > 1):
+    parts = count_parts()
+    if parts is None or rows % parts:
         return 1
     of_part = rows // parts
     logits = batch_size // parts * config.num_heads * query_key[0] * query_key[1]
@@ -212,7 +214,7 @@ def _attend_in_blocks(
         return jnp.moveaxis(x, 0, 1).reshape(query.shape)
 
     def split_own(x: Array | None) -> Array | None:
-        return None if x is None or x.shape[0] == 1 else split(x)
+        return None if x is None or x.shape[0] < query.shape[0] else split(x)
 
     rngs = None if dropout is None else jax.random.split(dropout.rng, num_blocks)
 
@@ -244,9 +246,7 @@ def _attend(
     # [rows, heads, n, queries, keys]
     logits = jnp.concatenate([_dot_keys(grouped, m.keys) for m in memories], axis=-1)
     if bias is not None:
-        bias_rows = 1 if bias.shape[0] == 1 else rows
-        bias = bias.reshape(bias_rows, -1, *bias.shape[1:])
-        logits = logits + jnp.moveaxis(bias, 1, 2)
+        logits = _add_bias(logits, bias)
     mask_rows = 1 if mask.shape[0] == 1 else rows
     mask = mask.reshape(mask_rows, 1, -1, *mask.shape[1:])
     logits = jnp.where(mask, logits, MASKED)
@@ -257,6 +257,16 @@ def _attend(
     parts = jnp.split(weights, ends[:-1], axis=-1)
     mixed = sum(_mix_values(w, m.values) for w, m in zip(parts, memories, strict=True))
     return mixed.reshape(query.shape)
+
+
+def _add_bias(logits: Array, bias: Array) -> Array:
+    """`[rows, heads, n, queries, keys]` plus `[groups, heads, queries, keys]`, `rows * n` rows."""
+    rows, _, n, *_ = logits.shape
+    groups = bias.shape[0]
+    if groups > rows:
+        return logits + jnp.moveaxis(bias.reshape(rows, n, *bias.shape[1:]), 1, 2)
+    grouped = logits.reshape(groups, rows // groups, *logits.shape[1:])
+    return (grouped + bias[:, None, :, None]).reshape(logits.shape)
 
 
 def _dot_keys(query: Array, keys: Array) -> Array:

@@ -190,6 +190,17 @@ class DecoderOnly(nn.Module):
         cache, hidden = append(self, cache, tokens[:, None])
         return cache, hidden[:, 0]
 
-    def logits(self, hidden: Array) -> Array:
-        """`hidden [..., embed] -> [..., vocab]`, float32."""
-        return self.token_embedder.logits(hidden)
+    def output_weights(self, batch_size: int) -> Array:
+        """What `logits` multiplies by; see `TokenEmbedding.output_weights`."""
+        return self.token_embedder.output_weights(batch_size)
+
+    def logits(self, hidden: Array, weights: Array | None = None) -> Array:
+        """`hidden [batch, ..., embed] -> [batch, ..., vocab]`, float32.
+
+        Args:
+          hidden: of a stack.
+          weights: `output_weights`, for what reads logits more than once.
+        """
+        if weights is None:
+            weights = self.output_weights(hidden.shape[0])
+        return self.token_embedder.logits(hidden, weights)

@@ -17,6 +17,7 @@ from diffusion_t5x.networks.attention import (
     project,
 )
 from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
+from diffusion_t5x.networks.data_parts import for_each_part
 
 Array = jax.Array
 HIDDEN_AXES = ("batch", "length", "embed")
@@ -121,15 +122,24 @@ class TokenEmbedding(nn.Module):
         x = self.dropout(x, deterministic=deterministic)
         return nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
 
-    def logits(self, hidden: Array) -> Array:
-        """`hidden [..., embed] -> [..., vocab]`, float32."""
-        hidden = hidden.astype(jnp.float32)
+    def output_weights(self, batch_size: int) -> Array:
+        """What `logits` multiplies by, for each data-parallel part of `batch_size` rows.
+
+        Returns:
+          `[parts, vocab, embed]` of tied logits, else `[parts, embed, vocab]`.
+        """
         if self.config.tied_logits:
-            hidden = hidden / jnp.sqrt(self.config.embed_dim)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            logits = jnp.einsum("ne,ve->nv", flat, self.embedding)
-            return logits.reshape(*hidden.shape[:-1], -1)
-        return project(hidden, self.logits_kernel)
+            return for_each_part(self.embedding, ("vocab", "embed"), batch_size)
+        return for_each_part(self.logits_kernel, ("embed", "vocab"), batch_size)
+
+    def logits(self, hidden: Array, weights: Array) -> Array:
+        """`hidden [batch, ..., embed] -> [batch, ..., vocab]`, float32; `weights` as above."""
+        tied = self.config.tied_logits
+        flat = hidden.astype(jnp.float32).reshape(weights.shape[0], -1, hidden.shape[-1])
+        if tied:
+            flat = flat / jnp.sqrt(self.config.embed_dim)
+        logits = jnp.einsum("pne,pve->pnv" if tied else "pne,pev->pnv", flat, weights)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
 
 @flax.struct.dataclass
@@ -138,7 +148,7 @@ class Attended:
 
     Attributes:
       mask: `[batch or 1, queries, keys]` bool, for self-attention.
-      bias: `[batch or 1, heads, queries, keys]`; None where each layer has its own.
+      bias: `[groups, heads, queries, keys]`; None where each layer has its own.
       positions: of queries `[queries]` or `[batch, queries]`, and of keys `[keys]`, int32.
       encoded: `[batch, encoder_length, embed]`, or None without cross-attention or where the
         cache already holds its keys and values.
@@ -225,7 +235,7 @@ class TransformerLayer(nn.Module):
         bias = attended.bias
         if bias is None:
             bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
-                *attended.positions
+                *attended.positions, x.shape[0]
             )
         y = attention(y, memories, attended.mask, bias, deterministic=deterministic)
         x = x + dropout(y, deterministic=deterministic)
@@ -295,7 +305,9 @@ class Stack(nn.Module):
         positions = query_positions, key_positions
         bias = None
         if not config.relative_bias_per_layer:
-            bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(*positions)
+            bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
+                *positions, x.shape[0]
+            )
         attended = Attended(mask, bias, positions, encoded, encoded_mask, index)
         layer = TransformerLayer
         if config.remat != "none":
