@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
+from diffusion_t5x.networks import flash_attention
 from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.devices import parts_of
 
 Array = jax.Array
 
-MASKED = -1e10
+MASKED = flash_attention.MASKED
 
 
 def relative_position_bucket(distance: Array, *, num_buckets: int, max_distance: int) -> Array:
@@ -119,6 +121,7 @@ class MultiHeadAttention(nn.Module):
         memories: Sequence[LayerCache],
         mask: Array,
         bias: Array | None,
+        tables: Sequence[Array] | None,
         *,
         deterministic: bool,
     ) -> Array:
@@ -131,6 +134,7 @@ class MultiHeadAttention(nn.Module):
           mask: bool, broadcasting to `[batch, queries, keys]`; False is not seen. `keys` counts
             those of all memories.
           bias: added to the attention logits, broadcasting to `[batch, heads, queries, keys]`.
+          tables: the same bias by distance, for each memory (see `flash_attention`), or None.
           deterministic: no dropout.
         """
         config = self.config
@@ -140,8 +144,11 @@ class MultiHeadAttention(nn.Module):
         if config.dropout_rate and not deterministic:
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         num_blocks = _num_blocks(rows, config, query.shape[0], mask.shape[-2:])
-        mixed = _attend_in_blocks(num_blocks, rows, query, memories, mask, bias, dropout)
-        return self.out(mixed)
+        attend = functools.partial(_attend_in_blocks, num_blocks, rows, dropout)
+        known = bias is None or tables is not None
+        if config.attention_kernel == "fused" and dropout is None and known:
+            attend = functools.partial(flash_attention.attend, attend, tables)
+        return self.out(attend(query, memories, mask, bias))
 
 
 @flax.struct.dataclass
@@ -174,11 +181,8 @@ def _num_blocks(
     """
     if query_key[0] == 1:
         return 1
-    mesh = jax.sharding.get_abstract_mesh()
-    [axes] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    if rows % parts or (mesh.empty and jax.device_count() > 1):
+    parts = parts_of("batch")
+    if parts is None or rows % parts:
         return 1
     of_part = rows // parts
     logits = batch_size // parts * config.num_heads * query_key[0] * query_key[1]
@@ -189,11 +193,11 @@ def _num_blocks(
 def _attend_in_blocks(
     num_blocks: int,
     rows: int,
+    dropout: Dropout | None,
     query: Array,
     memories: Sequence[LayerCache],
     mask: Array,
     bias: Array | None,
-    dropout: Dropout | None,
 ) -> Array:
     """`_attend`, one block of `rows` after the other, their weights computed again for gradients.
 
