@@ -64,6 +64,21 @@ def read_groups(read: Callable[[Array, Array, Array], Any], logits: Array) -> An
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), results)
 
 
+def first_largest(below: Array, tokens: Array, inside: Array | bool = True) -> Array:
+    """The first of the tokens with the largest logit of all: float32, infinity where there is none.
+
+    XLA reads logits once for this and for sums, unlike for an argmax; and for results of one type,
+    so that tokens are counted in float32, which holds them up to 2**24 exactly.
+
+    Args:
+      below: logits minus the largest of each position, `[..., tokens]`.
+      tokens: int32, broadcasts to `below`.
+      inside: which of them are looked at.
+    """
+    largest = inside & (below >= 0)
+    return jnp.min(jnp.where(largest, tokens.astype(jnp.float32), jnp.inf), axis=-1)
+
+
 def draw_tokens(rng: Array, logits: Array, totals: Array, temperature: Array | float) -> Array:
     """A draw from softmax(logits / temperature): of a group first, then of a token in it.
 

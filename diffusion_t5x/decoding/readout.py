@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.drawing import draw_tokens, read_groups
+from diffusion_t5x.drawing import draw_tokens, first_largest, read_groups
 from diffusion_t5x.losses import read_in_blocks
 
 Array = jax.Array
@@ -100,9 +100,7 @@ def _group_sums(
     def total(x: Array) -> Array:
         return jnp.sum(jnp.where(inside, x, 0), axis=-1)
 
-    # In float32, which holds tokens up to 2**24 exactly: XLA reads once for results of one type.
-    largest = inside & (below >= 0)
-    first = jnp.min(jnp.where(largest, tokens.astype(jnp.float32), jnp.inf), axis=-1)
+    first = first_largest(below, tokens, inside)
     likelihoods = jnp.exp(below)
     tempered = None if temperature is None else total(jnp.exp(below / temperature))
     return first, total(likelihoods), total(likelihoods * below), tempered
