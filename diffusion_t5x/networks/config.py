@@ -38,8 +38,8 @@ class TransformerConfig:
       attention_block_logits: attention logits that a device may have alive at once. More are
         computed in blocks of rows, and again for the gradient, which keeps none of them.
       attention_kernel: 'xla', or 'fused' for one kernel that keeps no attention logits in main
-        memory, on TPUs and where it applies (see `flash_attention.applies`); else, and for
-        gradients, that is as 'xla'.
+        memory, on TPUs from v5 on and where `flash_attention.applies`; elsewhere, with dropout, and
+        for gradients, that is as 'xla'.
       scan_layers: compile one layer and scan over it; parameters get a leading `layers` axis.
       relative_buckets: buckets of relative distances, half of them backwards, half forwards.
         Causal attention never asks for the forward half, so that a network pretrained causally

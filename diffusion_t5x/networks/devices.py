@@ -1,4 +1,4 @@
-"""Among how many devices the arrays of a network are split."""
+"""What devices a network runs on, and among how many its arrays are split."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def parts_of(logical_axis: str) -> int | None:
     axes = mesh_axes(logical_axis)
     axes = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+
+
+def device_kind() -> str:
+    """What JAX calls the devices, such as 'TPU v5 lite', 'NVIDIA H100 80GB HBM3' or 'cpu'."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.devices()[0] if device is None else device).device_kind

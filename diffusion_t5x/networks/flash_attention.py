@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from diffusion_t5x.networks.devices import mesh_axes, parts_of
+from diffusion_t5x.networks.devices import device_kind, mesh_axes, parts_of
 
 Array = jax.Array
 by_platform = jax.lax.platform_dependent
@@ -52,8 +52,11 @@ def applies(query: Array, memories: Sequence[Any]) -> bool:
 
     There must be more than one query, as a single one is better served by reading its keys once.
     The heads of a device must fill registers: several share 128 lanes, or one takes several times
-    as many. And rows and heads must be split evenly among devices.
+    as many. Rows and heads must be split evenly among devices. And TPUs before v5 cannot shift each
+    row of a register by another number of places.
     """
+    if device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
+        return False
     _, queries, num_heads, head_dim = query.shape
     parts, head_parts = parts_of("batch"), parts_of("heads")
     if queries == 1 or parts is None or head_parts is None:

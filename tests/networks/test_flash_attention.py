@@ -241,6 +241,13 @@ def test_it_applies_where_heads_fill_registers_and_there_are_several_queries(
     assert flash_attention.applies(query, [LayerCache(keys, keys)]) is expected
 
 
+def test_tpus_before_v5_are_left_to_xla(monkeypatch):
+    keys = jnp.zeros((2, 3, 2, 64))
+    for kind, expected in (("TPU v4", False), ("TPU v5 lite", True), ("TPU v5", True)):
+        monkeypatch.setattr(flash_attention, "device_kind", lambda kind=kind: kind)
+        assert flash_attention.applies(keys, [LayerCache(keys, keys)]) is expected
+
+
 def test_dropout_and_positions_of_each_row_are_left_to_xla(interpreted):
     params, _, fused = _networks(DecoderOnly, dropout_rate=0.1)
 
