@@ -57,28 +57,32 @@ SIZES = {
 TOPOLOGY = "v5p:2x2x4"
 TRAIN_BATCH, TRAIN_LENGTH = 128, 1024
 # Name, what it is compared with, objective, and settings of `workloads.our_model`. `LARGE_BLOCKS`
-# are blocks for a chip that holds them: 128 positions of each text, and attention of 8 texts.
+# are blocks for a chip that holds them, 128 positions of each text, and attention of 8 texts, with
+# the kernel of `networks.flash_attention`.
 SCANNED = {"scan_layers": True}
 LARGE_BLOCKS = {
     **SCANNED,
     "remat": "full",
     "block_logits": 2**25,
     "attention_block_logits": 2**27,
+    "attention_kernel": "fused",
 }
 TRAINING = (
     ("AR", "T5X, AR", "autoregressive", {}),
     ("AR, scanned", "T5X, AR", "autoregressive", SCANNED),
     ("AR, scanned, remat dots", "T5X, AR", "autoregressive", {**SCANNED, "remat": "dots"}),
     ("AR, scanned, remat full", "T5X, AR", "autoregressive", {**SCANNED, "remat": "full"}),
-    ("AR, scanned, remat full, large blocks", "T5X, AR", "autoregressive", LARGE_BLOCKS),
+    ("AR, scanned, remat full, large blocks, kernel", "T5X, AR", "autoregressive", LARGE_BLOCKS),
     ("diffusion, scanned", "AR, scanned", "diffusion", SCANNED),
     (
-        "diffusion, scanned, remat full, large blocks",
-        "AR, scanned, remat full, large blocks",
+        "diffusion, scanned, remat full, large blocks, kernel",
+        "AR, scanned, remat full, large blocks, kernel",
         "diffusion",
         LARGE_BLOCKS,
     ),
 )
+# Of a denoising step: the kernel, and blocks of 512 positions.
+DECODING = {"attention_kernel": "fused", "block_logits": 2**23}
 BATCHES = (1, 8, 64)
 LENGTHS = (512, 1024, 2048, 4096)
 BLOCK, STEPS = 128, 10
@@ -199,7 +203,8 @@ def measure_decoding(sizes: list[str], batches: list[int], lengths: list[int]) -
                 tokens[length] = _decoding_seconds(token, chip, donated=(1,))
                 whole, block = (
                     _decoding_seconds(
-                        tpu_programs.denoising_step(shape, batch_size, length, canvas), chip
+                        tpu_programs.denoising_step(shape, batch_size, length, canvas, **DECODING),
+                        chip,
                     )
                     for canvas in (length - 1, BLOCK)
                 )

@@ -56,13 +56,16 @@ def token(shape: Shape, batch_size: int, length: int) -> Program:
     return run, jax.eval_shape(arguments)
 
 
-def denoising_step(shape: Shape, batch_size: int, length: int, canvas: int) -> Program:
+def denoising_step(
+    shape: Shape, batch_size: int, length: int, canvas: int, block_logits: int, **config: Any
+) -> Program:
     """One pass over canvases after a prefix, and what it says of each position.
 
     With `canvas == length - 1` it is the paper's step, a pass over all of the text; with less,
-    what comes before the canvas is cached.
+    what comes before the canvas is cached. `block_logits` is the decoder's.
     """
-    model = workloads.our_model(shape, "diffusion", dtype="bfloat16")
+    sampler = {"block_logits": block_logits}
+    model = workloads.our_model(shape, "diffusion", dtype="bfloat16", decoder=sampler, **config)
     module = model.module
     cached = canvas < length - 1
     pattern = "cached_prefix" if cached else model.objective.attention_pattern

@@ -30,8 +30,11 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 def flops(program: Program, instruction: Instruction) -> int:
     """Floating-point operations of the products of matrices in an instruction.
 
-    A multiplication and an addition count as two.
+    A multiplication and an addition count as two. Of a kernel, they are what its author says
+    (`pl.CostEstimate`), 0 where nothing is said.
     """
+    if instruction.opcode == "custom-call":
+        return _said(instruction, "flops") or 0
     total = 0
     for inner in (instruction, *program.inside(instruction)):
         if inner.opcode == "convolution":
@@ -44,7 +47,8 @@ def flops(program: Program, instruction: Instruction) -> int:
 def memory_bytes(program: Program, instruction: Instruction) -> int:
     """Bytes read from and written to main memory; what lies in a chip's fast memory is free.
 
-    Of arrays that are only sliced, the slices count; of those updated in place, the updates.
+    Of arrays that are only sliced, the slices count; of those updated in place, the updates. A
+    kernel may read an array more than once: what its author says counts, if anything.
     """
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0
@@ -64,7 +68,14 @@ def memory_bytes(program: Program, instruction: Instruction) -> int:
     if instruction.opcode == "copy-start":  # Its shape is (result, operand, context).
         return sum(_slow_bytes(part) for part in top_level(instruction.shape)[:2])
     read = sum(_slow_bytes(siblings[name].shape) for name in instruction.operands)
-    return read + _slow_bytes(instruction.shape)
+    said = _said(instruction, "bytes_accessed")
+    return read + _slow_bytes(instruction.shape) if said is None else said
+
+
+def _said(kernel: Instruction, name: str) -> int | None:
+    """A number of a kernel's cost estimate; None where there is none."""
+    found = re.search(rf'"cost_estimate":\{{[^}}]*"{name}":"?(\d+)', kernel.attributes)
+    return int(found.group(1)) if found else None
 
 
 def _slow_bytes(shape: str) -> int:

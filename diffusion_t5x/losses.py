@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_t5x.drawing import first_largest
+
 Array = jax.Array
 LossNormalizingFactor = float | str | None
 # Where a batch has fewer rows, more positions of each are read at once: a product with few
@@ -120,7 +122,9 @@ class CrossEntropy:
         z_loss = self.z_loss * jnp.square(log_z)
         loss += z_loss
         frozen = jax.lax.stop_gradient(logits)
-        argmax = jnp.argmax(frozen, axis=-1).astype(jnp.int32)
+        below = frozen - jnp.max(frozen, axis=-1, keepdims=True)
+        first = first_largest(below, jnp.arange(logits.shape[-1]))
+        argmax = jnp.minimum(first, logits.shape[-1] - 1).astype(jnp.int32)
         tokens = argmax
         if temperature > 0:
             tokens = jax.random.categorical(rng, frozen / temperature, axis=-1).astype(jnp.int32)

@@ -16,7 +16,16 @@ from diffusion_t5x.metric_logs import write_atomically
 FILE = "run.json"
 # How something is computed, or regularised, but not what: these may change as a run goes on.
 FREE = frozenset(
-    {"dropout_rate", "dtype", "remat", "attention_block_logits", "block_logits", "parent", "name"}
+    {
+        "dropout_rate",
+        "dtype",
+        "remat",
+        "attention_block_logits",
+        "attention_kernel",
+        "block_logits",
+        "parent",
+        "name",
+    }
 )
 # Settings by which people know these.
 SETTINGS = {"mixture": "MIXTURE_OR_TASK_NAME", "vocabulary": "VOCABULARY"}

@@ -72,7 +72,7 @@ def test_programs_have_the_shapes_that_they_are_named_for():
     assert cache.visible.shape == (2, 16)
     assert tokens.shape == scores.shape == (2,)
     for canvas in (15, 4):  # all of the text, then its end after a cached beginning
-        function, arguments = tpu_programs.denoising_step(shape, 2, 16, canvas)
+        function, arguments = tpu_programs.denoising_step(shape, 2, 16, canvas, 2**20)
         assert jax.eval_shape(function, *arguments).argmax.shape == (2, canvas)
         cached = "DecodeCache" in type(arguments[1]).__name__
         assert cached == (canvas == 4)
@@ -90,6 +90,8 @@ def test_the_settings_for_tpus_are_those_of_the_benchmark():
     set_so = dataclasses.asdict(model.module.config)
     set_so["block_logits"] = model.objective.cross_entropy.block_logits
     assert {name: set_so[name] for name in tpu.LARGE_BLOCKS} == tpu.LARGE_BLOCKS
+    set_so["block_logits"] = model.decoder.block_logits
+    assert {name: set_so[name] for name in tpu.DECODING} == tpu.DECODING
 
 
 def test_parameters_are_cast_and_nothing_else():

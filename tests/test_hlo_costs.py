@@ -61,6 +61,10 @@ ENTRY %main (a: f32[64,128], b: f32[1,128], i: s32[]) -> f32[1,128] {
   %arrived = f32[64,128]{1,0:S(1)} copy-done(%prefetch)
   %batched = bf16[8,1024,512]{2,1,0} convolution(%x, %y), \
 window={size=8 stride=7 lhs_dilate=8}, dim_labels=0fb_0io->0bf
+  %kernel = bf16[8,64,512]{2,1,0} custom-call(%x, %y), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"TUw=","cost_estimate":{"flops":"77",\
+"transcendentals":"5","bytes_accessed":"999","remote_bytes_transferred":"0"}}}
+  %silent = f32[1,128]{1,0} custom-call(%b), custom_call_target="Sharding"
   ROOT %sum = f32[1,128]{1,0} add(%slice, %b)
 }
 """
@@ -84,6 +88,8 @@ def entry():
         ("arrived", 0),
         ("sum", 4 * 128 * 3),
         ("batched", 2 * (8 * 64 * 1024 + 8 * 64 * 512 + 8 * 1024 * 512)),
+        ("kernel", 999),  # what it says of itself
+        ("silent", 4 * 128 * 2),
         ("a", 0),
     ],
 )
@@ -96,6 +102,12 @@ def test_a_product_of_batches_counts_no_dilation(entry):
     program, instructions = entry
     assert hlo_costs.flops(program, instructions["batched"]) == 2 * 8 * 1024 * 512 * 64
     assert hlo_costs.flops(program, instructions["sum"]) == 0
+
+
+def test_a_kernel_counts_the_operations_that_it_says(entry):
+    program, instructions = entry
+    assert hlo_costs.flops(program, instructions["kernel"]) == 77
+    assert hlo_costs.flops(program, instructions["silent"]) == 0
 
 
 def test_flops_of_products_are_those_of_xla():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_t5x.drawing import draw_tokens, first_largest, read_groups
 from diffusion_t5x.losses import read_in_blocks
 
 Array = jax.Array
@@ -55,21 +57,50 @@ def read_canvas(
     greedy = isinstance(temperature, int | float) and temperature == 0
 
     def read(logits: Array, canvas: Array, rng: Array) -> CanvasReadout:
-        # Sums over the vocabulary and single logits are kept, never all log-probabilities.
+        # Logits are read twice: for the largest, then for sums over groups of tokens. Sums and
+        # single logits are kept, never all log-probabilities.
         top = jnp.max(logits, axis=-1)
-        below = logits - top[..., None]
-        total = jnp.sum(jnp.exp(below), axis=-1)
+        sums = functools.partial(_group_sums, top, None if greedy else temperature)
+        firsts, totals, weighted, tempered = read_groups(sums, logits)
+        first = jnp.min(firsts, axis=-1)
+        argmax = jnp.minimum(first, logits.shape[-1] - 1).astype(jnp.int32)
+        total = jnp.sum(totals, axis=-1)
         log_total = jnp.log(total)
-        argmax = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        drawn = argmax
-        if not greedy:
-            drawn = jax.random.categorical(rng, logits / temperature, axis=-1).astype(jnp.int32)
+        drawn = argmax if greedy else draw_tokens(rng, logits, tempered, temperature)
 
         def log_prob(tokens: Array) -> Array:
             logit = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
             return logit - top - log_total
 
-        entropy = log_total - jnp.sum(jnp.exp(below) * below, axis=-1) / total
+        entropy = log_total - jnp.sum(weighted, axis=-1) / total
         return CanvasReadout(drawn, argmax, log_prob(drawn), -log_total, log_prob(canvas), entropy)
 
     return read_in_blocks(read, hidden, logits_fn, canvas, rng, block_logits)
+
+
+def _group_sums(
+    top: Array, temperature: Array | float | None, logits: Array, tokens: Array, inside: Array
+) -> tuple[Array, Array, Array, Array | None]:
+    """Of a group of tokens: the first that has the largest logit of all, and sums of likelihoods.
+
+    Args:
+      top: the largest logit of each position.
+      temperature: of the draw, or None.
+      logits: `[..., tokens]`; likelihoods are exp(logit - top).
+      tokens: int32.
+      inside: bool, which of them are of the group.
+
+    Returns:
+      The token, float32, or infinity where there is none; sums of likelihoods, of each times its
+      logarithm, and of likelihoods at `temperature`.
+    """
+    missing = logits.ndim - top.ndim
+    below = logits - top.reshape(*top.shape, *[1] * missing)
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(inside, x, 0), axis=-1)
+
+    first = first_largest(below, tokens, inside)
+    likelihoods = jnp.exp(below)
+    tempered = None if temperature is None else total(jnp.exp(below / temperature))
+    return first, total(likelihoods), total(likelihoods * below), tempered

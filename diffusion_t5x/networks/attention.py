@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
+from diffusion_t5x.networks import flash_attention
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.networks.data_parts import count_parts, for_each_part
+from diffusion_t5x.networks.data_parts import for_each_part
+from diffusion_t5x.networks.devices import parts_of
 
 Array = jax.Array
 
-MASKED = -1e10
+MASKED = flash_attention.MASKED
 
 
 def relative_position_bucket(distance: Array, *, num_buckets: int, max_distance: int) -> Array:
@@ -123,6 +126,7 @@ class MultiHeadAttention(nn.Module):
         memories: Sequence[LayerCache],
         mask: Array,
         bias: Array | None,
+        tables: Sequence[Array] | None,
         *,
         deterministic: bool,
     ) -> Array:
@@ -136,6 +140,7 @@ class MultiHeadAttention(nn.Module):
             those of all memories.
           bias: `[groups, heads, queries, keys]`, added to the attention logits; row `i` has that of
             group `i * groups // batch`.
+          tables: the same bias by distance, for each memory (see `flash_attention`), or None.
           deterministic: no dropout.
         """
         config = self.config
@@ -145,8 +150,11 @@ class MultiHeadAttention(nn.Module):
         if config.dropout_rate and not deterministic:
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         num_blocks = _num_blocks(rows, config, query.shape[0], mask.shape[-2:])
-        mixed = _attend_in_blocks(num_blocks, rows, query, memories, mask, bias, dropout)
-        return self.out(mixed)
+        attend = functools.partial(_attend_in_blocks, num_blocks, rows, dropout)
+        known = bias is None or tables is not None
+        if config.attention_kernel == "fused" and dropout is None and known:
+            attend = functools.partial(flash_attention.attend, attend, tables)
+        return self.out(attend(query, memories, mask, bias))
 
 
 @flax.struct.dataclass
@@ -179,7 +187,7 @@ def _num_blocks(
     """
     if query_key[0] == 1:
         return 1
-    parts = count_parts()
+    parts = parts_of("batch")
     if parts is None or rows % parts:
         return 1
     of_part = rows // parts
@@ -191,11 +199,11 @@ def _num_blocks(
 def _attend_in_blocks(
     num_blocks: int,
     rows: int,
+    dropout: Dropout | None,
     query: Array,
     memories: Sequence[LayerCache],
     mask: Array,
     bias: Array | None,
-    dropout: Dropout | None,
 ) -> Array:
     """`_attend`, one block of `rows` after the other, their weights computed again for gradients.
 

@@ -15,6 +15,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+ATTENTION_KERNELS = ("xla", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,9 @@ class TransformerConfig:
       remat: 'none', 'dots' (keep matrix products with weights) or 'full' (keep nothing).
       attention_block_logits: attention logits that a device may have alive at once. More are
         computed in blocks of rows, and again for the gradient, which keeps none of them.
+      attention_kernel: 'xla', or 'fused' for one kernel that keeps no attention logits in main
+        memory, on TPUs from v5 on and where `flash_attention.applies`; elsewhere, with dropout, and
+        for gradients, that is as 'xla'.
       scan_layers: compile one layer and scan over it; parameters get a leading `layers` axis.
       relative_buckets: buckets of relative distances, half of them backwards, half forwards.
         Causal attention never asks for the forward half, so that a network pretrained causally
@@ -61,6 +65,7 @@ class TransformerConfig:
     dtype: str | jnp.dtype = "float32"
     remat: str = "none"
     attention_block_logits: int = 2**20
+    attention_kernel: str = "xla"
     scan_layers: bool = False
     relative_buckets: int = 32
     decoder_relative_buckets: int | None = None
@@ -82,12 +87,14 @@ class TransformerConfig:
                     f"{name.replace('decoder_', 'decoder_relative_')} = {getattr(self, name)}; "
                     "expected an even number of at least 4: half for each direction."
                 )
-        if self.remat not in REMAT_POLICIES:
-            near = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"remat = {self.remat!r} is unknown; did you mean {near!r}? "
-                f"Known: {', '.join(REMAT_POLICIES)}."
-            )
+        for name, known in (("remat", REMAT_POLICIES), ("attention_kernel", ATTENTION_KERNELS)):
+            value = getattr(self, name)
+            if value not in known:
+                near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{name} = {value!r} is unknown; did you mean {near!r}? "
+                    f"Known: {', '.join(known)}."
+                )
         for activation in self.mlp_activations:
             if activation != "linear" and not hasattr(jax.nn, activation):
                 raise ValueError(

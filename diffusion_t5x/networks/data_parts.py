@@ -8,23 +8,13 @@ stays the same.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 
+from diffusion_t5x.networks.devices import parts_of
+
 Array = jax.Array
-
-
-def count_parts() -> int | None:
-    """Data-parallel parts that rows are split over; None where that cannot be told."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty and jax.device_count() > 1:
-        return None
-    [axes] = nn_partitioning.logical_to_mesh_axes(("batch",)) or (None,)
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def for_each_part(weights: Array, axes: tuple[str, ...], rows: int) -> Array:
@@ -33,7 +23,7 @@ def for_each_part(weights: Array, axes: tuple[str, ...], rows: int) -> Array:
     Rows are dealt out in order: row `i` of `rows`, or of a multiple, is of part
     `i * parts // rows`. Where parts cannot be told or do not divide the rows, there is one.
     """
-    parts = count_parts()
+    parts = parts_of("batch")
     if parts is None or parts == 1 or rows % parts:
         return weights[None]
     weights = jnp.broadcast_to(weights, (parts, *weights.shape))

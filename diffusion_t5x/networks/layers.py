@@ -149,6 +149,7 @@ class Attended:
     Attributes:
       mask: `[batch or 1, queries, keys]` bool, for self-attention.
       bias: `[groups, heads, queries, keys]`; None where each layer has its own.
+      tables: the bias by distance, for each memory (see `flash_attention`); None where it is not.
       positions: of queries `[queries]` or `[batch, queries]`, and of keys `[keys]`, int32.
       encoded: `[batch, encoder_length, embed]`, or None without cross-attention or where the
         cache already holds its keys and values.
@@ -158,6 +159,7 @@ class Attended:
 
     mask: Array
     bias: Array | None
+    tables: list[Array] | None
     positions: tuple[Array, Array]
     encoded: Array | None = None
     encoded_mask: Array | None = None
@@ -232,25 +234,47 @@ class TransformerLayer(nn.Module):
         memories = [attention.keys_values(y)]
         if memory is not None:
             memories = memory.extended(memories[0], attended.index)
-        bias = attended.bias
+        bias, tables = attended.bias, attended.tables
         if bias is None:
-            bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
-                *attended.positions, x.shape[0]
+            of_distance = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
+            bias, tables = _position_bias(
+                of_distance, *attended.positions, attended.index, x.shape[0]
             )
-        y = attention(y, memories, attended.mask, bias, deterministic=deterministic)
+        y = attention(y, memories, attended.mask, bias, tables, deterministic=deterministic)
         x = x + dropout(y, deterministic=deterministic)
         encoded = None
         if self.cross_attention:
             cross = MultiHeadAttention(config, name="encoder_decoder_attention")
             y = RMSNorm(config, name="pre_cross_attention_layer_norm")(x)
             encoded = memory.encoded if memory else cross.keys_values(attended.encoded)
-            y = cross(y, [encoded], attended.encoded_mask, None, deterministic=deterministic)
+            y = cross(y, [encoded], attended.encoded_mask, None, None, deterministic=deterministic)
             x = x + dropout(y, deterministic=deterministic)
         y = RMSNorm(config, name="pre_mlp_layer_norm")(x)
         y = GatedMlp(config, name="mlp")(y, deterministic)
         x = x + dropout(y, deterministic=deterministic)
         x = nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
         return x, Memory(memories[-1], encoded) if self.keep_memory else None
+
+
+def _position_bias(
+    bias: RelativePositionBias, queries: Array, keys: Array, index: Array | None, batch_size: int
+) -> tuple[Array, list[Array] | None]:
+    """The bias `[groups, heads, queries, keys]`, and what `flash_attention` needs of it.
+
+    That are tables for each memory, `[heads, queries + keys - 1]`: keys that are cached, unless
+    this call writes into them, and those of the call itself. None where rows have positions of
+    their own.
+    """
+    dense = bias(queries, keys, batch_size)
+    if bias.config.attention_kernel == "xla" or queries.ndim > 1:
+        return dense, None
+    cached = 0 if index is not None else len(keys) - len(queries)
+    tables = []
+    for start, end in ((0, cached), (cached, len(keys))):
+        if start < end:
+            distances = jnp.arange(end - start + len(queries) - 1)
+            tables.append(bias(queries[-1:], keys[start] + distances, 1)[0, :, 0])
+    return dense, tables
 
 
 class Stack(nn.Module):
@@ -290,7 +314,7 @@ class Stack(nn.Module):
           mask: `[batch or 1, length, keys]` bool.
           deterministic: no dropout.
           query_positions: `[length]` or `[batch, length]` int32.
-          key_positions: `[keys]` int32.
+          key_positions: `[keys]` int32; those of a memory follow one another.
           encoded: `[batch, encoder_length, embed]`.
           encoded_mask: `[batch, 1 or length, encoder_length]` bool.
           memory: the layers' caches; a list, or stacked where layers are scanned.
@@ -303,12 +327,11 @@ class Stack(nn.Module):
         """
         config = self.config
         positions = query_positions, key_positions
-        bias = None
+        bias = tables = None
         if not config.relative_bias_per_layer:
-            bias = RelativePositionBias(config, self.num_buckets, name="relpos_bias")(
-                *positions, x.shape[0]
-            )
-        attended = Attended(mask, bias, positions, encoded, encoded_mask, index)
+            of_distance = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
+            bias, tables = _position_bias(of_distance, *positions, index, x.shape[0])
+        attended = Attended(mask, bias, tables, positions, encoded, encoded_mask, index)
         layer = TransformerLayer
         if config.remat != "none":
             layer = nn_partitioning.remat(

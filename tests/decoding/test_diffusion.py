@@ -94,7 +94,8 @@ def test_draws_are_those_of_a_plain_loop_over_steps_with_the_same_keys():
     for rng in jax.random.split(steps_rng, 4):
         log_probs = jax.nn.log_softmax(table[canvas], axis=-1)
         scores = jnp.take_along_axis(log_probs, canvas[..., None], axis=-1)[..., 0].sum(-1)
-        canvas = jax.random.categorical(rng, table[canvas] / 0.7, axis=-1)
+        of_token = jax.random.split(rng)[1]  # The first key is for groups; here there is one.
+        canvas = jax.random.categorical(of_token, table[canvas] / 0.7, axis=-1)
     order = jnp.argsort(scores.reshape(BATCH, 3), axis=1)
     expected = jnp.take_along_axis(canvas.reshape(BATCH, 3, LENGTH), order[..., None], axis=1)
     np.testing.assert_array_equal(decoded.tokens, expected)

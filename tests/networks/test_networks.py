@@ -248,6 +248,8 @@ def test_unknown_names_are_refused_with_the_nearest():
         _hidden(network, params, PREFIX, TARGET, "bidirectinal")
     with pytest.raises(ValueError, match="did you mean 'full'"):
         dataclasses.replace(CONFIG, remat="ful")
+    with pytest.raises(ValueError, match=r"attention_kernel = 'fusd' .* did you mean 'fused'"):
+        dataclasses.replace(CONFIG, attention_kernel="fusd")
     with pytest.raises(ValueError, match="mlp_activations"):
         dataclasses.replace(CONFIG, mlp_activations=("gellu",))
     with pytest.raises(ValueError, match="decoder_relative_buckets = 33; expected an even"):

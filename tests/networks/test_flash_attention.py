@@ -1,0 +1,296 @@
+"""The kernel, as Pallas interprets it, against float64 and against attention by XLA."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_t5x import compiled_program, topologies
+from diffusion_t5x.networks import attention, flash_attention
+from diffusion_t5x.networks.attention import LayerCache
+from diffusion_t5x.networks.cache import grow
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.decoder_only import DecoderOnly
+from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
+from diffusion_t5x.networks.patterns import ATTENTION_PATTERNS, make_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes: of queries, of each memory's rows and keys, of heads, and of the mask's queries."""
+
+    batch: int
+    queries: int
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    heads: tuple[int, int]
+    mask: tuple[int, int]
+    biased: bool = True
+
+
+CASES = {
+    "ragged blocks": Case(2, 37, (2,), (41,), (2, 64), (2, 37)),
+    "prefixes that canvases share": Case(4, 18, (2, 4), (24, 18), (4, 32), (4, 1)),
+    "no bias, a head of two registers": Case(1, 16, (1,), (17,), (1, 256), (1, 16), biased=False),
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel wherever there is no TPU, in small blocks; the list grows with each call."""
+    calls = []
+    real = flash_attention.flash_attention
+
+    def counted(*args):
+        calls.append(args)
+        return real(*args)
+
+    call = functools.partial(flash_attention.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(flash_attention.pl, "pallas_call", call)
+    monkeypatch.setattr(flash_attention, "QUERIES", 16)
+    monkeypatch.setattr(flash_attention, "KEYS", 24)
+    monkeypatch.setattr(flash_attention, "by_platform", lambda *args, tpu, default: tpu(*args))
+    monkeypatch.setattr(flash_attention, "flash_attention", counted)
+    return calls
+
+
+def _arguments(case):
+    """Query, memories, mask and tables, and the bias that these stand for."""
+    rng = np.random.default_rng(0)
+    make = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    query = make(case.batch, case.queries, *case.heads)
+    memories = [
+        LayerCache(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
+        for rows, keys in zip(case.rows, case.keys, strict=True)
+    ]
+    mask = rng.random((*case.mask, sum(case.keys))) < 0.7
+    mask[0, 0] = False  # A query that sees nothing mixes all values alike.
+    if not case.biased:
+        return query, memories, mask, None, None
+    sizes = [case.queries + keys - 1 for keys in case.keys]
+    tables = [jnp.asarray(make(case.heads[0], size)) for size in sizes]
+    bias = np.empty((1, case.heads[0], case.queries, sum(case.keys)), np.float32)
+    start = 0
+    for table, keys in zip(tables, case.keys, strict=True):
+        for i in range(case.queries):
+            for j in range(keys):
+                bias[0, :, i, start + j] = np.asarray(table)[:, j - i + case.queries - 1]
+        start += keys
+    return query, memories, mask, tables, bias
+
+
+def _reference(query, memories, mask, bias, cotangent):
+    """Attention and its gradients (query, keys, values, bias) in float64, by their formulas."""
+    batch = len(query)
+    repeated = lambda x: np.repeat(x.astype(np.float64), batch // len(x), axis=0)  # noqa: E731
+    keys = np.concatenate([repeated(m.keys) for m in memories], axis=1)
+    values = np.concatenate([repeated(m.values) for m in memories], axis=1)
+    logits = np.einsum("bqhd,bkhd->bhqk", query.astype(np.float64), keys)
+    logits += 0 if bias is None else bias
+    seen = np.broadcast_to(mask[:, None], logits.shape)
+    logits = np.where(seen, logits, -1e10)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("bhqk,bkhd->bqhd", weights, values)
+    d_values = np.einsum("bhqk,bqhd->bkhd", weights, cotangent)
+    d_weights = np.einsum("bqhd,bkhd->bhqk", cotangent, values)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * seen
+    d_query = np.einsum("bhqk,bkhd->bqhd", d_logits, keys)
+    d_keys = np.einsum("bhqk,bqhd->bkhd", d_logits, query)
+    gradients, start = [], 0
+    for memory in memories:
+        rows, count = memory.keys.shape[:2]
+        part = slice(start, start + count)
+        summed = lambda x: x.reshape(rows, -1, *x.shape[1:]).sum(1)  # noqa: E731, B023
+        gradients.append(LayerCache(summed(d_keys[:, part]), summed(d_values[:, part])))
+        start += count
+    return mixed, (d_query, gradients, None if bias is None else d_logits.sum(0)[None])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
+    query, memories, mask, tables, bias = _arguments(case)
+    cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
+
+    def by_xla(query, memories, mask, bias):
+        return attention._attend_in_blocks(1, min(case.rows), None, query, memories, mask, bias)
+
+    @jax.jit
+    def run(query, memories, bias):
+        def attend(query, memories, bias):
+            return flash_attention.attend(by_xla, tables, query, memories, mask, bias)
+
+        mixed, pull = jax.vjp(attend, query, memories, bias)
+        return mixed, pull(cotangent)
+
+    mixed, gradients = run(query, memories, bias)
+    assert len(interpreted) == 1
+    expected, expected_gradients = _reference(query, memories, mask, bias, cotangent)
+    np.testing.assert_allclose(mixed, expected, atol=2e-5)
+    for got, wanted in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_of_all_patterns_are_as_by_xla(interpreted, packed):
+    case = Case(2, 40, (2,), (40,), (2, 64), (2, 40))
+    query, memories, _, tables, bias = _arguments(case)
+    segments = np.ones((2, 40), int)
+    segments[0, :5] = 0  # padding
+    if packed:
+        segments[1, 17:] = 2
+    is_prefix = np.broadcast_to(np.arange(40) < 23, segments.shape)
+    fused = jax.jit(lambda mask: flash_attention.flash_attention(query, memories, mask, tables))
+    plain = jax.jit(lambda mask: attention._attend(query, memories, mask, bias, None))
+    for pattern in ATTENTION_PATTERNS:
+        mask = make_mask(pattern, segments, is_prefix)
+        np.testing.assert_allclose(fused(mask), plain(mask), atol=2e-5, err_msg=pattern)
+    assert interpreted
+
+
+CONFIG = TransformerConfig(
+    vocab_size=17, embed_dim=16, num_heads=2, num_layers=1, head_dim=64, mlp_dim=24
+)
+PREFIX = np.array([[5, 6, 7, 8, 9, 2, 3], [3, 4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
+CANVASES = np.random.default_rng(0).integers(0, 17, (6, 8))
+
+
+def _networks(network_class, **overrides):
+    """The same parameters, with and without the kernel."""
+    config = dataclasses.replace(CONFIG, **overrides)
+    network = network_class(config)
+    init = jax.jit(lambda: network.init(jax.random.PRNGKey(0), PREFIX, CANVASES[:3], "causal"))
+    params = init()["params"]
+    fused = network_class(dataclasses.replace(config, attention_kernel="fused"))
+    return params, network, fused
+
+
+def test_a_network_and_its_gradient_are_as_without_the_kernel(interpreted):
+    params, *networks = _networks(
+        DecoderOnly, relative_bias_per_layer=True, scan_layers=True, remat="full"
+    )
+
+    def loss(network, params):
+        logits = network.apply({"params": params}, PREFIX, CANVASES[:3], "causal")
+        return jnp.mean(jnp.sin(logits)), logits
+
+    results = []
+    for network in networks:
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, network), has_aux=True))
+        results.append(run(params))
+        assert bool(interpreted) == (network is networks[1])
+    ((_, plain), plain_gradient), ((_, fused), fused_gradient) = results
+    np.testing.assert_allclose(fused, plain, atol=2e-4)
+    for got, wanted in zip(
+        jax.tree.leaves(fused_gradient), jax.tree.leaves(plain_gradient), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("network_class", [DecoderOnly, EncoderDecoder])
+def test_canvases_that_share_a_cached_prefix_are_as_without_the_kernel(interpreted, network_class):
+    params, *networks = _networks(network_class)
+
+    def denoise(module):
+        cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), "causal_prefix")
+        if network_class is DecoderOnly:  # room for blocks to come, of which one has
+            cache = module.extend_cached(grow(cache, 5), CANVASES[:3, :2], "causal_prefix")
+        return module.denoise(cache, CANVASES)[0]
+
+    plain, fused = (
+        jax.jit(lambda params, n=network: n.apply({"params": params}, method=denoise))(params)
+        for network in networks
+    )
+    assert interpreted
+    np.testing.assert_allclose(fused, plain, atol=2e-4)
+
+
+def test_elsewhere_it_is_attention_by_xla():
+    params, plain, fused = _networks(DecoderOnly)
+    logits = [
+        jax.jit(
+            lambda params, n=network: n.apply({"params": params}, PREFIX, CANVASES[:3], "causal")
+        )(params)
+        for network in (plain, fused)
+    ]
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "expected"),
+    [
+        (2, (2, 64), True),
+        (1, (2, 64), False),  # An AR token reads its cache once either way.
+        (2, (4, 128), True),
+        (2, (12, 64), True),
+        (2, (3, 64), False),  # half a register
+        (2, (8, 48), False),  # heads that straddle registers
+        (2, (2, 8), False),
+    ],
+)
+def test_it_applies_where_heads_fill_registers_and_there_are_several_queries(
+    queries, heads, expected
+):
+    query, keys = jnp.zeros((2, queries, *heads)), jnp.zeros((2, 3, *heads))
+    assert flash_attention.applies(query, [LayerCache(keys, keys)]) is expected
+
+
+def test_tpus_before_v5_are_left_to_xla(monkeypatch):
+    keys = jnp.zeros((2, 3, 2, 64))
+    for kind, expected in (("TPU v4", False), ("TPU v5 lite", True), ("TPU v5", True)):
+        monkeypatch.setattr(flash_attention, "device_kind", lambda kind=kind: kind)
+        assert flash_attention.applies(keys, [LayerCache(keys, keys)]) is expected
+
+
+def test_dropout_and_positions_of_each_row_are_left_to_xla(interpreted):
+    params, _, fused = _networks(DecoderOnly, dropout_rate=0.1)
+
+    def train(module):
+        return module.decode(module.encode(PREFIX, deterministic=False), CANVASES[:3], "causal",
+                             deterministic=False)  # fmt: skip
+
+    run = functools.partial(fused.apply, {"params": params})
+    jax.eval_shape(lambda: run(method=train, rngs={"dropout": jax.random.PRNGKey(0)}))
+    assert not interpreted
+    positions, seen = jnp.zeros((3, 2), int), jnp.ones((3, 8), bool)
+
+    def read_again(module):
+        cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), "cached_prefix")
+        _, kept = module.denoise(cache, CANVASES[:3])
+        before = len(interpreted)
+        module.denoise_at(cache, kept, CANVASES[:3, :2], positions, seen)
+        assert len(interpreted) == before > 0
+        return cache.index
+
+    jax.eval_shape(lambda: run(method=read_again))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_it_compiles_for_tpus_and_moves_no_row_to_another_chip():
+    from benchmarks import tpu
+
+    chips = topologies.devices("v5p:2x2x1")
+    shape = jax.ShapeDtypeStruct
+    keys = shape((8, 700, 12, 64), jnp.bfloat16)
+
+    def run(memory, tables, batch):
+        query, mask = batch
+        by_xla = functools.partial(attention._attend_in_blocks, 1, 8, None)
+        return flash_attention.attend(by_xla, tables, query, [memory], mask, None)
+
+    batch = shape((8, 300, 12, 64), jnp.bfloat16), shape((8, 300, 700), bool)
+    program = run, (LayerCache(keys, keys), [shape((12, 999), jnp.float32)], batch)
+    for count in (1, 4):
+        compiled = tpu.compile_for(program, chips[:count])
+        text = compiled.as_text()
+        assert "tpu_custom_call" in text
+        assert not compiled_program.collectives(text)
+        rows = 8 // count
+        flops = 4 * rows * 300 * 700 * 768 / compiled_program.TPU_RATES["TPU v5"][0]
+        assert compiled_program.estimated_seconds(compiled) > flops
