@@ -86,7 +86,7 @@ def multi_slice_mesh(
 
     Each axis is as long as the product of its two numbers, and its part over slices is the outer
     one: devices whose positions on an axis differ within `ici_mesh_shape` are of one slice. Where
-    devices have no `slice_index`, as GPUs, each process's devices are a slice.
+    devices are of no slices, as GPUs and CPUs, each process's devices are one.
 
     Args:
       devices: of all slices.
@@ -102,10 +102,10 @@ def multi_slice_mesh(
                 f"PjitPartitioner.{name} = {shape!r}; expected three positive numbers, the lengths "
                 f"of {MESH_AXES}."
             )
-    of_processes = not hasattr(devices[0], "slice_index")
-    slices = collections.Counter(
-        device.process_index if of_processes else device.slice_index for device in devices
-    )
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    of_processes = len(slices) == 1 and devices[0].platform != "tpu"
+    if of_processes:
+        slices = collections.Counter(device.process_index for device in devices)
     what = "processes" if of_processes else "slices"
     if math.prod(dcn_mesh_shape) != len(slices):
         raise ValueError(

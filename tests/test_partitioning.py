@@ -68,6 +68,16 @@ def test_over_slices_the_outer_part_of_each_axis_is_the_slow_network():
     assert len({device.id for device in mesh.devices.flat}) == 16
 
 
+def test_where_there_are_no_slices_each_process_is_one():
+    devices = [dataclasses.replace(device, slice_index=0, platform="cpu") for device in SLICES]
+    mesh = multi_slice_mesh(devices, (1, 4, 1), (4, 1, 1))
+    for replica in range(4):
+        assert {device.process_index for device in mesh.devices[replica].flat} == {replica}
+    tpus = [dataclasses.replace(device, platform="tpu") for device in devices]
+    with pytest.raises(ValueError, match="the devices are of 1 slices"):
+        multi_slice_mesh(tpus, (1, 4, 1), (4, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("ici", "dcn", "message"),
     [
