@@ -191,6 +191,7 @@ def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
         assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
         assert other["grad_squares"] == pytest.approx(first["grad_squares"], rel=1e-3, abs=1e-7)
         assert other["embedding"] == pytest.approx(first["embedding"], abs=1e-4)
+        np.testing.assert_allclose(other["scores"], first["scores"], rtol=1e-4)
         assert other["constraints"] > 0
     assert first["shard"] == [264, 16]
     assert others[0]["shard"] == [66, 16]
