@@ -1,6 +1,7 @@
 """What must hold of both networks under every attention pattern."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,14 @@ PREFIX = jnp.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
 TARGET = jnp.array([[2, 3, 4, 1], [9, 8, 1, 0], [7, 1, 0, 0]])
 
 
+@functools.lru_cache
 def _make(network_class, **overrides):
     network = network_class(dataclasses.replace(CONFIG, **overrides))
-    params = network.init(jax.random.PRNGKey(0), PREFIX, TARGET, "causal")["params"]
-    return network, params
+    init = jax.jit(network.init, static_argnums=3)
+    return network, init(jax.random.PRNGKey(0), PREFIX, TARGET, "causal")["params"]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _hidden(network, params, prefix, target, pattern, prefix_segments=None, target_segments=None):
     def run(module):
         context = module.encode(prefix, prefix_segments, deterministic=True)
