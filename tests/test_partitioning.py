@@ -178,7 +178,10 @@ def _on_eight_devices(program):
 
 @pytest.mark.parametrize(
     ("objective", "architecture", "scan"),
-    [("diffusion", "decoder_only", True), ("autoregressive", "encoder_decoder", False)],
+    [
+        ("diffusion", "decoder_only", True),
+        pytest.param("autoregressive", "encoder_decoder", False, marks=pytest.mark.slow),
+    ],
 )
 def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
     objective, architecture, scan
