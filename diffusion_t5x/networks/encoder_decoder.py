@@ -223,12 +223,5 @@ class EncoderDecoder(nn.Module):
         return self.token_embedder.output_weights(batch_size)
 
     def logits(self, hidden: Array, weights: Array | None = None) -> Array:
-        """`hidden [batch, ..., embed] -> [batch, ..., vocab]`, float32.
-
-        Args:
-          hidden: of a stack.
-          weights: `output_weights`, for what reads logits more than once.
-        """
-        if weights is None:
-            weights = self.output_weights(hidden.shape[0])
+        """Logits over the vocabulary; see `TokenEmbedding.logits`."""
         return self.token_embedder.logits(hidden, weights)

@@ -132,8 +132,15 @@ class TokenEmbedding(nn.Module):
             return for_each_part(self.embedding, ("vocab", "embed"), batch_size)
         return for_each_part(self.logits_kernel, ("embed", "vocab"), batch_size)
 
-    def logits(self, hidden: Array, weights: Array) -> Array:
-        """`hidden [batch, ..., embed] -> [batch, ..., vocab]`, float32; `weights` as above."""
+    def logits(self, hidden: Array, weights: Array | None = None) -> Array:
+        """`hidden [batch, ..., embed] -> [batch, ..., vocab]`, float32.
+
+        Args:
+          hidden: of a stack.
+          weights: `output_weights`, for what reads logits more than once.
+        """
+        if weights is None:
+            weights = self.output_weights(hidden.shape[0])
         tied = self.config.tied_logits
         flat = hidden.astype(jnp.float32).reshape(weights.shape[0], -1, hidden.shape[-1])
         if tied:
