@@ -9,8 +9,9 @@ For each setting one JSON line: the task's metric on held-out text, position-for
 (a count without noise) and seconds per example (the median of interleaved rounds), each beside
 the paper's sampler of the same run: with the model itself, or with the one at `--baseline`, which
 was trained by `objectives/diffusion.gin`. Without a checkpoint, models of both kinds are trained
-first (see `trained_models.py`), for each task. Tasks, lengths and the network are those of
-`gin/scales/laptop.gin`.
+first (see `trained_models.py`), for each task; where its texts are long enough, one that writes in
+blocks too, with all settings of its objective's file and with those of the fast preset. Tasks,
+lengths and the network are those of `gin/scales/laptop.gin`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.train_state import abstract_params
 
-BATCH_SIZE = 16
 PAPERS, CACHED = "objectives/diffusion.gin", "objectives/diffusion_cached_prefix.gin"
 
 FAST = "decoders/fast.gin"
@@ -64,6 +64,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "num_samples": 1,
     },
     "one_sample": {"num_samples": 1},
+    "one_sample_stop": {"num_samples": 1, "stop": stopping.Unchanged()},
+    # Of a long text alone on a chip: after the first step, only what is not settled.
+    "one_sample_active": {
+        "num_samples": 1,
+        "stop": stopping.Unchanged(),
+        "active_set": ActiveSet(refresh_every=10, multiple=1),
+    },
 }
 
 
@@ -78,6 +85,7 @@ class Trained:
       batches: of model features.
       examples: the task's own examples, in the same order.
       task: its settings.
+      batch_size: examples per batch.
     """
 
     model: models.Model
@@ -86,6 +94,7 @@ class Trained:
     batches: list[datasets.Batch]
     examples: list[Mapping[str, Any]]
     task: experiment_graph.TaskSettings
+    batch_size: int
 
 
 def _make_model(files: Iterable[str], bindings: Iterable[str]) -> models.Model:
@@ -101,6 +110,7 @@ def load(
     checkpoint: str,
     objective: str,
     num_examples: int,
+    batch_size: int,
     model_file: str | None = None,
     bindings: Iterable[str] = (),
 ) -> Trained:
@@ -113,8 +123,8 @@ def load(
     _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
     params = restore_params(path, abstract_params(model, PjitPartitioner(), INIT_SHAPES, {}))
     lengths = {"inputs": task.inputs, "targets": task.targets}
-    cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, BATCH_SIZE, module="tasks")
-    num_batches = -(-num_examples // BATCH_SIZE)
+    cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, batch_size, module="tasks")
+    num_batches = -(-num_examples // batch_size)
     batches = list(
         datasets.get_eval_batches(cfg, model.FEATURE_CONVERTER_CLS, num_batches=num_batches)
     )
@@ -122,7 +132,7 @@ def load(
         lengths, split=task.test_split, shuffle=False
     )
     examples = list(itertools.islice(examples.as_numpy_iterator(), num_examples))
-    return Trained(model, fast, params, batches, examples, task)
+    return Trained(model, fast, params, batches, examples, task, batch_size)
 
 
 def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
@@ -153,7 +163,7 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
             )
             for number, batch in enumerate(trained.batches)
         ]
-        seconds = (time.monotonic() - started) / (len(trained.batches) * BATCH_SIZE)
+        seconds = (time.monotonic() - started) / (len(trained.batches) * trained.batch_size)
         rows = itertools.chain.from_iterable(tokens for tokens, _ in results)
         texts = [
             task.postprocess_fn(
@@ -210,10 +220,9 @@ def _runs(
     if not decoder.block_length:
         decoder = dataclasses.replace(decoder, prefix_cache=False)
     runs = {"plain": (plain, decoder)}
-    names = [*SETTINGS, "fast"]
-    if not trained.model.decoder.prefix_cache:
-        names.remove("active_set")
-    for name in settings or names:
+    cached = trained.model.decoder.prefix_cache
+    known = [name for name in SETTINGS if cached or "active_set" not in SETTINGS[name]]
+    for name in settings or [*known, "fast"]:
         decoder = trained.fast
         if name in SETTINGS:
             decoder = dataclasses.replace(trained.model.decoder, **SETTINGS[name])
@@ -234,22 +243,30 @@ def main() -> None:
     parser.add_argument("--binding", action="append", default=[], help="of gin, as BLOCK_LENGTH=16")
     parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
     parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.checkpoint and not args.task:
         parser.error("--checkpoint needs the --task that it was trained on.")
     for role in [args.task] if args.task else trained_models.STEPS:
+        size = args.examples, args.batch_size
         if not args.checkpoint:
             paths = {file: trained_models.train(role, file) for file in (CACHED, PAPERS)}
-            trained = load(role, paths[CACHED], CACHED, args.examples)
-            plain = load(role, paths[PAPERS], PAPERS, args.examples)
+            trained = load(role, paths[CACHED], CACHED, *size)
+            plain = load(role, paths[PAPERS], PAPERS, *size)
         else:
             trained = plain = load(
-                role, args.checkpoint, args.objective, args.examples, args.model, args.binding
+                role, args.checkpoint, args.objective, *size, args.model, args.binding
             )
             if args.baseline:
-                plain = load(role, args.baseline, PAPERS, args.examples, args.model)
-        for record in compare(_runs(plain, trained, args.settings), args.rounds):
+                plain = load(role, args.baseline, PAPERS, *size, args.model)
+        runs = _runs(plain, trained, args.settings)
+        if not args.checkpoint and role in trained_models.BLOCK_LENGTHS:
+            path = trained_models.adapt_to_blocks(role, paths[CACHED])
+            bindings = [f"{k}={v}" for k, v in trained_models.block_bindings(role).items()]
+            blocks = load(role, path, trained_models.BLOCKS, *size, bindings=bindings)
+            runs |= {"blocks": (blocks, blocks.model.decoder), "blocks_fast": (blocks, blocks.fast)}
+        for record in compare(runs, args.rounds):
             print(json.dumps(record), flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,9 +11,10 @@ import jax.numpy as jnp
 
 from benchmarks import workloads
 from benchmarks.workloads import KEY, Shape
+from diffusion_t5x import models
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
-from diffusion_t5x.decoding.readout import read_canvas
+from diffusion_t5x.decoding.readout import CanvasReadout, read_canvas
 
 Array = jax.Array
 Program = tuple[Any, tuple[Any, ...]]  # a function, and the shapes of its arguments
@@ -64,12 +67,10 @@ def denoising_step(
     With `canvas == length - 1` it is the paper's step, a pass over all of the text; with less,
     what comes before the canvas is cached. `block_logits` is the decoder's.
     """
-    sampler = {"block_logits": block_logits}
-    model = workloads.our_model(shape, "diffusion", dtype="bfloat16", decoder=sampler, **config)
+    model = _diffusion_model(shape, block_logits, config)
     module = model.module
     cached = canvas < length - 1
     pattern = "cached_prefix" if cached else model.objective.attention_pattern
-    decoder: DiffusionDecoder = model.decoder
 
     def run(params: Any, context: Any, tokens: Array) -> Any:
         variables = {"params": params}
@@ -79,14 +80,7 @@ def denoising_step(
             hidden = module.apply(
                 variables, context, tokens, pattern, deterministic=True, method=module.decode
             )
-        return read_canvas(
-            hidden,
-            lambda hidden: module.apply(variables, hidden, method=module.logits),
-            tokens,
-            rng=KEY,
-            temperature=decoder.temperature,
-            block_logits=decoder.block_logits,
-        )
+        return _read(model, variables, hidden, tokens)
 
     def arguments() -> Any:
         params, context = _bound(model, shape, batch_size, length - canvas)
@@ -95,6 +89,57 @@ def denoising_step(
         return params, context, jnp.zeros((batch_size, canvas), jnp.int32)
 
     return run, jax.eval_shape(arguments)
+
+
+def active_step(
+    shape: Shape, batch_size: int, length: int, count: int, block_logits: int, **config: Any
+) -> Program:
+    """A pass over `count` positions of canvases of which all keys and values are kept.
+
+    A prefix of one token and a canvas have `length` tokens. Its arguments are parameters, what is
+    kept, the prefix, and a batch of tokens and positions; what is kept is also a result.
+    """
+    model = _diffusion_model(shape, block_logits, config)
+    module = model.module
+
+    def run(params: Any, kept: Any, cache: Any, batch: Any) -> Any:
+        tokens, positions = batch
+        variables = {"params": params}
+        seen = jnp.ones((batch_size, length - 1), bool)
+        hidden, kept = module.apply(
+            variables, cache, kept, tokens, positions, seen, method=module.denoise_at
+        )
+        return kept, _read(model, variables, hidden, tokens)
+
+    def arguments() -> Any:
+        params, context = _bound(model, shape, batch_size, 1)
+        bound = functools.partial(module.apply, {"params": params})
+        cache = bound(context, "cached_prefix", method=module.cache_prefix)
+        canvas = jnp.zeros((batch_size, length - 1), jnp.int32)
+        _, kept = bound(cache, canvas, method=module.denoise)
+        part = jnp.zeros((batch_size, count), jnp.int32)
+        return params, kept, cache, (part, part)
+
+    return run, jax.eval_shape(arguments)
+
+
+def _diffusion_model(shape: Shape, block_logits: int, config: Mapping[str, Any]) -> models.Model:
+    """Our model in bfloat16; `block_logits` is the decoder's."""
+    sampler = {"block_logits": block_logits}
+    return workloads.our_model(shape, "diffusion", dtype="bfloat16", decoder=sampler, **config)
+
+
+def _read(model: models.Model, variables: Any, hidden: Array, tokens: Array) -> CanvasReadout:
+    """What a step needs to know of each position."""
+    decoder: DiffusionDecoder = model.decoder
+    return read_canvas(
+        hidden,
+        lambda hidden: model.module.apply(variables, hidden, method=model.module.logits),
+        tokens,
+        rng=KEY,
+        temperature=decoder.temperature,
+        block_logits=decoder.block_logits,
+    )
 
 
 def _bound(model: Any, shape: Shape, batch_size: int, prefix: int) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """Diffusion models of the embedded tasks, trained for about as long as their metric still gains.
 
-The network, lengths and settings are those of `gin/scales/laptop.gin`; an hour on two cores for all
-three tasks and two objectives. A run that was stopped goes on, a finished one is taken as it is.
+The network, lengths and settings are those of `gin/scales/laptop.gin`; about an hour on two cores
+for all three tasks and two objectives, and code in blocks. A run that was stopped goes on, a
+finished one is taken as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import sys
 from diffusion_t5x import experiment_graph, experiments
 
 STEPS = {"translation": 6000, "qa": 8000, "code": 3000}
+# Tokens per block, of tasks whose texts are long enough to be written in blocks.
+BLOCK_LENGTHS = {"code": 16}
+BLOCKS = "objectives/diffusion_blocks.gin"
 SCHEDULE = "optimizers.create_learning_rate_scheduler"
 
 
@@ -26,27 +30,44 @@ def settings(role: str) -> tuple[experiment_graph.Scale, experiment_graph.TaskSe
     return scale, experiment_graph.lookup(scale.tasks, role, "task")
 
 
-def train(role: str, objective: str) -> str:
-    """Trains a model from fresh parameters and returns its MODEL_DIR, under `runs/benchmarks`.
+def block_bindings(role: str) -> dict[str, int]:
+    """What `BLOCKS` wants to be told for the task `role`."""
+    return {"BLOCK_LENGTH": BLOCK_LENGTHS[role]}
+
+
+def adapt_to_blocks(role: str, initial: str) -> str:
+    """Goes on from the model at `initial` with blocks for as many steps again; see `train`."""
+    return train(role, BLOCKS, initial=initial, **block_bindings(role))
+
+
+def train(role: str, objective: str, *, initial: str | None = None, **settings_of_file: int) -> str:
+    """Trains a model and returns its MODEL_DIR, under `runs/benchmarks`.
 
     Args:
-      role: one of `STEPS`.
+      role: one of `STEPS`, whose steps are taken.
       objective: its gin file.
+      initial: MODEL_DIR of a model of the same task to go on from; None for fresh parameters.
+      **settings_of_file: what the objective's file wants to be told.
     """
     scale, task = settings(role)
     model_dir = pathlib.Path("runs", "benchmarks", role, pathlib.Path(objective).stem)
-    files = (scale.models["decoder_only/base"], objective, "runs/pretrain.gin", *scale.settings)
-    bindings = {
+    run = "runs/pretrain.gin" if initial is None else "runs/adapt.gin"
+    files = (scale.models["decoder_only/base"], objective, run, *scale.settings)
+    steps_before = 0 if initial is None else STEPS[role]
+    bindings: dict[str, object] = {
+        **settings_of_file,
         "MIXTURE_OR_TASK_NAME": task.name,
         "TASK_FEATURE_LENGTHS": {"inputs": task.inputs, "targets": task.targets},
         "MODEL_DIR": str(model_dir),
         "RANDOM_SEED": 0,
-        "TRAIN_STEPS": STEPS[role],
+        "TRAIN_STEPS": steps_before + STEPS[role],
         "trainer.train.infer_eval_dataset_cfg": None,
         f"{SCHEDULE}.base_learning_rate": scale.learning_rates["diffusion"],
-        f"{SCHEDULE}.step_offset": 0,
+        f"{SCHEDULE}.step_offset": steps_before,
         f"{SCHEDULE}.steps_per_cycle": STEPS[role],
     }
+    if initial is not None:
+        bindings["INITIAL_CHECKPOINT_PATH"] = initial
     command = [sys.executable, "-m", "diffusion_t5x.train"]
     command += [f"--gin_file={file}" for file in files]
     command += [f"--gin.{name}={value!r}" for name, value in bindings.items()]

@@ -129,13 +129,19 @@ def temporary_bytes(compiled: Any) -> int:
 
 
 def interleaved_medians(
-    functions: Mapping[str, tuple[Callable[..., Any], Any]], rounds: int
+    functions: Mapping[str, tuple[Callable[..., Any], Any]], rounds: int, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each function, all called once per round; the first round is dropped."""
+    """Median seconds of each function, all called once per round.
+
+    Args:
+      functions: compiled, and the arguments of each.
+      rounds: that count.
+      warm_up: whether one round before them does not; long calls do without.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm_up):
         for name, (function, args) in functions.items():
             started = time.perf_counter()
             jax.block_until_ready(function(*args))
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: statistics.median(values[-rounds:]) for name, values in seconds.items()}

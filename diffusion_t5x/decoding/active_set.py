@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.decoding.denoising import Rows, State
+from diffusion_t5x.decoding.growth import bucket_lengths
 from diffusion_t5x.decoding.readout import CanvasReadout, read_canvas
 
 Array = jax.Array
@@ -41,7 +42,8 @@ class ActiveSet:
     Attributes:
       refresh_every: steps from one whole pass to the next; 1 reads everything at each step.
       settled_log_prob: in nats, at most 0.
-      multiple: positions read are a multiple of so many; one program is compiled for each.
+      multiple: how many positions are read is one of `bucket_lengths` of it; one program is
+        compiled for each.
     """
 
     refresh_every: int = 4
@@ -123,6 +125,6 @@ def read_unsettled(
         readout = jax.tree.map(lambda new, old: old.at[row, positions].set(new), readout, before)
         return readout, jnp.int32(count), Kept(memory, kept.tokens.at[row, positions].set(part))
 
-    counts = [*range(active_set.multiple, length, active_set.multiple), length]
-    branch = (jnp.maximum(longest, 1) + active_set.multiple - 1) // active_set.multiple - 1
+    counts = bucket_lengths(length, active_set.multiple)
+    branch = jnp.searchsorted(jnp.array(counts), longest)
     return jax.lax.switch(branch, [functools.partial(read, count) for count in counts])

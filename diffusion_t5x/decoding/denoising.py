@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.bound_network import BoundNetwork
+from diffusion_t5x.decoding.growth import bucket_lengths
 from diffusion_t5x.decoding.readout import CanvasReadout, read_canvas
 from diffusion_t5x.decoding.updates import Canvas
 
@@ -74,7 +75,7 @@ def windows(rows: Rows, trim_multiple: int) -> tuple[list[int], Array]:
 
     Args:
       rows: the canvases.
-      trim_multiple: the lengths are multiples of it, or the whole; 0 for the whole alone.
+      trim_multiple: the lengths are `bucket_lengths` of it; 0 for the whole alone.
 
     Returns:
       The lengths, and a scalar int32 index into them.
@@ -82,9 +83,9 @@ def windows(rows: Rows, trim_multiple: int) -> tuple[list[int], Array]:
     length = rows.canvas.tokens.shape[1]
     if not 0 < trim_multiple < length:
         return [length], jnp.int32(0)
+    lengths = bucket_lengths(length, trim_multiple)
     longest = jnp.max(jnp.where(rows.done, 1, rows.used))
-    index = (longest + trim_multiple - 1) // trim_multiple - 1
-    return [*range(trim_multiple, length, trim_multiple), length], index
+    return lengths, jnp.searchsorted(jnp.array(lengths), longest)
 
 
 def read_used(
@@ -97,10 +98,10 @@ def read_used(
     block_logits: int,
     keep: bool = False,
 ) -> tuple[CanvasReadout, Array, Any]:
-    """Reads the canvases up to the longest one in use, rounded up to `trim_multiple` positions.
+    """Reads the canvases up to the longest one in use, or the next of `bucket_lengths`.
 
     Positions that are not read keep what was last said of them. One program is compiled for each
-    length that can occur, so `length / trim_multiple` of them.
+    length that can occur.
 
     Args:
       network: bound to as many prefixes as there are rows.

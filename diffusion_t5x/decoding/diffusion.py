@@ -44,7 +44,8 @@ class DiffusionDecoder:
       halve_every: steps after which the half of the canvases that the network is least certain of
         is dropped, again and again until one is left; 0 keeps all to the end.
       trim_multiple: padding that ends all canvases of the batch, and that the network would write
-        again, leaves the computation; what stays is a multiple of so many positions. 0 never trims.
+        again, leaves the computation; what stays are as many positions as the next of
+        `growth.bucket_lengths` of this number. 0 never trims.
       prefix_cache: compute the prefix's keys and values once, for all samples and steps. The same
         numbers; the objective's attention pattern must be one under which the prefix does not see
         the canvas.

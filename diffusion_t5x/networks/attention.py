@@ -140,7 +140,8 @@ class MultiHeadAttention(nn.Module):
             those of all memories.
           bias: `[groups, heads, queries, keys]`, added to the attention logits; row `i` has that of
             group `i * groups // batch`.
-          tables: the same bias by distance, for each memory (see `flash_attention`), or None.
+          tables: the same bias by distance, for each memory (see `flash_attention`); None where
+            there is no bias, or rows have positions of their own.
           deterministic: no dropout.
         """
         config = self.config
@@ -151,8 +152,7 @@ class MultiHeadAttention(nn.Module):
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         num_blocks = _num_blocks(rows, config, query.shape[0], mask.shape[-2:])
         attend = functools.partial(_attend_in_blocks, num_blocks, rows, dropout)
-        known = bias is None or tables is not None
-        if config.attention_kernel == "fused" and dropout is None and known:
+        if config.attention_kernel == "fused" and dropout is None:
             attend = functools.partial(flash_attention.attend, attend, tables)
         return self.out(attend(query, memories, mask, bias))
 

@@ -1,9 +1,10 @@
 """Attention with T5's distance bias as one TPU kernel, which keeps no logits in main memory.
 
 A program takes a block of queries and a block of keys, all heads of a row. The softmax is kept up
-to date from block to block, in float32, as by Dao et al. 2022 (arXiv 2205.14135). The bias of a
-block depends on distances alone, so it comes from one line of numbers per head, each row of the
-block one place further than the one before.
+to date from block to block, in float32, as by Dao et al. 2022 (arXiv 2205.14135). Where queries
+follow one another, the bias of a block depends on distances alone, so it comes from one line of
+numbers per head, each row of the block one place further than the one before. The bias of queries
+from here and there is read as it is.
 
 Heads lie side by side in the last dimension, as the projections leave them. Where several fit into
 a register's 128 lanes, each takes its turn with the lanes of the others set to 0: the units of a
@@ -79,8 +80,9 @@ def attend(
 ) -> Array:
     """`flash_attention` on TPUs, where it applies; else `otherwise(query, memories, mask, bias)`.
 
-    The gradient is that of `otherwise`, computed from its arguments: nothing else is kept for it,
-    and none flows to `tables`.
+    Without `tables` the kernel reads `bias`, in which each row has its own. The gradient is that of
+    `otherwise`, computed from its arguments: nothing else is kept for it, and none flows to
+    `tables`.
     """
     if not applies(query, memories):
         return otherwise(query, memories, mask, bias)
@@ -90,8 +92,7 @@ def attend(
         return otherwise(query, memories, mask, bias)
 
     def on_tpu(query: Array, memories: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        del bias
-        return _on_each_device(query, memories, mask, tables)
+        return _on_each_device(query, memories, mask, tables, bias if tables is None else None)
 
     @jax.custom_vjp
     def attend(*arguments: Any) -> Array:
@@ -112,11 +113,15 @@ def attend(
 
 
 def _on_each_device(
-    query: Array, memories: Sequence[Any], mask: Array, tables: Sequence[Array] | None
+    query: Array,
+    memories: Sequence[Any],
+    mask: Array,
+    tables: Sequence[Array] | None,
+    bias: Array | None,
 ) -> Array:
     """`flash_attention` of the rows and heads that each device has."""
     if jax.sharding.get_abstract_mesh().size <= 1:
-        return flash_attention(query, memories, mask, tables)
+        return flash_attention(query, memories, mask, tables, bias)
     batch, heads = mesh_axes("batch"), mesh_axes("heads")
     of_rows = PartitionSpec(batch, None, heads, None)
     own_mask = PartitionSpec(batch if mask.shape[0] > 1 else None, None, None)
@@ -125,13 +130,18 @@ def _on_each_device(
         jax.tree.map(lambda _: of_rows, memories),
         own_mask,
         jax.tree.map(lambda _: PartitionSpec(heads, None), tables),
+        None if bias is None else PartitionSpec(batch, heads, None, None),
     )
     mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=of_rows, check_vma=False)
-    return mapped(query, memories, mask, tables)
+    return mapped(query, memories, mask, tables, bias)
 
 
 def flash_attention(
-    query: Array, memories: Sequence[Any], mask: Array, tables: Sequence[Array] | None
+    query: Array,
+    memories: Sequence[Any],
+    mask: Array,
+    tables: Sequence[Array] | None,
+    bias: Array | None,
 ) -> Array:
     """Softmax attention of `query [batch, queries, heads, head_dim]`; returns its shape.
 
@@ -142,7 +152,8 @@ def flash_attention(
       mask: bool, `[batch or 1, queries or 1, keys]`, the keys of all memories.
       tables: for each memory the bias by distance, `[heads, queries + keys - 1]`: that of the last
         query and the first key, then ever further to the right, up to that of the first query and
-        the last key. None without a bias.
+        the last key. None without a bias, or with one that distances alone do not tell.
+      bias: that one: `[batch, heads, queries, keys]`, the keys of all memories; None without.
     """
     parts, start = [], 0
     for number, memory in enumerate(memories):
@@ -154,6 +165,7 @@ def flash_attention(
                 memory.values,
                 mask[..., start:end],
                 None if tables is None else tables[number],
+                None if bias is None else bias[..., start:end],
                 jnp.float32 if len(memories) > 1 else query.dtype,
             )
         )
@@ -198,13 +210,20 @@ def _registers(size: int) -> int:
 
 
 def _attend(
-    query: Array, keys: Array, values: Array, mask: Array, table: Array | None, dtype: Any
+    query: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    table: Array | None,
+    bias: Array | None,
+    dtype: Any,
 ) -> Partial:
     """Attention to one memory; see `flash_attention`. `mixed` is of type `dtype`."""
     batch, num_queries, num_heads, head_dim = query.shape
     rows, num_keys = keys.shape[:2]
     width = num_heads * head_dim
-    sizes = min(num_queries, QUERIES), min(num_keys, KEYS)
+    # A block of one key is what the compiler takes for a product with a vector, and fails.
+    sizes = min(num_queries, QUERIES), min(num_keys, KEYS) if num_keys > 1 else LANES
     blocks = pl.cdiv(num_queries, sizes[0]), pl.cdiv(num_keys, sizes[1])
     per_row = batch // rows
     arguments = [x.reshape(*x.shape[:2], width) for x in (query, keys, values)]
@@ -217,14 +236,20 @@ def _attend(
         lambda b, i, j: (b if own_rows else 0, i if own_queries else 0, j),
     )
     specs = [of_queries, of_keys, of_keys, of_mask]
+    read_bias, bias_bytes = None, 0
     if table is not None:
         windows = _windows(table, num_keys, blocks, sizes)
+        read_bias, bias_bytes = _bias_by_distance, 4 * batch * windows.size
         arguments.append(windows)
         specs.append(pl.BlockSpec((1, 1, *windows.shape[2:]), lambda b, i, j: (i, j, 0, 0)))
+    elif bias is not None:
+        read_bias, bias_bytes = _bias_as_it_is, bias.size * bias.dtype.itemsize
+        arguments.append(bias)
+        specs.append(pl.BlockSpec((1, num_heads, *sizes), lambda b, i, j: (b, 0, i, j)))
     per_head = jax.ShapeDtypeStruct((batch, num_queries, LANES), jnp.float32)
     of_heads = pl.BlockSpec((1, sizes[0], LANES), lambda b, i, j: (b, i, 0))
     results = pl.pallas_call(
-        functools.partial(_kernel, head_dim, num_keys, table is not None),
+        functools.partial(_kernel, head_dim, num_keys, read_bias),
         grid=(batch, *blocks),
         in_specs=specs,
         out_specs=[of_queries, of_heads, of_heads],
@@ -233,35 +258,43 @@ def _attend(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        cost_estimate=_cost(arguments, num_heads, blocks, jnp.dtype(dtype).itemsize),
+        cost_estimate=_cost(
+            arguments[:4], num_heads, blocks, jnp.dtype(dtype).itemsize, bias_bytes
+        ),
         name="flash_attention",
     )(*arguments)
     return Partial(*results)
 
 
 def _cost(
-    arguments: Sequence[Array], num_heads: int, blocks: tuple[int, int], result_bytes: int
+    arguments: Sequence[Array],
+    num_heads: int,
+    blocks: tuple[int, int],
+    result_bytes: int,
+    bias_bytes: int,
 ) -> pl.CostEstimate:
     """Of the two products of matrices, and of what moves to and from main memory.
 
     Keys and values are read again for each block of queries, the mask for each row.
     """
-    query, keys, _, mask, *windows = arguments
+    query, keys, _, mask = arguments
     batch, queries, width = query.shape
     pairs = batch * queries * keys.shape[1]
     moved = query.size * (query.dtype.itemsize + result_bytes)
     moved += 2 * batch * blocks[0] * keys.shape[1] * width * keys.dtype.itemsize
     moved += batch * mask.shape[1] * mask.shape[2] * (1 if mask.shape[1] > 1 else blocks[0])
-    moved += sum(4 * batch * window.size for window in windows)
+    moved += bias_bytes
     moved += 2 * 4 * batch * queries * LANES
     return pl.CostEstimate(
         flops=4 * pairs * width, transcendentals=pairs * num_heads, bytes_accessed=moved
     )
 
 
-def _kernel(head_dim: int, num_keys: int, biased: bool, *refs: Any) -> None:
+def _kernel(
+    head_dim: int, num_keys: int, read_bias: Callable[..., Array] | None, *refs: Any
+) -> None:
     """One block of queries and one of keys; the blocks of keys come one after the other."""
-    query_ref, key_ref, value_ref, mask_ref, *window_ref, mixed_ref, top_ref, total_ref, sum_ref = (
+    query_ref, key_ref, value_ref, mask_ref, *bias_ref, mixed_ref, top_ref, total_ref, sum_ref = (
         refs
     )
     block, last = pl.program_id(2), pl.num_programs(2) - 1
@@ -296,8 +329,8 @@ def _kernel(head_dim: int, num_keys: int, biased: bool, *refs: Any) -> None:
             head = group * heads + number
             own = lane_head == number
             logits = _dot(jnp.where(own, query, 0), keys, 1)
-            if biased:
-                logits += _bias(window_ref[0][0, 0, pl.ds(head, 1), :], shape)
+            if read_bias is not None:
+                logits += read_bias(bias_ref[0], head, shape)
             logits = jnp.where(visible, logits, unseen)
             of_head = head_lane == head
             before = _only(of_head, top_ref[0])
@@ -331,8 +364,14 @@ def _only(of_head: Array, values: Array) -> Array:
     return jnp.sum(jnp.where(of_head, values, 0), axis=1, keepdims=True)
 
 
-def _bias(window: Array, shape: tuple[int, int]) -> Array:
-    """`window [1, numbers]`, each of the block's rows one place further: `shape`."""
+def _bias_as_it_is(bias_ref: Any, head: Array, shape: tuple[int, int]) -> Array:
+    """The bias of one head, `shape`, of a block `[1, heads, queries, keys]`."""
+    return bias_ref[0, pl.ds(head, 1)].reshape(shape).astype(jnp.float32)
+
+
+def _bias_by_distance(window_ref: Any, head: Array, shape: tuple[int, int]) -> Array:
+    """The bias of one head, `shape`: its window, each of the block's rows one place further."""
+    window = window_ref[0, 0, pl.ds(head, 1), :]
     numbers = window.shape[1]
     rows = jnp.broadcast_to(window, (shape[0], numbers))
     # The bias of the first query begins at number `_registers(queries)`.

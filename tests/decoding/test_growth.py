@@ -12,7 +12,7 @@ import pytest
 from diffusion_t5x import models
 from diffusion_t5x.decoding import autoregressive
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.growth import cache_lengths
+from diffusion_t5x.decoding.growth import bucket_lengths, cache_lengths
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
@@ -36,6 +36,24 @@ def test_a_cache_doubles_until_it_holds_the_text(length, expected):
 def test_short_texts_need_one_cache():
     assert cache_lengths(128) == [128]
     assert cache_lengths(1000) == [128, 256, 512, 1000]
+
+
+@pytest.mark.parametrize(
+    ("length", "multiple", "expected"),
+    [
+        (1, 8, [1]),
+        (8, 8, [8]),
+        (24, 8, [8, 16, 24]),
+        (50, 4, [4, 8, 12, 16, 24, 32, 48, 50]),
+        (13, 1, [1, 2, 3, 4, 6, 8, 12, 13]),
+    ],
+)
+def test_what_is_read_of_a_canvas_has_two_lengths_for_each_doubling(length, multiple, expected):
+    assert bucket_lengths(length, multiple) == expected
+
+
+def test_a_long_canvas_needs_few_programs():
+    assert len(bucket_lengths(4096, 8)) == 18
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -29,13 +29,14 @@ class Case:
     keys: tuple[int, ...]
     heads: tuple[int, int]
     mask: tuple[int, int]
-    biased: bool = True
+    bias: str | None = "by distance"
 
 
 CASES = {
     "ragged blocks": Case(2, 37, (2,), (41,), (2, 64), (2, 37)),
     "prefixes that canvases share": Case(4, 18, (2, 4), (24, 18), (4, 32), (4, 1)),
-    "no bias, a head of two registers": Case(1, 16, (1,), (17,), (1, 256), (1, 16), biased=False),
+    "no bias, a head of two registers": Case(1, 16, (1,), (17,), (1, 256), (1, 16), None),
+    "own positions, a prefix of 1": Case(4, 21, (2, 4), (1, 50), (4, 32), (4, 1), "of each row"),
 }
 
 
@@ -69,8 +70,11 @@ def _arguments(case):
     ]
     mask = rng.random((*case.mask, sum(case.keys))) < 0.7
     mask[0, 0] = False  # A query that sees nothing mixes all values alike.
-    if not case.biased:
+    if case.bias is None:
         return query, memories, mask, None, None
+    if case.bias == "of each row":
+        bias = make(case.batch, case.heads[0], case.queries, sum(case.keys))
+        return query, memories, mask, None, bias
     sizes = [case.queries + keys - 1 for keys in case.keys]
     tables = [jnp.asarray(make(case.heads[0], size)) for size in sizes]
     bias = np.empty((1, case.heads[0], case.queries, sum(case.keys)), np.float32)
@@ -108,7 +112,10 @@ def _reference(query, memories, mask, bias, cotangent):
         summed = lambda x: x.reshape(rows, -1, *x.shape[1:]).sum(1)  # noqa: E731, B023
         gradients.append(LayerCache(summed(d_keys[:, part]), summed(d_values[:, part])))
         start += count
-    return mixed, (d_query, gradients, None if bias is None else d_logits.sum(0)[None])
+    d_bias = None
+    if bias is not None:
+        d_bias = d_logits if len(bias) == batch else d_logits.sum(0)[None]
+    return mixed, (d_query, gradients, d_bias)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -146,7 +153,8 @@ def test_masks_of_all_patterns_are_as_by_xla(interpreted, packed):
     if packed:
         segments[1, 17:] = 2
     is_prefix = np.broadcast_to(np.arange(40) < 23, segments.shape)
-    fused = jax.jit(lambda mask: flash_attention.flash_attention(query, memories, mask, tables))
+    attend = flash_attention.flash_attention
+    fused = jax.jit(lambda mask: attend(query, memories, mask, tables, None))
     plain = jax.jit(lambda mask: attention._attend(query, memories, mask, bias, None))
     for pattern in ATTENTION_PATTERNS:
         mask = make_mask(pattern, segments, is_prefix)
@@ -159,6 +167,7 @@ CONFIG = TransformerConfig(
 )
 PREFIX = np.array([[5, 6, 7, 8, 9, 2, 3], [3, 4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
 CANVASES = np.random.default_rng(0).integers(0, 17, (6, 8))
+POSITIONS = np.random.default_rng(1).permuted(np.tile(np.arange(8), (6, 1)), axis=1)[:, :4]
 
 
 def _networks(network_class, **overrides):
@@ -201,14 +210,19 @@ def test_canvases_that_share_a_cached_prefix_are_as_without_the_kernel(interpret
         cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), "causal_prefix")
         if network_class is DecoderOnly:  # room for blocks to come, of which one has
             cache = module.extend_cached(grow(cache, 5), CANVASES[:3, :2], "causal_prefix")
-        return module.denoise(cache, CANVASES)[0]
+        hidden, kept = module.denoise(cache, CANVASES)
+        calls = len(interpreted)
+        seen = jnp.broadcast_to(jnp.arange(8) < 7, CANVASES.shape)
+        again, _ = module.denoise_at(cache, kept, CANVASES[:, :4], POSITIONS, seen)
+        assert (len(interpreted) > calls) == (module.config.attention_kernel == "fused")
+        return hidden, again
 
     plain, fused = (
         jax.jit(lambda params, n=network: n.apply({"params": params}, method=denoise))(params)
         for network in networks
     )
-    assert interpreted
-    np.testing.assert_allclose(fused, plain, atol=2e-4)
+    for got, wanted in zip(fused, plain, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-4)
 
 
 def test_elsewhere_it_is_attention_by_xla():
@@ -248,7 +262,7 @@ def test_tpus_before_v5_are_left_to_xla(monkeypatch):
         assert flash_attention.applies(keys, [LayerCache(keys, keys)]) is expected
 
 
-def test_dropout_and_positions_of_each_row_are_left_to_xla(interpreted):
+def test_dropout_is_left_to_xla(interpreted):
     params, _, fused = _networks(DecoderOnly, dropout_rate=0.1)
 
     def train(module):
@@ -258,17 +272,6 @@ def test_dropout_and_positions_of_each_row_are_left_to_xla(interpreted):
     run = functools.partial(fused.apply, {"params": params})
     jax.eval_shape(lambda: run(method=train, rngs={"dropout": jax.random.PRNGKey(0)}))
     assert not interpreted
-    positions, seen = jnp.zeros((3, 2), int), jnp.ones((3, 8), bool)
-
-    def read_again(module):
-        cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), "cached_prefix")
-        _, kept = module.denoise(cache, CANVASES[:3])
-        before = len(interpreted)
-        module.denoise_at(cache, kept, CANVASES[:3, :2], positions, seen)
-        assert len(interpreted) == before > 0
-        return cache.index
-
-    jax.eval_shape(lambda: run(method=read_again))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
