@@ -10,8 +10,8 @@ For each setting one JSON line: the task's metric on held-out text, position-for
 the paper's sampler of the same run: with the model itself, or with the one at `--baseline`, which
 was trained by `objectives/diffusion.gin`. Without a checkpoint, models of both kinds are trained
 first (see `trained_models.py`), for each task; where its texts are long enough, one that writes in
-blocks too, with all settings of its objective's file and with those of the fast preset. Tasks,
-lengths and the network are those of `gin/scales/laptop.gin`.
+blocks too, measured as its objective's file has it and with the fast preset. Tasks, lengths and the
+network are those of `gin/scales/laptop.gin`.
 """
 
 from __future__ import annotations
@@ -263,8 +263,8 @@ def main() -> None:
         runs = _runs(plain, trained, args.settings)
         if not args.checkpoint and role in trained_models.BLOCK_LENGTHS:
             path = trained_models.adapt_to_blocks(role, paths[CACHED])
-            bindings = [f"{k}={v}" for k, v in trained_models.block_bindings(role).items()]
-            blocks = load(role, path, trained_models.BLOCKS, *size, bindings=bindings)
+            length = f"BLOCK_LENGTH={trained_models.BLOCK_LENGTHS[role]}"
+            blocks = load(role, path, trained_models.BLOCKS, *size, bindings=[length])
             runs |= {"blocks": (blocks, blocks.model.decoder), "blocks_fast": (blocks, blocks.fast)}
         for record in compare(runs, args.rounds):
             print(json.dumps(record), flush=True)

@@ -30,14 +30,9 @@ def settings(role: str) -> tuple[experiment_graph.Scale, experiment_graph.TaskSe
     return scale, experiment_graph.lookup(scale.tasks, role, "task")
 
 
-def block_bindings(role: str) -> dict[str, int]:
-    """What `BLOCKS` wants to be told for the task `role`."""
-    return {"BLOCK_LENGTH": BLOCK_LENGTHS[role]}
-
-
 def adapt_to_blocks(role: str, initial: str) -> str:
     """Goes on from the model at `initial` with blocks for as many steps again; see `train`."""
-    return train(role, BLOCKS, initial=initial, **block_bindings(role))
+    return train(role, BLOCKS, initial=initial, BLOCK_LENGTH=BLOCK_LENGTHS[role])
 
 
 def train(role: str, objective: str, *, initial: str | None = None, **settings_of_file: int) -> str:

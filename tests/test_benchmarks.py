@@ -7,7 +7,14 @@ import sys
 import jax
 import pytest
 
-from benchmarks import decode_quality, document, figure3, plain_transformer, workloads
+from benchmarks import (
+    decode_quality,
+    document,
+    figure3,
+    plain_transformer,
+    trained_models,
+    workloads,
+)
 from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
 from diffusion_t5x.partitioning import PjitPartitioner
@@ -41,6 +48,40 @@ def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
             plain["position_forwards"] / line["position_forwards"]
         )
         assert line["speedup"] == pytest.approx(plain["seconds"] / line["seconds"])
+
+
+def test_a_model_of_blocks_goes_on_from_another_for_as_many_steps(monkeypatch):
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    model_dir = trained_models.adapt_to_blocks("code", "runs/other")
+    assert model_dir == "runs/benchmarks/code/diffusion_blocks"
+    (command,) = commands
+    steps = trained_models.STEPS["code"]
+    for argument in (
+        "--gin_file=objectives/diffusion_blocks.gin",
+        "--gin_file=runs/adapt.gin",
+        "--gin.INITIAL_CHECKPOINT_PATH='runs/other'",
+        "--gin.BLOCK_LENGTH=16",
+        f"--gin.TRAIN_STEPS={2 * steps}",
+        f"--gin.optimizers.create_learning_rate_scheduler.step_offset={steps}",
+    ):
+        assert argument in command
+
+
+def test_figure3_leaves_the_baseline_out_of_the_longest_work(monkeypatch):
+    monkeypatch.setattr(workloads, "our_decoding", lambda model, batch: None)
+    monkeypatch.setattr(workloads, "baseline", lambda: pytest.fail("would take an hour"))
+    rounds = []
+
+    def seconds(functions, count, warm_up):
+        rounds.append((count, warm_up))
+        return dict.fromkeys(functions, 2.0)
+
+    monkeypatch.setattr(workloads, "interleaved_medians", seconds)
+    records = figure3.measure(8, 2048)
+    assert rounds == [(1, False)]
+    assert {record["baseline"] for record in records} == {"AR"}
+    assert [record["ratio"] for record in records] == [1.0] * 4
 
 
 def test_figure3_compares_every_way_with_both_ar_decoders(monkeypatch, capsys, tmp_path):

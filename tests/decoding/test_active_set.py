@@ -42,11 +42,18 @@ def _decode(decoder, architecture="decoder_only"):
     return jax.jit(predict)(params, BATCH_OF_TEXTS, KEY)
 
 
-@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
+ALWAYS_WHOLE = ActiveSet(refresh_every=1, multiple=2)
+NOTHING_SETTLED = ActiveSet(refresh_every=9, settled_log_prob=0.0)
+
+
 @pytest.mark.parametrize(
-    "active_set",
-    [ActiveSet(refresh_every=1, multiple=2), ActiveSet(refresh_every=9, settled_log_prob=0.0)],
-    ids=["always whole", "nothing ever settled"],
+    ("architecture", "active_set"),
+    [
+        ("decoder_only", ALWAYS_WHOLE),
+        ("decoder_only", NOTHING_SETTLED),
+        ("encoder_decoder", NOTHING_SETTLED),
+    ],
+    ids=["always whole", "nothing settled", "nothing settled, with an encoder"],
 )
 def test_an_active_set_of_every_position_gives_what_the_plain_sampler_gives(
     architecture, active_set
