@@ -115,7 +115,6 @@ def load(
     bindings: Iterable[str] = (),
 ) -> Trained:
     """The checkpoint at, or last under, `checkpoint`, and examples of the task `role`."""
-    datasets.import_task_module("tasks")  # Before gin reads a file, after which none is known anew.
     scale, task = trained_models.settings(role)
     files = (model_file or scale.models["decoder_only/base"], objective)
     fast = _make_model([*files, FAST], bindings).decoder
@@ -248,6 +247,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.checkpoint and not args.task:
         parser.error("--checkpoint needs the --task that it was trained on.")
+    datasets.import_task_module("tasks")  # Before gin reads a file, after which none is known anew.
     for role in [args.task] if args.task else trained_models.STEPS:
         size = args.examples, args.batch_size
         if not args.checkpoint:
