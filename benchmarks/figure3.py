@@ -7,8 +7,9 @@ Greedy, a prefix of 32 tokens, no text ends early; diffusion has one canvas per 
 text is written as canvases of 128 tokens, each joining the key-value cache of the next. Ten steps
 are the paper's; five are what early stop leaves of them on easy tasks.
 
-Each figure is the median of three interleaved rounds, and of long decodings one. The baseline grows
-with the square of the length: where it would take an hour it is left out, and ours is the baseline.
+Each figure is the median of three interleaved rounds; of long work there is one measurement. The
+baseline grows faster than the square of the length: it is left out of the longest, and our AR takes
+its place.
 """
 
 from __future__ import annotations
