@@ -1,6 +1,6 @@
 """Diffusion models of the embedded tasks, trained for about as long as their metric still gains.
 
-The network, lengths and settings are those of `gin/scales/laptop.gin`; about an hour on two cores
+The network, lengths and settings are those of `gin/scales/laptop.gin`; an hour or two on two cores
 for all three tasks and two objectives, and code in blocks. A run that was stopped goes on, a
 finished one is taken as it is.
 """
