@@ -35,6 +35,7 @@ class Case:
 CASES = {
     "ragged blocks": Case(2, 37, (2,), (41,), (2, 64), (2, 37)),
     "prefixes that canvases share": Case(4, 18, (2, 4), (24, 18), (4, 32), (4, 1)),
+    "prefixes of one token": Case(4, 18, (2, 4), (1, 18), (4, 32), (4, 1)),
     "no bias, a head of two registers": Case(1, 16, (1,), (17,), (1, 256), (1, 16), None),
     "own positions, a prefix of 1": Case(4, 21, (2, 4), (1, 50), (4, 32), (4, 1), "of each row"),
 }
