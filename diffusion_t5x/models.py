@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x import losses
-from diffusion_t5x.bound_network import BoundNetwork, CachedPrefix
+from diffusion_t5x.interfaces import BoundNetwork, CachedPrefix
 from diffusion_t5x.networks.attention import repeat_rows
 from diffusion_t5x.networks.cache import grow
+from diffusion_t5x.objectives import losses
 
 Array = jax.Array
 Batch = Mapping[str, Array]

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.bound_network import BoundNetwork, CachedPrefix
+from diffusion_t5x.interfaces import BoundNetwork, CachedPrefix
 
 
 def table_network(table, batch_size, on_forward=None):

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from diffusion_t5x import optimizers
 from diffusion_t5x.checkpoints import CheckpointConfig, SaveCheckpointConfig
-from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
@@ -17,7 +16,8 @@ from diffusion_t5x.models import Model
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
-from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
+from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.train_step import Trainer
 from diffusion_t5x.trainer import train

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.decoding.growth import cache_lengths
 from diffusion_t5x.decoding.rerank import Decoded, best_last
+from diffusion_t5x.interfaces import BoundNetwork
 
 Array = jax.Array
 NEGATIVE = -1e10

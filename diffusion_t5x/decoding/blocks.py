@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.blocks import count_blocks
-from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.decoding.growth import FIRST, cache_lengths
 from diffusion_t5x.decoding.rerank import Decoded
+from diffusion_t5x.interfaces import BoundNetwork
+from diffusion_t5x.objectives.text_blocks import count_blocks
 
 Array = jax.Array
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.bound_network import BoundNetwork
 from diffusion_t5x.decoding.growth import bucket_lengths
 from diffusion_t5x.decoding.readout import CanvasReadout, read_canvas
 from diffusion_t5x.decoding.updates import Canvas
+from diffusion_t5x.interfaces import BoundNetwork
 
 Array = jax.Array
 

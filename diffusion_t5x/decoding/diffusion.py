@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.bound_network import BoundNetwork
-from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.decoding import denoising
 from diffusion_t5x.decoding.active_set import ActiveSet, Kept, empty_kept, read_unsettled
 from diffusion_t5x.decoding.blocks import decode_blocks
@@ -22,6 +20,8 @@ from diffusion_t5x.decoding.denoising import Rows, State
 from diffusion_t5x.decoding.rerank import Decoded, best_last
 from diffusion_t5x.decoding.stopping import Step
 from diffusion_t5x.decoding.updates import Canvas, ResampleAll
+from diffusion_t5x.interfaces import BoundNetwork
+from diffusion_t5x.objectives.corruption import UniformCorruption
 
 Array = jax.Array
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.drawing import draw_tokens, first_largest, read_groups
-from diffusion_t5x.losses import read_in_blocks
+from diffusion_t5x.objectives.logits import draw_tokens, first_largest, read_groups
+from diffusion_t5x.objectives.losses import read_in_blocks
 
 Array = jax.Array
 

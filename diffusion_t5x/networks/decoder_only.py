@@ -25,7 +25,7 @@ from diffusion_t5x.networks.layout import (
     start_texts,
     take_targets,
 )
-from diffusion_t5x.networks.patterns import (
+from diffusion_t5x.objectives.attention_patterns import (
     AUTOREGRESSIVE_PATTERNS,
     check_prefix_may_grow,
     check_shares_prefix,

@@ -19,7 +19,7 @@ from diffusion_t5x.networks.cache import (
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
 from diffusion_t5x.networks.layout import read_prefix
-from diffusion_t5x.networks.patterns import DENOISING_PATTERNS, check_pattern, make_mask
+from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS, check_pattern, make_mask
 
 Array = jax.Array
 

@@ -10,11 +10,11 @@ import pytest
 import toy
 from fake_network import table_network, with_cached_prefix
 
-from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.decoding.stopping import Unchanged
 from diffusion_t5x.models import Model
+from diffusion_t5x.objectives.corruption import UniformCorruption
 
 VOCAB, BATCH, LENGTH = 7, 2, 6
 KEY = jax.random.PRNGKey(3)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.decoding import blocks
 from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.decoding.stopping import Unchanged
 from diffusion_t5x.models import Model
+from diffusion_t5x.objectives.corruption import UniformCorruption
 
 KEY = jax.random.PRNGKey(3)
 BLOCK, LENGTH, COUNT = 3, 8, 3

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fake_network import perfect_network, table_network
 
-from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.decoding.stopping import ScoreSettled, StableAndConfident, Unchanged
 from diffusion_t5x.decoding.updates import ArgmaxUnrolled, EntropyBound, ResampleShare
+from diffusion_t5x.objectives.corruption import UniformCorruption
 
 VOCAB, BATCH, LENGTH = 7, 2, 6
 KEY = jax.random.PRNGKey(3)

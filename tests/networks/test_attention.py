@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_t5x.networks.attention import relative_position_bucket
-from diffusion_t5x.networks.patterns import make_mask
+from diffusion_t5x.objectives.attention_patterns import make_mask
 
 
 def _naive_bucket(distance, num_buckets, max_distance):

@@ -16,7 +16,7 @@ from diffusion_t5x.networks.cache import grow
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
-from diffusion_t5x.networks.patterns import ATTENTION_PATTERNS, make_mask
+from diffusion_t5x.objectives.attention_patterns import ATTENTION_PATTERNS, make_mask
 
 
 @dataclasses.dataclass(frozen=True)

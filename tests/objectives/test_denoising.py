@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fake_network import perfect_network, table_network
 
-from diffusion_t5x.corruption import UniformCorruption
-from diffusion_t5x.losses import CrossEntropy
-from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
+from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
+from diffusion_t5x.objectives.losses import CrossEntropy
 
 VOCAB, BATCH, LENGTH = 9, 4, 6
 KEY = jax.random.PRNGKey(0)

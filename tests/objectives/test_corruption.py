@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.corruption import UniformCorruption
+from diffusion_t5x.objectives.corruption import UniformCorruption
 
 VOCAB = 11
 KEY = jax.random.PRNGKey(0)

@@ -15,10 +15,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.blocks import count_blocks, count_used, take_block
-from diffusion_t5x.bound_network import BoundNetwork
-from diffusion_t5x.corruption import UniformCorruption
-from diffusion_t5x.losses import CrossEntropy, TokenReadout
+from diffusion_t5x.interfaces import BoundNetwork
+from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.objectives.losses import CrossEntropy, TokenReadout
+from diffusion_t5x.objectives.text_blocks import count_blocks, count_used, take_block
 
 Array = jax.Array
 # name -> (weighted sum, sum of weights), so that sums over batches average exactly.

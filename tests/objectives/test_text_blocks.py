@@ -9,10 +9,10 @@ import pytest
 import toy
 from fake_network import table_network
 
-from diffusion_t5x.blocks import count_blocks, count_used, take_block
-from diffusion_t5x.corruption import UniformCorruption
 from diffusion_t5x.models import Model
-from diffusion_t5x.objectives import StepUnrolledDenoising
+from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.objectives.denoising import StepUnrolledDenoising
+from diffusion_t5x.objectives.text_blocks import count_blocks, count_used, take_block
 
 VOCAB = 9
 # Of blocks of 3: all three are used, one (the text fills it), one (no text at all), two.

@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x import drawing
+from diffusion_t5x.objectives import logits as logits_lib
 
 TEMPERATURE = 0.6
 
 
 def _draw(logits, draws, rng):
     logits = jnp.broadcast_to(jnp.asarray(logits), (1, draws, len(logits)))
-    totals = drawing.read_groups(
+    totals = logits_lib.read_groups(
         lambda part, tokens, inside: jnp.sum(
             jnp.where(inside, jnp.exp(part / TEMPERATURE), 0), axis=-1
         ),
         logits,
     )
-    return drawing.draw_tokens(rng, logits, totals, TEMPERATURE)
+    return logits_lib.draw_tokens(rng, logits, totals, TEMPERATURE)
 
 
 @pytest.mark.parametrize("vocab_size", [5, 256, 300])  # one group, two, and a third of 44 tokens
@@ -38,5 +38,5 @@ def test_a_vocabulary_on_several_devices_gives_the_same_draws(monkeypatch):
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
     key = jax.random.PRNGKey(2)
     alone = _draw(logits, 500, key)
-    monkeypatch.setattr(drawing, "_vocabulary_may_be_split", lambda: True)
+    monkeypatch.setattr(logits_lib, "_vocabulary_may_be_split", lambda: True)
     np.testing.assert_array_equal(_draw(logits, 500, key), alone)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.losses import CrossEntropy, normalize_weights
+from diffusion_t5x.objectives.losses import CrossEntropy, normalize_weights
 
 BATCH, LENGTH, EMBED, VOCAB = 3, 7, 5, 13
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_t5x.drawing import first_largest
+from diffusion_t5x.objectives.logits import first_largest
 
 Array = jax.Array
 LossNormalizingFactor = float | str | None
