@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.interfaces import BoundNetwork, CachedPrefix
 from diffusion_t5x.networks.attention import repeat_rows
-from diffusion_t5x.networks.cache import grow
+from diffusion_t5x.networks.kv_cache import grow
 from diffusion_t5x.objectives import losses
 
 Array = jax.Array

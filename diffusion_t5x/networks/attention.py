@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
-from diffusion_t5x.networks import flash_attention
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.data_parts import for_each_part
-from diffusion_t5x.networks.devices import parts_of
+from diffusion_t5x.networks.kernels import flash_attention
+from diffusion_t5x.networks.sharding import parts_of
 
 Array = jax.Array
 

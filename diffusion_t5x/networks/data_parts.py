@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 
-from diffusion_t5x.networks.devices import parts_of
+from diffusion_t5x.networks.sharding import parts_of
 
 Array = jax.Array
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.networks.attention import repeat_rows
-from diffusion_t5x.networks.cache import (
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.kv_cache import (
     CanvasMemory,
     DecodeCache,
     append,
@@ -15,9 +16,8 @@ from diffusion_t5x.networks.cache import (
     denoise_at,
     make_cache,
 )
-from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.layers import Stack, TokenEmbedding
-from diffusion_t5x.networks.layout import (
+from diffusion_t5x.networks.row_layout import (
     Prefix,
     extend_prefix,
     merge,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.networks.attention import repeat_rows
-from diffusion_t5x.networks.cache import (
+from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.kv_cache import (
     CanvasMemory,
     DecodeCache,
     append,
@@ -16,9 +17,8 @@ from diffusion_t5x.networks.cache import (
     denoise_at,
     make_cache,
 )
-from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.layers import Memory, Stack, TokenEmbedding
-from diffusion_t5x.networks.layout import read_prefix
+from diffusion_t5x.networks.row_layout import read_prefix
 from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS, check_pattern, make_mask
 
 Array = jax.Array

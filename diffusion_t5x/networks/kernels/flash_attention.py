@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from diffusion_t5x.networks.devices import device_kind, mesh_axes, parts_of
+from diffusion_t5x.networks.sharding import device_kind, mesh_axes, parts_of
 
 Array = jax.Array
 by_platform = jax.lax.platform_dependent
