@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.decoding import denoising
 from diffusion_t5x.decoding.active_set import ActiveSet, Kept, empty_kept, read_unsettled
-from diffusion_t5x.decoding.blocks import decode_blocks
+from diffusion_t5x.decoding.block_decoding import decode_blocks
 from diffusion_t5x.decoding.denoising import Rows, State
 from diffusion_t5x.decoding.rerank import Decoded, best_last
 from diffusion_t5x.decoding.stopping import Step

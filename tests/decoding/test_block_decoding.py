@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x.decoding import blocks
+from diffusion_t5x.decoding import block_decoding
 from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.decoding.stopping import Unchanged
@@ -61,7 +61,7 @@ def _whole():
 )
 def test_blocks_are_what_canvases_after_written_out_prefixes_are(config, monkeypatch):
     # A cache that has to grow.
-    monkeypatch.setattr(blocks, "FIRST", 2 * BLOCK)
+    monkeypatch.setattr(block_decoding, "FIRST", 2 * BLOCK)
     model, params = _model(**config)
     tokens, aux = _decode(model, params)
     assert tokens.shape == (2, 1, LENGTH)
