@@ -132,14 +132,14 @@ def _keep_compiled_programs() -> None:
     """Compiles a program once per machine and version of it, not once per start.
 
     The directory is JAX's own setting (`JAX_COMPILATION_CACHE_DIR`, which may name a bucket that
-    all hosts of a pod share), else `xla` in this project's cache.
+    all hosts of a pod share), else `xla` in this project's file_cache.
     """
     import jax
 
-    from diffusion_t5x.data import cache
+    from diffusion_t5x.data.embedded import file_cache
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.cache_dir() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(file_cache.cache_dir() / "xla"))
 
 
 def _initialize_processes(args: argparse.Namespace) -> None:

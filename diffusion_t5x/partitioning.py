@@ -14,7 +14,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion_t5x.data.data_layout import DataLayout
+from diffusion_t5x.data.data_shards import DataLayout
 
 LogicalAxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 Batch = Mapping[str, np.ndarray]

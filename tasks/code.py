@@ -10,8 +10,9 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import file_readers, sources
-from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data.embedded import sources
+from diffusion_t5x.data.files import readers
+from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics, tfds_mbpp
 from tasks.features import register
@@ -21,13 +22,13 @@ MBPP = "mbpp"
 HUMAN_EVAL = "human_eval"
 
 MBPP_FIELDS = {
-    "text": file_readers.TEXT,
-    "code": file_readers.TEXT,
-    "test_list": file_readers.TEXTS,
-    "test_setup_code": file_readers.OPTIONAL_TEXT,
+    "text": readers.TEXT,
+    "code": readers.TEXT,
+    "test_list": readers.TEXTS,
+    "test_setup_code": readers.OPTIONAL_TEXT,
 }
 HUMAN_EVAL_FIELDS = dict.fromkeys(
-    ("prompt", "canonical_solution", "test", "entry_point"), file_readers.TEXT
+    ("prompt", "canonical_solution", "test", "entry_point"), readers.TEXT
 )
 # Where a completion that goes on after its function is cut (Chen et al. 2021, section 2.3).
 _STOP = re.compile(r"\n(?=class|def|#|if|print)")
@@ -137,7 +138,7 @@ def _human_eval_files() -> Mapping[str, str]:
 
 
 def _mbpp_source() -> LocalFilesDataSource:
-    reader = file_readers.JsonLines(MBPP_FIELDS, "task_id", tfds_mbpp.SPLITS)
+    reader = readers.JsonLines(MBPP_FIELDS, "task_id", tfds_mbpp.SPLITS)
     fields = tuple(MBPP_FIELDS)
     return LocalFilesDataSource(
         MBPP,
@@ -163,7 +164,7 @@ _register(
     HUMAN_EVAL,
     LocalFilesDataSource(
         HUMAN_EVAL,
-        lambda settings: file_readers.JsonLines(HUMAN_EVAL_FIELDS),
+        lambda settings: readers.JsonLines(HUMAN_EVAL_FIELDS),
         default_files=_human_eval_files,
         splits=("test",),
     ),

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import language_mixture, preprocessors, sources, text_readers
-from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data import language_mixture, preprocessors
+from diffusion_t5x.data.embedded import sources
+from diffusion_t5x.data.files import text_readers
+from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks.features import register
 

@@ -9,8 +9,9 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import file_readers, sources
-from diffusion_t5x.data.local_files import LocalFilesDataSource
+from diffusion_t5x.data.embedded import sources
+from diffusion_t5x.data.files import readers
+from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics
 from tasks.features import register
@@ -62,7 +63,7 @@ register(
     SQUAD,
     LocalFilesDataSource(
         "squad_v1_1",
-        lambda settings: file_readers.Squad(),
+        lambda settings: readers.Squad(),
         TfdsDataSource(SQUAD_TFDS, splits=("train", "validation")),
         _from_tfds,
     ),

@@ -6,9 +6,10 @@ import functools
 
 import seqio
 
-from diffusion_t5x.data import sources, text_readers
-from diffusion_t5x.data.embedded_translation import parse_locale
-from diffusion_t5x.data.local_files import LocalFiles, LocalFilesDataSource
+from diffusion_t5x.data.embedded import sources
+from diffusion_t5x.data.embedded.translation import parse_locale
+from diffusion_t5x.data.files import text_readers
+from diffusion_t5x.data.files.local_files import LocalFiles, LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics
 from tasks.features import register

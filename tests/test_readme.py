@@ -11,7 +11,7 @@ import pytest
 import tasks  # noqa: F401
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import experiments, infer, launch, sample, train
-from diffusion_t5x.data import local_files
+from diffusion_t5x.data.files import local_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 import gin
-from diffusion_t5x.data import cache, sources
+from diffusion_t5x.data.embedded import file_cache, sources
 
 EMBEDDED_PIECES = 736
 # Lines per family that the embedded SentencePiece is trained on.
@@ -34,7 +34,7 @@ def _training_lines() -> list[str]:
     }
     lines = []
     for family, files in families.items():
-        records = cache.read_jsonl(files["train"])
+        records = file_cache.read_jsonl(files["train"])
         texts = (text for record in records for text in record.values() if isinstance(text, str))
         split = (line for text in texts for line in text.split("\n") if line)
         lines += [line[:MAX_LINE] for line in itertools.islice(split, LINES[family])]
@@ -128,7 +128,7 @@ def _sentencepiece(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
 @functools.cache
 def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
     if name == "embedded":
-        path = cache.cached_file("embedded.model", _train_sentencepiece)
+        path = file_cache.cached_file("embedded.model", _train_sentencepiece)
         return _sentencepiece(str(path), extra_ids)
     if name == "bytes":
         return seqio.ByteVocabulary(extra_ids)

@@ -10,7 +10,7 @@ import tensorflow as tf
 import toy
 
 from diffusion_t5x.data import datasets
-from diffusion_t5x.data.data_layout import DataLayout
+from diffusion_t5x.data.data_shards import DataLayout
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
 

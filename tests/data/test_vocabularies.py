@@ -10,7 +10,8 @@ import tensorflow as tf
 from sentencepiece import sentencepiece_model_pb2
 
 import gin
-from diffusion_t5x.data import cache, preprocessors, sources, vocabularies
+from diffusion_t5x.data import preprocessors, vocabularies
+from diffusion_t5x.data.embedded import file_cache, sources
 
 TEXTS = (
     "",
@@ -54,7 +55,7 @@ def test_tensorflow_tokenizes_as_python_does(name):
 
 def test_embedded_held_out_text_survives_in_few_tokens():
     vocabulary = vocabularies.get_vocabulary()
-    rows = cache.read_jsonl(sources.translation_files("en", "fr")["test"])[:300]
+    rows = file_cache.read_jsonl(sources.translation_files("en", "fr")["test"])[:300]
     texts = [text for row in rows for text in row.values()]
     assert all(vocabulary.decode(vocabulary.encode(text)) == text for text in texts)
     tokens = sum(len(vocabulary.encode(text)) for text in texts)
@@ -218,7 +219,7 @@ def test_the_embedded_model_is_trained_on_training_splits_alone(monkeypatch):
         read.append(path)
         return [{"text": "line"}]
 
-    monkeypatch.setattr(cache, "read_jsonl", spy)
+    monkeypatch.setattr(file_cache, "read_jsonl", spy)
     vocabularies._training_lines()
     assert len(read) == 5
     assert all(path.endswith("-train.jsonl") for path in read)

@@ -9,7 +9,7 @@ import seqio
 
 import gin
 import tasks  # noqa: F401
-from diffusion_t5x.data import cache
+from diffusion_t5x.data.embedded import file_cache
 from diffusion_t5x.data.vocabularies import get_vocabulary
 
 LENGTHS = {"inputs": 4096, "targets": 2048}  # of HumanEval's longest
@@ -48,7 +48,7 @@ SQUAD = {
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(file_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
 
 
 def _write(path, text):
@@ -58,7 +58,7 @@ def _write(path, text):
 
 def _examples(name, split, files=None, **kwargs):
     if files is not None:
-        gin.bind_parameter("diffusion_t5x.data.local_files.LocalFiles.files", files)
+        gin.bind_parameter("diffusion_t5x.data.files.local_files.LocalFiles.files", files)
     task = seqio.get_mixture_or_task(name)
     dataset = task.get_dataset(
         LENGTHS, split, shuffle=False, shard_info=seqio.ShardInfo(0, 1), **kwargs

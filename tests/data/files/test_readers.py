@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from diffusion_t5x.data import file_readers
-from diffusion_t5x.data.file_readers import OPTIONAL_TEXT, TEXT, TEXTS, JsonLines, Refusal, Squad
+from diffusion_t5x.data.files import readers
+from diffusion_t5x.data.files.readers import OPTIONAL_TEXT, TEXT, TEXTS, JsonLines, Refusal, Squad
 
 FIELDS = {"text": TEXT, "tests": TEXTS, "setup": OPTIONAL_TEXT}
 GOOD = {"text": "t", "tests": ["a", "b"], "setup": ""}
@@ -114,7 +114,7 @@ def test_one_file_may_hold_all_splits(tmp_path):
     ],
 )
 def test_the_form_of_a_file_is_in_its_name(name, form):
-    assert file_readers.form_of(name) == form
+    assert readers.form_of(name) == form
 
 
 def _squad(*questions, context="The tower is tall."):

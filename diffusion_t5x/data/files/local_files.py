@@ -1,9 +1,9 @@
 """Users' own files as SeqIO data sources, chosen by gin, instead of TFDS.
 
 Each file is read once, checked, and written as a file of TensorFlow records to the cache (see
-`cache.cache_dir`); training reads those. A generator over the users' files would be simpler, but
-a run could not go on from it at the exact example: tf.data saves the position of its own readers,
-and none of a Python generator. And the check has to read everything before a run starts anyway.
+`file_cache.cache_dir`); training reads those. A generator over the users' files would be simpler,
+but a run could not resume from it at the exact example: tf.data saves the position of its own
+readers, and none of a Python generator. And the check has to read everything before a run starts anyway.
 The price is disk: as much as the text itself, unzipped. The cache may be emptied at any time; a
 file that changed, or is read with other settings, is checked anew. A check that was killed goes
 on with the first file that it had not finished.
@@ -26,8 +26,9 @@ import seqio
 import tensorflow as tf
 
 import gin
-from diffusion_t5x.data import cache, file_readers
-from diffusion_t5x.data.file_readers import Reader, Record, Refusal
+from diffusion_t5x.data.embedded import file_cache
+from diffusion_t5x.data.files import readers
+from diffusion_t5x.data.files.readers import Reader, Record, Refusal
 
 # Raise it whenever the records of the same file change.
 FORMAT_VERSION = 1
@@ -193,7 +194,7 @@ def _write_records(reader: Reader, files: tuple[str, ...], split: str | None, pa
 
 
 def check_files(reader: Reader, files: tuple[str, ...], split: str | None = None) -> Checked:
-    """Reads files that belong together once, and keeps their good records in the cache.
+    """Reads files that belong together once, and keeps their good records in the file_cache.
 
     Raises:
       ValueError: if a file cannot be read at all; see `file_readers`.
@@ -215,7 +216,7 @@ def check_files(reader: Reader, files: tuple[str, ...], split: str | None = None
         summary.write_text(json.dumps(values), encoding="utf-8")
         print(f"checked {' and '.join(files)}: {checked.records:,} records", flush=True)
 
-    summary = cache.cached_file(f"local_files/{name}.json", write)
+    summary = file_cache.cached_file(f"local_files/{name}.json", write)
     kept, refused, refusals = json.loads(summary.read_text(encoding="utf-8"))
     return Checked(str(summary.with_suffix(".tfrecord")), kept, refused, tuple(refusals))
 
@@ -230,7 +231,7 @@ class _CheckedRecords(seqio.TFExampleDataSource):
 def _description(fields: Mapping[str, str]) -> dict[str, Any]:
     text = tf.io.FixedLenFeature([], tf.string)
     texts = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
-    return {name: texts if kind == file_readers.TEXTS else text for name, kind in fields.items()}
+    return {name: texts if kind == readers.TEXTS else text for name, kind in fields.items()}
 
 
 class LocalFilesDataSource(seqio.DataSource):

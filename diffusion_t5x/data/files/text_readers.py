@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion_t5x.data.file_readers import (
+from diffusion_t5x.data.files.readers import (
     JSON_LINES,
     TEXT,
     Malformed,

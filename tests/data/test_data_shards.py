@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_t5x.data.data_layout import DataLayout
+from diffusion_t5x.data.data_shards import DataLayout
 
 
 def test_a_process_takes_the_rows_of_its_shards():

@@ -10,7 +10,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import cache, embedded_code, embedded_python, embedded_translation
+from diffusion_t5x.data.embedded import code, file_cache, python, translation
 
 Record = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -47,12 +47,13 @@ def _by_split(
             if not records:
                 for record in sorted(generate(), key=shuffled):
                     records.setdefault(split_of(key(record)), []).append(record)
-            cache.write_jsonl(path, records[split])
+            file_cache.write_jsonl(path, records[split])
 
         return write_split
 
     return {
-        split: str(cache.cached_file(f"{name}-{split}.jsonl", write(split))) for split in SPLITS
+        split: str(file_cache.cached_file(f"{name}-{split}.jsonl", write(split)))
+        for split in SPLITS
     }
 
 
@@ -60,31 +61,29 @@ def translation_files(source_locale: str, target_locale: str) -> dict[str, str]:
     """Split -> file of `{'source', 'target'}`; a source text is in one split only."""
     return _by_split(
         f"translation-{source_locale}-{target_locale}",
-        lambda: embedded_translation.generate(source_locale, target_locale),
+        lambda: translation.generate(source_locale, target_locale),
         lambda record: record["source"],
     )
 
 
 def question_files() -> dict[str, str]:
     """Split -> file of `{'context', 'question', 'answer'}`; a context is in one split only."""
-    return _by_split(
-        "questions", embedded_python.generate_questions, lambda record: record["context"]
-    )
+    return _by_split("questions", python.generate_questions, lambda record: record["context"])
 
 
 def code_files() -> dict[str, str]:
     """Split -> file of `{'text', 'code', 'tests'}`; a problem is in one split only."""
-    return _by_split("code", embedded_code.generate, lambda record: record["text"])
+    return _by_split("code", code.generate, lambda record: record["text"])
 
 
 def prose_files() -> dict[str, str]:
     """Split -> file of `{'text'}`, docstrings of the standard library."""
-    return _by_split("prose", embedded_python.generate_prose, lambda record: record["text"])
+    return _by_split("prose", python.generate_prose, lambda record: record["text"])
 
 
 def source_files() -> dict[str, str]:
     """Split -> file of `{'text'}`, functions of the standard library."""
-    return _by_split("source", embedded_python.generate_source, lambda record: record["text"])
+    return _by_split("source", python.generate_source, lambda record: record["text"])
 
 
 class EmbeddedDataSource(seqio.FunctionDataSource):
@@ -102,7 +101,7 @@ class EmbeddedDataSource(seqio.FunctionDataSource):
         self, split: str, shuffle_files: bool = False, seed: int | None = None
     ) -> tf.data.Dataset:
         del shuffle_files, seed  # One file a split; examples are shuffled later.
-        records = cache.read_jsonl(self.files()[split])
+        records = file_cache.read_jsonl(self.files()[split])
         columns = {name: [record[name] for record in records] for name in records[0]}
         lists = {name: values for name, values in columns.items() if isinstance(values[0], list)}
         columns |= {name: tf.ragged.constant(values) for name, values in lists.items()}

@@ -9,20 +9,22 @@ import seqio
 import tensorflow as tf
 
 import gin
-from diffusion_t5x.data import cache, datasets, local_files
-from diffusion_t5x.data.data_layout import DataLayout
+from diffusion_t5x.data import datasets
+from diffusion_t5x.data.data_shards import DataLayout
 from diffusion_t5x.data.datasets import DatasetConfig
+from diffusion_t5x.data.embedded import file_cache
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
-from diffusion_t5x.data.file_readers import TEXT, TEXTS, JsonLines
-from diffusion_t5x.data.local_files import LocalFilesDataSource
-from diffusion_t5x.data.text_readers import Documents, ParallelText
+from diffusion_t5x.data.files import local_files
+from diffusion_t5x.data.files.local_files import LocalFilesDataSource
+from diffusion_t5x.data.files.readers import TEXT, TEXTS, JsonLines
+from diffusion_t5x.data.files.text_readers import Documents, ParallelText
 
 NAME = "test_source"
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(file_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def _known(monkeypatch):
 
 def _bind(files, **settings):
     for name, value in {"files": {NAME: files}, **settings}.items():
-        gin.bind_parameter(f"diffusion_t5x.data.local_files.LocalFiles.{name}", value)
+        gin.bind_parameter(f"diffusion_t5x.data.files.local_files.LocalFiles.{name}", value)
 
 
 def _documents(**kwargs):
@@ -175,10 +177,10 @@ def test_files_that_are_not_there_or_not_given_right_are_refused(files, message,
 
 def test_a_source_that_does_not_exist_is_refused_with_the_nearest(tmp_path):
     source = _documents()
-    gin.bind_parameter("diffusion_t5x.data.local_files.LocalFiles.files", {"test_sorce": {}})
+    gin.bind_parameter("diffusion_t5x.data.files.local_files.LocalFiles.files", {"test_sorce": {}})
     with pytest.raises(ValueError, match=r"names 'test_sorce'.*did you mean 'test_source'.*Known"):
         source.get_dataset("train")
-    gin.bind_parameter("diffusion_t5x.data.local_files.LocalFiles.files", "x")
+    gin.bind_parameter("diffusion_t5x.data.files.local_files.LocalFiles.files", "x")
     with pytest.raises(ValueError, match=r"LOCAL_FILES = 'x'; expected"):
         source.splits  # noqa: B018
 

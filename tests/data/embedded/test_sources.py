@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from diffusion_t5x.data import cache, embedded_code, embedded_python, embedded_translation, sources
+from diffusion_t5x.data.embedded import code, file_cache, python, sources, translation
 from tasks import code_execution
 
 FAMILIES = {
@@ -27,7 +27,7 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def records():
     return {
-        family: {split: cache.read_jsonl(path) for split, path in files().items()}
+        family: {split: file_cache.read_jsonl(path) for split, path in files().items()}
         for family, (files, _) in FAMILIES.items()
     }
 
@@ -62,15 +62,15 @@ def test_a_split_depends_on_the_key_alone():
 
 def _small(name, monkeypatch):
     """A generator of little, so that it can run often."""
-    monkeypatch.setattr(embedded_translation, "NUM_DRAWS", 500)
+    monkeypatch.setattr(translation, "NUM_DRAWS", 500)
     files = [pathlib.Path(ast.__file__), pathlib.Path(argparse.__file__)]
-    monkeypatch.setattr(embedded_python, "_library_files", lambda: files)
+    monkeypatch.setattr(python, "_library_files", lambda: files)
     return {
-        "translation": lambda: embedded_translation.generate("en", "de"),
-        "question": embedded_python.generate_questions,
-        "code": embedded_code.generate,
-        "prose": embedded_python.generate_prose,
-        "source": embedded_python.generate_source,
+        "translation": lambda: translation.generate("en", "de"),
+        "question": python.generate_questions,
+        "code": code.generate,
+        "prose": python.generate_prose,
+        "source": python.generate_source,
     }[name]
 
 
@@ -84,11 +84,11 @@ def test_generating_twice_gives_the_same(family, monkeypatch):
 def test_generated_data_do_not_depend_on_the_process():
     script = (
         "import ast, pathlib\n"
-        "from diffusion_t5x.data import embedded_code, embedded_python, embedded_translation\n"
-        "embedded_translation.NUM_DRAWS = 300\n"
-        "embedded_python._library_files = lambda: [pathlib.Path(ast.__file__)]\n"
-        "print(*embedded_translation.generate('en', 'de'), *embedded_code.generate())\n"
-        "print(*embedded_python.generate_questions(), *embedded_python.generate_source())\n"
+        "from diffusion_t5x.data.embedded import code, python, translation\n"
+        "translation.NUM_DRAWS = 300\n"
+        "python._library_files = lambda: [pathlib.Path(ast.__file__)]\n"
+        "print(*translation.generate('en', 'de'), *code.generate())\n"
+        "print(*python.generate_questions(), *python.generate_source())\n"
     )
     outputs = [
         subprocess.run(
@@ -133,9 +133,9 @@ def test_hand_checked_translations(source, target, records):
 
 
 def test_rendered_locales_are_the_ones_asked_for(monkeypatch):
-    monkeypatch.setattr(embedded_translation, "NUM_DRAWS", 400)
-    german = {r["source"]: r["target"] for r in embedded_translation.generate("en", "de")}
-    backwards = {r["target"]: r["source"] for r in embedded_translation.generate("de", "en")}
+    monkeypatch.setattr(translation, "NUM_DRAWS", 400)
+    german = {r["source"]: r["target"] for r in translation.generate("en", "de")}
+    backwards = {r["target"]: r["source"] for r in translation.generate("de", "en")}
     shared = set(german) & set(backwards)
     assert len(shared) > 300
     assert all(german[text] == backwards[text] for text in shared)
@@ -149,19 +149,19 @@ def test_a_source_text_with_two_meanings_is_left_out(monkeypatch):
         meaning = next(meanings)
         return lambda locale: "same" if locale.language == "en" else meaning
 
-    monkeypatch.setattr(embedded_translation, "_KINDS", ((ambiguous, 1),))
-    monkeypatch.setattr(embedded_translation, "NUM_DRAWS", 4)
-    assert list(embedded_translation.generate("en", "fr")) == []
+    monkeypatch.setattr(translation, "_KINDS", ((ambiguous, 1),))
+    monkeypatch.setattr(translation, "NUM_DRAWS", 4)
+    assert list(translation.generate("en", "fr")) == []
     meanings = iter(("one", "one", "one", "one"))
-    assert list(embedded_translation.generate("en", "fr")) == [{"source": "same", "target": "one"}]
+    assert list(translation.generate("en", "fr")) == [{"source": "same", "target": "one"}]
 
 
 @pytest.mark.parametrize("name", ["xx", "en_XX", "", "not a locale", "klingon"])
 def test_unknown_locales_are_refused(name):
     with pytest.raises(ValueError, match=rf"locale '{name}' is not in CLDR"):
-        next(embedded_translation.generate("en", name))
+        next(translation.generate("en", name))
     with pytest.raises(ValueError, match=rf"locale '{name}' is not in CLDR"):
-        next(embedded_translation.generate(name, "en"))
+        next(translation.generate(name, "en"))
 
 
 def test_every_answer_is_a_span_of_its_context(records):
@@ -178,8 +178,8 @@ def test_answers_about_a_signature_are_the_signatures(tmp_path, monkeypatch):
         'def pick(first, second, *, third):\n    """Choose."""\n'
         "def silent(a, b):\n    pass\n"
     )
-    monkeypatch.setattr(embedded_python, "_library_files", lambda: [module])
-    answers = [(row["question"], row["answer"]) for row in embedded_python.generate_questions()]
+    monkeypatch.setattr(python, "_library_files", lambda: [module])
+    answers = [(row["question"], row["answer"]) for row in python.generate_questions()]
     assert sorted(answers) == sorted(
         [
             ("Which parameter of join comes first?", "head"),
@@ -200,7 +200,7 @@ def test_source_documents_are_functions_as_they_stand_in_their_files(records):
     for row in records["source"]["test"]:
         [function] = ast.parse(row["text"]).body
         assert isinstance(function, ast.FunctionDef)
-        assert len(row["text"]) <= embedded_python.MAX_SOURCE
+        assert len(row["text"]) <= python.MAX_SOURCE
 
 
 def test_source_keeps_its_indentation_after_page_breaks(tmp_path, monkeypatch):
@@ -209,8 +209,8 @@ def test_source_keeps_its_indentation_after_page_breaks(tmp_path, monkeypatch):
     module = tmp_path / "module.py"
     indented = second.replace("\n", "\n    ").replace("second", "method")
     module.write_text(f"{first}\n\n\f\n{second}\n\nclass A:\n    {indented}\n")
-    monkeypatch.setattr(embedded_python, "_library_files", lambda: [module])
-    texts = [row["text"] for row in embedded_python.generate_source()]
+    monkeypatch.setattr(python, "_library_files", lambda: [module])
+    texts = [row["text"] for row in python.generate_source()]
     assert texts == [first, second, second.replace("second", "method")]
 
 
@@ -220,7 +220,7 @@ def test_reference_programs_pass_their_assertions(records):
     for row in rows:
         by_reduction.setdefault(row["code"].split("_")[0], []).append(row)
     sample = [row for group in by_reduction.values() for row in group[:12]]
-    assert len(by_reduction) == len(embedded_code.REDUCTIONS)
+    assert len(by_reduction) == len(code.REDUCTIONS)
     passed = code_execution.run_all([(row["code"], row["tests"]) for row in sample])
     assert [row for row, success in zip(sample, passed, strict=True) if not success] == []
     # The assertions do tell programs apart.
@@ -229,7 +229,7 @@ def test_reference_programs_pass_their_assertions(records):
 
 
 def test_problems_differ_in_name_and_description_and_show_python():
-    problems = list(embedded_code.generate())
+    problems = list(code.generate())
     assert len({problem["text"] for problem in problems}) == len(problems)
     assert len({problem["code"] for problem in problems}) == len(problems)
     assert problems[0] == {
@@ -266,7 +266,7 @@ def test_the_cache_is_where_the_variable_says_and_is_written_once(tmp_path, monk
         calls.append(path)
         path.write_text("text")
 
-    first, second = (cache.cached_file("name.txt", write) for _ in range(2))
+    first, second = (file_cache.cached_file("name.txt", write) for _ in range(2))
     assert first == second
     assert tmp_path / "here" in first.parents
     assert first.read_text() == "text"
@@ -276,7 +276,7 @@ def test_the_cache_is_where_the_variable_says_and_is_written_once(tmp_path, monk
 def test_without_the_variable_the_cache_is_below_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("DIFFUSION_T5X_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.cache_dir() == tmp_path / ".cache" / "diffusion_t5x"
+    assert file_cache.cache_dir() == tmp_path / ".cache" / "diffusion_t5x"
 
 
 def test_a_file_that_failed_half_way_does_not_appear(tmp_path, monkeypatch):
@@ -287,9 +287,9 @@ def test_a_file_that_failed_half_way_does_not_appear(tmp_path, monkeypatch):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        cache.cached_file("name.txt", fail)
+        file_cache.cached_file("name.txt", fail)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    path = cache.cached_file("name.txt", lambda path: path.write_text("whole") and None)
+    path = file_cache.cached_file("name.txt", lambda path: path.write_text("whole") and None)
     assert path.read_text() == "whole"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [path]
 
@@ -307,7 +307,7 @@ def test_a_reader_sees_a_file_whole_however_many_write_it(tmp_path, monkeypatch)
     texts = []
     threads = [
         threading.Thread(
-            target=lambda: texts.append(cache.cached_file("name.txt", write).read_text())
+            target=lambda: texts.append(file_cache.cached_file("name.txt", write).read_text())
         )
         for _ in range(4)
     ]
@@ -320,13 +320,13 @@ def test_a_reader_sees_a_file_whole_however_many_write_it(tmp_path, monkeypatch)
 
 def test_another_version_of_the_generator_has_its_own_files(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path))
-    old = cache.cached_file("name.txt", lambda path: path.write_text("old") and None)
-    monkeypatch.setattr(cache, "GENERATOR_VERSION", cache.GENERATOR_VERSION + 1)
-    new = cache.cached_file("name.txt", lambda path: path.write_text("new") and None)
+    old = file_cache.cached_file("name.txt", lambda path: path.write_text("old") and None)
+    monkeypatch.setattr(file_cache, "GENERATOR_VERSION", file_cache.GENERATOR_VERSION + 1)
+    new = file_cache.cached_file("name.txt", lambda path: path.write_text("new") and None)
     assert (old.read_text(), new.read_text()) == ("old", "new")
 
 
 def test_json_lines_round_trip(tmp_path):
     rows = [{"a": "é\n\u2028", "b": [1, "x"]}, {"a": "", "b": []}]
-    cache.write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert cache.read_jsonl(tmp_path / "rows.jsonl") == rows
+    file_cache.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert file_cache.read_jsonl(tmp_path / "rows.jsonl") == rows

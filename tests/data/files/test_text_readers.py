@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from diffusion_t5x.data.file_readers import Refusal
-from diffusion_t5x.data.text_readers import Documents, ParallelText
+from diffusion_t5x.data.files.readers import Refusal
+from diffusion_t5x.data.files.text_readers import Documents, ParallelText
 
 PARALLEL = ParallelText(("en", "fr"), ("en", "fr"))
 PAIRS = [{"en": "the cat", "fr": "le chat"}, {"en": "a\u2028b", "fr": "été"}]
