@@ -38,7 +38,7 @@ from benchmarks import workloads
 from benchmarks.workloads import Shape
 from diffusion_t5x import compiled_program, optimizers, topologies
 from diffusion_t5x.dry_run import Job
-from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.train_step import Trainer
 
 BASE = Shape(256_000, 768, 12, 12, 64, 2048)

@@ -46,7 +46,7 @@ from benchmarks import tpu_programs
 from benchmarks.workloads import Shape
 from diffusion_t5x import compiled_program, topologies
 from diffusion_t5x.decoding.growth import cache_lengths
-from diffusion_t5x.partitioning import standard_logical_axis_rules
+from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
 
 VOCABULARY = 256_000
 # Those of gin/models/.

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffusion_t5x.interop import t5x_networks
-from diffusion_t5x.train_state import named_leaves
+from diffusion_t5x.runtime.train_state import named_leaves
 
 
 class CheckpointMismatchError(ValueError):

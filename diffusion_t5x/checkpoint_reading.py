@@ -13,7 +13,7 @@ from diffusion_t5x import checkpoint_integrity
 from diffusion_t5x.checkpoint_fit import check_fit
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, place, read_together
-from diffusion_t5x.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 
 def optimizer_item(state: TrainState) -> dict[str, Any]:

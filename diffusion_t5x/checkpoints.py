@@ -30,7 +30,7 @@ from diffusion_t5x.checkpoint_items import (
 )
 from diffusion_t5x.checkpoint_reading import optimizer_item, read_train_state
 from diffusion_t5x.interop import t5x_checkpoints
-from diffusion_t5x.train_state import TrainState
+from diffusion_t5x.runtime.train_state import TrainState
 
 PREFIX = "checkpoint"
 _NAME = re.compile(rf"^{PREFIX}_(\d+)$")

@@ -23,7 +23,7 @@ from diffusion_t5x.checkpoints import PREFIX, Checkpointer, SaveCheckpointConfig
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, read_all
 from diffusion_t5x.predictor import INIT_SHAPES
-from diffusion_t5x.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 OURS = t5x_networks.OURS
 # Our layout with our names; T5X's layout with our names; T5X's layout with names of its networks.

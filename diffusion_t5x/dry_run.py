@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from diffusion_t5x import compiled_program
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import Shapes, TrainState, abstract_train_state
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import Shapes, TrainState, abstract_train_state
 from diffusion_t5x.train_step import Trainer
 
 GIB = 2**30

@@ -21,13 +21,13 @@ from diffusion_t5x.checkpoint_reading import restore_params
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
-from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.evaluation import task_names
 from diffusion_t5x.metric_logs import write_atomically
-from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES, Predictor
-from diffusion_t5x.progress import Progress
-from diffusion_t5x.train_state import abstract_params
+from diffusion_t5x.runtime.disk_space import stops_when_full
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.terminal import Progress
+from diffusion_t5x.runtime.train_state import abstract_params
 
 MODES = ("predict", "score")
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_t5x import launch_local
-from diffusion_t5x.exit_codes import RESTARTABLE
+from diffusion_t5x.runtime.exit_codes import RESTARTABLE
 
 COMMANDS = ("train", "eval", "infer", "speed", "convert")
 

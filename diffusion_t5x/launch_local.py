@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from diffusion_t5x.exit_codes import RESTARTABLE
+from diffusion_t5x.runtime.exit_codes import RESTARTABLE
 
 GRACE_SECONDS = 60.0  # between asking processes to stop and stopping them
 

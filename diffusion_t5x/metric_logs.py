@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

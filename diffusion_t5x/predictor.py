@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x.data import datasets
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 # A network's parameters do not depend on the lengths it is initialised with.
 INIT_SHAPES = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (1, 8)}

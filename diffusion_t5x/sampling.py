@@ -11,9 +11,9 @@ import numpy as np
 from diffusion_t5x.checkpoint_reading import restore_params
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES, Predictor
-from diffusion_t5x.train_state import abstract_params
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import abstract_params
 
 
 def show_step(tokens: np.ndarray, vocabulary: Any) -> str:

@@ -22,8 +22,8 @@ from diffusion_t5x.checkpoints import (
     SavesPosition,
     select_checkpoints,
 )
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import TrainState, create_train_state
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import TrainState, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)

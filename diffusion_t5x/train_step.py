@@ -14,8 +14,8 @@ import optax
 from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.optimizers import Schedule
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 Metrics = dict[str, clu.metrics.Average]
 Batch = Mapping[str, jax.Array]

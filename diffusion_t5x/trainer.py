@@ -15,20 +15,20 @@ from diffusion_t5x import dry_run as dry_run_report
 from diffusion_t5x import run_record, starting_point
 from diffusion_t5x.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
-from diffusion_t5x.disk_space import stops_when_full
 from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.metric_logs import MetricLog, write_model_info
 from diffusion_t5x.nonfinite import NonFiniteSteps
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.preemption import Preempted, stop_on_sigterm
-from diffusion_t5x.progress import Progress
-from diffusion_t5x.train_state import (
+from diffusion_t5x.runtime.disk_space import stops_when_full
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.preemption import Preempted, stop_on_sigterm
+from diffusion_t5x.runtime.terminal import Progress
+from diffusion_t5x.runtime.train_state import (
     TrainState,
     abstract_train_state,
     input_shapes_and_types,
 )
+from diffusion_t5x.runtime.watchdog import Watchdog
 from diffusion_t5x.train_step import Health, Metrics, Trainer
-from diffusion_t5x.watchdog import Watchdog
 
 # Steps handed to the devices before the oldest one's result is looked at.
 STEPS_IN_FLIGHT = 2

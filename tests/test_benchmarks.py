@@ -17,9 +17,9 @@ from benchmarks import (
 )
 from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
-from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import INIT_SHAPES
-from diffusion_t5x.train_state import TrainState, create_params
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import TrainState, create_params
 
 CACHED = "objectives/diffusion_cached_prefix.gin"
 

@@ -24,7 +24,7 @@ from diffusion_t5x.checkpoints import (
     list_checkpoints,
     select_checkpoints,
 )
-from diffusion_t5x.train_state import TrainState
+from diffusion_t5x.runtime.train_state import TrainState
 
 ITEMS = ("params", "optimizer", "dataset")
 COMMIT_MARK = "commit_success.txt"  # Orbax's, added last; nothing is read from it

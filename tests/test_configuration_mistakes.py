@@ -7,9 +7,10 @@ import jax
 import pytest
 import toy
 
-from diffusion_t5x import partitioning, train
+from diffusion_t5x import train
 from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 from diffusion_t5x.run_record import OtherRunError
+from diffusion_t5x.runtime import partitioning
 
 PRETRAIN = "--gin_file=runs/pretrain.gin"
 ADAPT = "--gin_file=runs/adapt.gin"

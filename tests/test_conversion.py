@@ -14,8 +14,8 @@ from diffusion_t5x.checkpoint_reading import open_params, restore_params
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, list_checkpoints
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import abstract_params
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import abstract_params
 
 
 def _read(path):

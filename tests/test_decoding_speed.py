@@ -10,8 +10,8 @@ import toy
 from diffusion_t5x import experiments, speed
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding_speed import measure
-from diffusion_t5x.partitioning import PjitPartitioner
 from diffusion_t5x.predictor import Predictor
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 LENGTHS = {"inputs": 6, "targets": 4}
 

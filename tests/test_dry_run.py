@@ -17,7 +17,7 @@ import toy
 
 import gin
 from diffusion_t5x import dry_run, gin_utils, optimizers, topologies, train
-from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.train_step import Trainer
 
 FEATURES = (

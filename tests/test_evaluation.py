@@ -8,7 +8,7 @@ import toy
 
 from diffusion_t5x import evaluation, tables
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, list_checkpoints
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_di
         toy.model("diffusion"), cfg, PjitPartitioner(), str(tmp_path), return_all_decodes=True
     )
     from diffusion_t5x.checkpoint_reading import restore_params
-    from diffusion_t5x.train_state import abstract_params
+    from diffusion_t5x.runtime.train_state import abstract_params
 
     abstract = abstract_params(
         toy.model("diffusion"), PjitPartitioner(), evaluation.INIT_SHAPES, {}

@@ -7,7 +7,7 @@ import toy
 
 from diffusion_t5x import inference
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from clu import metric_writers
 
 from diffusion_t5x import metric_logs
 from diffusion_t5x.metric_logs import MetricLog, read_metrics, write_atomically
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import TrainState
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import TrainState
 
 
 @pytest.fixture

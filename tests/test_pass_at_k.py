@@ -18,8 +18,8 @@ from diffusion_t5x import evaluation, gin_utils
 from diffusion_t5x.checkpoint_reading import restore_params
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import abstract_params
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import abstract_params
 from tasks import metrics
 
 CODE = "toy_code"

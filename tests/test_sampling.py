@@ -6,7 +6,7 @@ import toy
 
 from diffusion_t5x.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.sampling import sample, show_step
 
 
@@ -96,7 +96,7 @@ def test_the_text_is_that_of_the_models_own_decoding(run_dir):
     from diffusion_t5x.checkpoint_reading import restore_params
     from diffusion_t5x.checkpoints import list_checkpoints
     from diffusion_t5x.predictor import INIT_SHAPES
-    from diffusion_t5x.train_state import abstract_params
+    from diffusion_t5x.runtime.train_state import abstract_params
 
     model = toy.model("autoregressive")
     abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})

@@ -18,7 +18,7 @@ from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.objectives.corruption import UniformCorruption
 from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.train_step import Trainer
 from diffusion_t5x.trainer import train
 from tasks import metrics

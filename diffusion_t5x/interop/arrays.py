@@ -11,7 +11,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from diffusion_t5x.progress import Progress
+from diffusion_t5x.runtime.terminal import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import tensorstore as ts
 from etils import epath
 
 from diffusion_t5x.interop.arrays import StoredArray, read_together
-from diffusion_t5x.progress import Progress
+from diffusion_t5x.runtime.terminal import Progress
 
 INDEX = "checkpoint"
 STATE = "state"

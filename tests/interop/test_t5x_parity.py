@@ -14,8 +14,8 @@ from interop import parity
 
 from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
 from diffusion_t5x.checkpoint_reading import restore_params
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import abstract_params
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import abstract_params
 
 SHAPES = {
     "encoder_input_tokens": (1, parity.PREFIX_LENGTH),

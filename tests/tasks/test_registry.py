@@ -16,7 +16,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter
 from diffusion_t5x.data.vocabularies import get_vocabulary
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.train_step import Trainer
 from diffusion_t5x.trainer import train
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from diffusion_t5x.partitioning import (
+from diffusion_t5x.runtime.partitioning import (
     PjitPartitioner,
     multi_slice_mesh,
     standard_logical_axis_rules,
@@ -120,8 +120,8 @@ import numpy as np
 sys.path.insert(0, {tests!r})
 import toy
 from diffusion_t5x import optimizers
-from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.train_state import abstract_train_state, create_train_state
+from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
 from diffusion_t5x.train_step import Trainer
 
 rng = np.random.default_rng(0)
@@ -209,8 +209,8 @@ sys.path.insert(0, {tests!r})
 import toy
 from flax.linen import partitioning as nn_partitioning
 from diffusion_t5x.networks import attention
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import create_params
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import create_params
 
 rng = np.random.default_rng(0)
 shapes = {{name: (16, 6) for name in (
@@ -251,8 +251,8 @@ sys.path.insert(0, {tests!r})
 import toy
 from diffusion_t5x import optimizers
 from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
-from diffusion_t5x.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.train_state import abstract_train_state, create_train_state
+from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
+from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
 
 tokens = np.random.default_rng(0).integers(1, 250, (8, 6)).astype(np.int32)
 shapes = {{name: (1, 6) for name in (

@@ -10,9 +10,9 @@ import time
 import pytest
 import toy
 
-from diffusion_t5x.exit_codes import DISK_FULL, HUNG, PREEMPTED
 from diffusion_t5x.launch_local import free_port, process_argv, process_environment
-from diffusion_t5x.watchdog import Watchdog
+from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
+from diffusion_t5x.runtime.watchdog import Watchdog
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -67,7 +67,7 @@ def test_compilation_and_evaluations_take_what_they_take(ended, tmp_path, monkey
 
 HANGS = """
 import threading, time
-from diffusion_t5x.watchdog import Watchdog
+from diffusion_t5x.runtime.watchdog import Watchdog
 
 def a_function_that_hangs():
     time.sleep(1000)

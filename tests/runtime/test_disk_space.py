@@ -26,10 +26,10 @@ from diffusion_t5x.checkpoints import (
     SaveCheckpointConfig,
     list_checkpoints,
 )
-from diffusion_t5x.disk_space import DiskFull, find_full_disk, stops_when_full
-from diffusion_t5x.exit_codes import DISK_FULL, PREEMPTED
-from diffusion_t5x.partitioning import PjitPartitioner
-from diffusion_t5x.train_state import TrainState
+from diffusion_t5x.runtime.disk_space import DiskFull, find_full_disk, stops_when_full
+from diffusion_t5x.runtime.exit_codes import DISK_FULL, PREEMPTED
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import TrainState
 
 
 def _raised_from(cause):
@@ -178,7 +178,7 @@ def test_a_disk_that_is_really_full_stops_a_run_within_steps_and_with_room_it_go
         sys.path.insert(0, {tests!r})
         import toy
         from diffusion_t5x.checkpoints import SaveCheckpointConfig
-        from diffusion_t5x.disk_space import DiskFull
+        from diffusion_t5x.runtime.disk_space import DiskFull
 
         def attempt(name, steps, **kwargs):
             try:

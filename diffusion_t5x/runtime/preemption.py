@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import jax
 from jax.experimental import multihost_utils
 
-from diffusion_t5x.exit_codes import PREEMPTED
+from diffusion_t5x.runtime.exit_codes import PREEMPTED
 
 
 class Preempted(SystemExit):

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from diffusion_t5x import progress
+from diffusion_t5x.runtime import terminal
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(terminal, "time", clock)
     return clock
 
 
 def test_a_line_comes_only_when_it_is_time(clock, capsys):
-    with progress.Progress(100, "training", "steps") as bar:
+    with terminal.Progress(100, "training", "steps") as bar:
         for _ in range(8):
             clock.now += 3.0
             bar.update()
@@ -42,7 +42,7 @@ def test_a_line_comes_only_when_it_is_time(clock, capsys):
 
 
 def test_the_rate_counts_only_what_was_done_here(clock, capsys):
-    with progress.Progress(1000, "training", "steps", initial=900) as bar:
+    with terminal.Progress(1000, "training", "steps", initial=900) as bar:
         clock.now += 20.0
         bar.update(50)
     lines = capsys.readouterr().err.splitlines()
@@ -51,7 +51,7 @@ def test_the_rate_counts_only_what_was_done_here(clock, capsys):
 
 
 def test_numbers_stay_beside_the_count_until_there_are_new_ones(clock, capsys):
-    with progress.Progress(10, "training", "steps") as bar:
+    with terminal.Progress(10, "training", "steps") as bar:
         bar.update(1, loss=3.14159265, accuracy=0.5)
         clock.now += 11.0
         bar.update()
@@ -61,27 +61,27 @@ def test_numbers_stay_beside_the_count_until_there_are_new_ones(clock, capsys):
 
 
 def test_an_unknown_total_is_not_shown(clock, capsys):
-    with progress.Progress(None, "predicting", "batches") as bar:
+    with terminal.Progress(None, "predicting", "batches") as bar:
         clock.now += 2.0
         bar.update(3)
     assert capsys.readouterr().err == "predicting: 3 batches, 1.5 batches/s  \n"
 
 
 def test_no_time_at_all_is_no_division_by_zero(clock, capsys):
-    with progress.Progress(1, "quick", "things") as bar:
+    with terminal.Progress(1, "quick", "things") as bar:
         bar.update()
     assert capsys.readouterr().err.startswith("quick: 1/1 things, ")
 
 
 def test_nothing_goes_to_standard_output(clock, capsys):
-    with progress.Progress(1, "quick", "things") as bar:
+    with terminal.Progress(1, "quick", "things") as bar:
         clock.now += 60.0
         bar.update()
     assert capsys.readouterr().out == ""
 
 
 def test_work_that_fails_says_how_far_it_came_and_fails(clock, capsys):
-    with pytest.raises(RuntimeError, match="broken"), progress.Progress(9, "work", "units") as bar:
+    with pytest.raises(RuntimeError, match="broken"), terminal.Progress(9, "work", "units") as bar:
         bar.update(4)
         raise RuntimeError("broken")
     assert capsys.readouterr().err.startswith("work: 4/9 units")
@@ -97,7 +97,7 @@ def test_other_processes_than_the_first_are_silent(clock, capsys, monkeypatch, t
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     stream = _Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with progress.Progress(5, "training", "steps") as bar:
+    with terminal.Progress(5, "training", "steps") as bar:
         clock.now += 60.0
         bar.update(5, loss=1.0)
     assert stream.getvalue() == ""
@@ -108,7 +108,7 @@ def test_a_terminal_gets_a_bar_with_count_rate_and_numbers(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
-    with progress.Progress(100, "training", "steps", initial=10) as bar:
+    with terminal.Progress(100, "training", "steps", initial=10) as bar:
         clock.now += 4.0
         bar.update(20, loss=0.25)
     text = stream.getvalue()

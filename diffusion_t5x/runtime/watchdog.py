@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x.exit_codes import HUNG
+from diffusion_t5x.runtime.exit_codes import HUNG
 
 _TICK_SECONDS = 1.0
 

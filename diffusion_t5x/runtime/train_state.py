@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 Shapes = Mapping[str, tuple[int, ...]]
 

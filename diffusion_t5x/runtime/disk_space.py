@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import jax
 
-from diffusion_t5x.exit_codes import DISK_FULL
+from diffusion_t5x.runtime.exit_codes import DISK_FULL
 
 # No room, a quota that is used up, and a file larger than the shell's limit allows.
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
