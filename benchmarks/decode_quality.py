@@ -30,8 +30,8 @@ import numpy as np
 
 from benchmarks import trained_models
 from diffusion_t5x import experiment_graph, gin_utils, models
-from diffusion_t5x.checkpoint_reading import restore_params
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.decoding import stopping, updates

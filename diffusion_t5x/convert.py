@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The parameters are the same under every objective and in every run.
         commands.configure(args, ["objectives/autoregressive.gin"], ["DROPOUT_RATE=0.0"])
         model = gin.get_configurable(models.Model)()
-    from diffusion_t5x import conversion
+    from diffusion_t5x.checkpointing import conversion
 
     conversion.print_conversion(
         conversion.convert(

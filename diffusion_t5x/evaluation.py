@@ -15,8 +15,8 @@ import tensorflow as tf
 
 import diffusion_t5x
 from diffusion_t5x import candidates, tables
-from diffusion_t5x.checkpoint_reading import restore_params
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.metric_logs import write_atomically

@@ -17,8 +17,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.checkpoint_reading import restore_params
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.evaluation import task_names

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_t5x.checkpoint_reading import restore_params
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.predictor import INIT_SHAPES, Predictor
 from diffusion_t5x.runtime.partitioning import PjitPartitioner

@@ -8,19 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x.checkpoint_reading import (
-    check_params,
-    check_train_state,
-    has_optimizer_state,
-    restore_params,
-    restore_train_state,
-)
-from diffusion_t5x.checkpoints import (
+from diffusion_t5x.checkpointing.checkpoints import (
     CheckpointConfig,
     Checkpointer,
     RestoreCheckpointConfig,
     SavesPosition,
     select_checkpoints,
+)
+from diffusion_t5x.checkpointing.reading import (
+    check_params,
+    check_train_state,
+    has_optimizer_state,
+    restore_params,
+    restore_train_state,
 )
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import TrainState, create_train_state

@@ -13,7 +13,7 @@ import jax
 
 from diffusion_t5x import dry_run as dry_run_report
 from diffusion_t5x import run_record, starting_point
-from diffusion_t5x.checkpoints import CheckpointConfig, Checkpointer
+from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.metric_logs import MetricLog, write_model_info

@@ -11,8 +11,8 @@ import toy
 import diffusion_t5x.eval
 import gin
 from diffusion_t5x import commands, gin_utils, infer, models, sample, train
-from diffusion_t5x.checkpoint_reading import restore_params
-from diffusion_t5x.checkpoints import list_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner

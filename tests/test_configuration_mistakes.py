@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from diffusion_t5x import train
-from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
 from diffusion_t5x.run_record import OtherRunError
 from diffusion_t5x.runtime import partitioning
 

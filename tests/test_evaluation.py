@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from diffusion_t5x import evaluation, tables
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig, list_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
@@ -108,7 +108,7 @@ def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_di
     evaluator = evaluation.InferenceEvaluator(
         toy.model("diffusion"), cfg, PjitPartitioner(), str(tmp_path), return_all_decodes=True
     )
-    from diffusion_t5x.checkpoint_reading import restore_params
+    from diffusion_t5x.checkpointing.reading import restore_params
     from diffusion_t5x.runtime.train_state import abstract_params
 
     abstract = abstract_params(

@@ -6,7 +6,7 @@ import pytest
 import toy
 
 from diffusion_t5x import inference
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from diffusion_t5x import launch, launch_local
-from diffusion_t5x.checkpoints import list_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
 

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 from diffusion_t5x import models, nonfinite
-from diffusion_t5x.checkpoints import list_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.data import datasets
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.nonfinite import NonFiniteSteps

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.sampling import sample, show_step
@@ -93,8 +93,8 @@ def test_the_seed_decides_what_is_drawn(run_dir):
 def test_the_text_is_that_of_the_models_own_decoding(run_dir):
     import jax
 
-    from diffusion_t5x.checkpoint_reading import restore_params
-    from diffusion_t5x.checkpoints import list_checkpoints
+    from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
+    from diffusion_t5x.checkpointing.reading import restore_params
     from diffusion_t5x.predictor import INIT_SHAPES
     from diffusion_t5x.runtime.train_state import abstract_params
 

@@ -10,12 +10,12 @@ import pytest
 import toy
 
 from diffusion_t5x import optimizers
-from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
-from diffusion_t5x.checkpoints import (
+from diffusion_t5x.checkpointing.checkpoints import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
     list_checkpoints,
 )
+from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
 from diffusion_t5x.data import datasets
 from diffusion_t5x.early_stopping import EarlyStopping
 from diffusion_t5x.metric_logs import read_metrics

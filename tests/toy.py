@@ -8,7 +8,7 @@ import seqio
 import tensorflow as tf
 
 from diffusion_t5x import optimizers
-from diffusion_t5x.checkpoints import CheckpointConfig, SaveCheckpointConfig
+from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, SaveCheckpointConfig
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from interop import parity
 
-from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
-from diffusion_t5x.checkpoint_reading import restore_params
+from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 

@@ -19,8 +19,9 @@ import pytest
 import tensorflow as tf
 import toy
 
-from diffusion_t5x import checkpoint_integrity, evaluation, inference, launch_local
-from diffusion_t5x.checkpoints import (
+from diffusion_t5x import evaluation, inference, launch_local
+from diffusion_t5x.checkpointing import integrity
+from diffusion_t5x.checkpointing.checkpoints import (
     Checkpointer,
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
@@ -101,7 +102,7 @@ def test_a_run_that_cannot_write_stops_and_goes_on_once_it_can(tmp_path, straigh
     assert "File too large" in stopped.value.message
     assert file in stopped.value.message
     assert [step for step, _ in list_checkpoints(str(run))] == [2]
-    checkpoint_integrity.verify(run / "checkpoint_2", ("params", "optimizer", "dataset"))
+    integrity.verify(run / "checkpoint_2", ("params", "optimizer", "dataset"))
     jax.tree.map(np.testing.assert_array_equal, state, toy.run(run, 6))
 
 
@@ -144,7 +145,7 @@ def test_what_fails_in_the_background_is_seen_while_other_processes_are_still_at
     def fail(directory):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_integrity, "write_checksums", fail)
+    monkeypatch.setattr(integrity, "write_checksums", fail)
     checkpointer = Checkpointer(str(tmp_path), SaveCheckpointConfig(save_dataset=False))
     meeting = threading.Event()
     tracker = checkpointer._manager._save_progress_tracker
@@ -177,7 +178,7 @@ def test_a_disk_that_is_really_full_stops_a_run_within_steps_and_with_room_it_go
         import pathlib, sys
         sys.path.insert(0, {tests!r})
         import toy
-        from diffusion_t5x.checkpoints import SaveCheckpointConfig
+        from diffusion_t5x.checkpointing.checkpoints import SaveCheckpointConfig
         from diffusion_t5x.runtime.disk_space import DiskFull
 
         def attempt(name, steps, **kwargs):

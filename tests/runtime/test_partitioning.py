@@ -250,7 +250,7 @@ import numpy as np
 sys.path.insert(0, {tests!r})
 import toy
 from diffusion_t5x import optimizers
-from diffusion_t5x.checkpoints import Checkpointer, SaveCheckpointConfig
+from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
 

@@ -15,8 +15,9 @@ import pytest
 from interop import parity
 
 import gin
-from diffusion_t5x import conversion, gin_utils, models
-from diffusion_t5x.checkpoint_reading import restore_params
+from diffusion_t5x import gin_utils, models
+from diffusion_t5x.checkpointing import conversion
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner

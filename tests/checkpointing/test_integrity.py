@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x import checkpoint_integrity, launch_local
-from diffusion_t5x.checkpoint_integrity import CHECKSUMS, DamagedCheckpointError
-from diffusion_t5x.checkpoint_reading import open_params, restore_params
-from diffusion_t5x.checkpoints import (
+from diffusion_t5x import launch_local
+from diffusion_t5x.checkpointing import integrity
+from diffusion_t5x.checkpointing.checkpoints import (
     Checkpointer,
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
     list_checkpoints,
     select_checkpoints,
 )
+from diffusion_t5x.checkpointing.integrity import CHECKSUMS, DamagedCheckpointError
+from diffusion_t5x.checkpointing.reading import open_params, restore_params
 from diffusion_t5x.runtime.train_state import TrainState
 
 ITEMS = ("params", "optimizer", "dataset")
@@ -68,7 +69,7 @@ def _array_file(item):
 
 def test_each_file_that_is_cut_changed_or_missing_is_named(a_copy):
     checkpoint = a_copy / "checkpoint_4"
-    checkpoint_integrity.verify(checkpoint, ITEMS)
+    integrity.verify(checkpoint, ITEMS)
     files = [
         file
         for item in ITEMS
@@ -82,9 +83,9 @@ def test_each_file_that_is_cut_changed_or_missing_is_named(a_copy):
             damage(file)
             name = re.escape(str(file.relative_to(checkpoint)))
             with pytest.raises(DamagedCheckpointError, match=f"{name} .*{words}"):
-                checkpoint_integrity.verify(checkpoint, ITEMS)
+                integrity.verify(checkpoint, ITEMS)
             file.write_bytes(content)
-    checkpoint_integrity.verify(checkpoint, ITEMS)
+    integrity.verify(checkpoint, ITEMS)
 
 
 def test_damage_to_the_checksums_themselves_is_damage(a_copy):
@@ -92,14 +93,14 @@ def test_damage_to_the_checksums_themselves_is_damage(a_copy):
     for text in ("", "[1]", '{"d": {"bytes": 1}}'):
         checksums.write_text(text)
         with pytest.raises(DamagedCheckpointError, match=r"params/checksums.json is not readable"):
-            checkpoint_integrity.verify(a_copy / "checkpoint_4", ITEMS)
+            integrity.verify(a_copy / "checkpoint_4", ITEMS)
 
 
 def test_only_what_is_asked_for_is_looked_at(a_copy):
     _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "optimizer"))
-    checkpoint_integrity.verify(a_copy / "checkpoint_4", ("params",))
+    integrity.verify(a_copy / "checkpoint_4", ("params",))
     with pytest.raises(DamagedCheckpointError):
-        checkpoint_integrity.verify(a_copy / "checkpoint_4", ("optimizer",))
+        integrity.verify(a_copy / "checkpoint_4", ("optimizer",))
 
 
 @pytest.mark.parametrize("item", ITEMS)
@@ -175,7 +176,7 @@ def test_a_name_that_is_taken_is_not_overwritten(tmp_path):
     for content in ("first", "second", "third"):
         (tmp_path / "checkpoint_4").mkdir()
         (tmp_path / "checkpoint_4" / "file").write_text(content)
-        checkpoint_integrity.set_aside(checkpoint_integrity.epath.Path(tmp_path / "checkpoint_4"))
+        integrity.set_aside(integrity.epath.Path(tmp_path / "checkpoint_4"))
     kept = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
     assert kept == {
         "checkpoint_4.damaged": "first",
@@ -215,21 +216,21 @@ def test_metrics_that_can_be_read_are_let_alone(a_copy):
 
 def test_what_was_found_whole_is_read_again_only_when_it_was_written_to(a_copy, monkeypatch):
     read = []
-    original = checkpoint_integrity._checksum
+    original = integrity._checksum
     monkeypatch.setattr(
         checkpoint_integrity, "_checksum", lambda file: read.append(file.name) or original(file)
     )
     checkpoint = a_copy / "checkpoint_4"
-    checkpoint_integrity.verify(checkpoint, ITEMS)
+    integrity.verify(checkpoint, ITEMS)
     assert len(read) > 3
     read.clear()
-    checkpoint_integrity.verify(checkpoint, ITEMS)
+    integrity.verify(checkpoint, ITEMS)
     assert not read
     damaged = _array_file(checkpoint / "params")
     _flip_a_bit(damaged)
     for _ in range(2):
         with pytest.raises(DamagedCheckpointError):
-            checkpoint_integrity.verify(checkpoint, ITEMS)
+            integrity.verify(checkpoint, ITEMS)
     assert read == [damaged.name] * 2
 
 
@@ -250,7 +251,8 @@ import jax
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
 import toy
 from jax.experimental import multihost_utils
-from diffusion_t5x import checkpoint_integrity, launch_local
+from diffusion_t5x import launch_local
+from diffusion_t5x.checkpointing import integrity
 
 run, read = pathlib.Path({run!r}), []
 toy.run(run, 4)
@@ -260,8 +262,8 @@ if jax.process_index() == 0:
         file = max(files, key=lambda file: file.stat().st_size)
         file.write_bytes(bytes(file.stat().st_size))
 multihost_utils.sync_global_devices("damaged")
-original = checkpoint_integrity._checksum
-checkpoint_integrity._checksum = lambda file: read.append(str(file)) or original(file)
+original = integrity._checksum
+integrity._checksum = lambda file: read.append(str(file)) or original(file)
 state = toy.run(run, 5)
 print("READ", sorted(file for file in read if "/checkpoint_2/" in file))
 print("STEP", int(state.step))

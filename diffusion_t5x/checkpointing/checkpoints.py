@@ -19,16 +19,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion_t5x import checkpoint_integrity
-from diffusion_t5x.checkpoint_integrity import DamagedCheckpointError
-from diffusion_t5x.checkpoint_items import (
+from diffusion_t5x.checkpointing import integrity
+from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
+from diffusion_t5x.checkpointing.items import (
     ArraysArgs,
     ArraysHandler,
     DatasetArgs,
     DatasetHandler,
     SavesPosition,
 )
-from diffusion_t5x.checkpoint_reading import optimizer_item, read_train_state
+from diffusion_t5x.checkpointing.reading import optimizer_item, read_train_state
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime.train_state import TrainState
 
@@ -147,7 +147,7 @@ class Checkpointer:
         self.config = config
         self._directory = epath.Path(directory).absolute()
         if jax.process_index() == 0:
-            checkpoint_integrity.forget_unreadable_metrics(self._directory)
+            integrity.forget_unreadable_metrics(self._directory)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("metrics of checkpoints are readable")
         self._manager = _Manager(
@@ -219,7 +219,7 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             for path in damaged:
-                print(f"{path} is kept as {checkpoint_integrity.set_aside(epath.Path(path))}.")
+                print(f"{path} is kept as {integrity.set_aside(epath.Path(path))}.")
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
@@ -269,7 +269,7 @@ def _newest_whole(found: Sequence[tuple[int, str]], items: Sequence[str]) -> tup
     damaged = []
     for _, path in reversed(found):
         try:
-            checkpoint_integrity.verify(path, items)
+            integrity.verify(path, items)
         except DamagedCheckpointError as error:
             damaged.append((path, error))
             continue

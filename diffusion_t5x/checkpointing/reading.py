@@ -9,8 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion_t5x import checkpoint_integrity
-from diffusion_t5x.checkpoint_fit import check_fit
+from diffusion_t5x.checkpointing import integrity
+from diffusion_t5x.checkpointing.fit import check_fit
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, place, read_together
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
@@ -62,7 +62,7 @@ def open_params(path: str) -> dict[str, StoredArray]:
     directory = epath.Path(path).absolute() / "params"
     if not directory.exists():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no 'params'.")
-    checkpoint_integrity.verify(path, ("params",))
+    integrity.verify(path, ("params",))
 
     def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(directory)))
@@ -84,7 +84,7 @@ def restore_params(path: str, abstract_params: Any) -> Any:
       DamagedCheckpointError: if a file is not as it was written.
       CheckpointMismatchError: if they do not fit.
     """
-    checkpoint_integrity.verify(path, ("params",))
+    integrity.verify(path, ("params",))
     return read_params(path, abstract_params)
 
 
@@ -137,7 +137,7 @@ def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
       DamagedCheckpointError: if a file is not as it was written.
       CheckpointMismatchError: if it does not fit.
     """
-    checkpoint_integrity.verify(path, ("params", "optimizer"))
+    integrity.verify(path, ("params", "optimizer"))
     return read_train_state(path, abstract_state)
 
 

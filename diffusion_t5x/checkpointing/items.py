@@ -8,8 +8,8 @@ from typing import Protocol
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion_t5x import checkpoint_integrity
-from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing import integrity
+from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
 
 
 class SavesPosition(Protocol):
@@ -38,7 +38,7 @@ class ArraysHandler(ocp.StandardCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         if self._checksums:
-            checkpoint_integrity.write_checksums(directory)
+            integrity.write_checksums(directory)
 
 
 # Orbax finds the handler of what is saved by the type of the arguments.
@@ -70,7 +70,7 @@ class DatasetHandler(ocp.CheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         if self._checksums:
-            checkpoint_integrity.write_checksums(directory)
+            integrity.write_checksums(directory)
 
 
 @ocp.args.register_with_handler(DatasetHandler, for_save=True, for_restore=True)

@@ -17,9 +17,14 @@ import numpy as np
 from etils import epath
 
 from diffusion_t5x import tables
-from diffusion_t5x.checkpoint_fit import CheckpointMismatchError, compare
-from diffusion_t5x.checkpoint_reading import open_params
-from diffusion_t5x.checkpoints import PREFIX, Checkpointer, SaveCheckpointConfig, list_checkpoints
+from diffusion_t5x.checkpointing.checkpoints import (
+    PREFIX,
+    Checkpointer,
+    SaveCheckpointConfig,
+    list_checkpoints,
+)
+from diffusion_t5x.checkpointing.fit import CheckpointMismatchError, compare
+from diffusion_t5x.checkpointing.reading import open_params
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.arrays import StoredArray, read_all
 from diffusion_t5x.predictor import INIT_SHAPES

@@ -8,10 +8,11 @@ import toy
 from interop import parity
 
 import gin
-from diffusion_t5x import conversion, convert, gin_utils
-from diffusion_t5x.checkpoint_fit import CheckpointMismatchError
-from diffusion_t5x.checkpoint_reading import open_params, restore_params
-from diffusion_t5x.checkpoints import RestoreCheckpointConfig, list_checkpoints
+from diffusion_t5x import convert, gin_utils
+from diffusion_t5x.checkpointing import conversion
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
+from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing.reading import open_params, restore_params
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
