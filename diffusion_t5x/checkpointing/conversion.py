@@ -26,7 +26,7 @@ from diffusion_t5x.checkpointing.checkpoints import (
 from diffusion_t5x.checkpointing.fit import CheckpointMismatchError, compare
 from diffusion_t5x.checkpointing.reading import open_params
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
-from diffusion_t5x.interop.arrays import StoredArray, read_all
+from diffusion_t5x.interop.stored_arrays import StoredArray, read_all
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 

@@ -12,7 +12,7 @@ from etils import epath
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.fit import check_fit
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
-from diffusion_t5x.interop.arrays import StoredArray, place, read_together
+from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 

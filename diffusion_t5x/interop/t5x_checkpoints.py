@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from diffusion_t5x.interop.arrays import StoredArray, read_together
+from diffusion_t5x.interop.stored_arrays import StoredArray, read_together
 from diffusion_t5x.runtime.terminal import Progress
 
 INDEX = "checkpoint"

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from diffusion_t5x.interop.arrays import StoredArray, stack, unstack
+from diffusion_t5x.interop.stored_arrays import StoredArray, stack, unstack
 
 OURS = "diffusion_t5x"
 NETWORKS = ("t5", "scalable_t5", "decoder_only", OURS)

@@ -7,7 +7,7 @@ import pytest
 import tensorstore as ts
 
 from diffusion_t5x.interop import t5x_checkpoints
-from diffusion_t5x.interop.arrays import StoredArray, stack, unstack
+from diffusion_t5x.interop.stored_arrays import StoredArray, stack, unstack
 
 ARRAYS = {
     "decoder/decoder_norm/scale": np.arange(5, dtype=np.float32),

@@ -6,7 +6,7 @@ import pytest
 from interop import parity
 
 from diffusion_t5x.interop import t5x_networks
-from diffusion_t5x.interop.arrays import StoredArray
+from diffusion_t5x.interop.stored_arrays import StoredArray
 from diffusion_t5x.interop.t5x_checkpoints import open_checkpoint
 from diffusion_t5x.networks.attention import relative_position_bucket
 
