@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import dry_run, experiments, tables, train
+from diffusion_t5x import experiments, tables, train
+from diffusion_t5x.training import dry_run
 
 TABLES = ("table1", "table2", "table3")
 HEADER = (

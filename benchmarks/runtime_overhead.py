@@ -25,7 +25,7 @@ import optax
 import gin
 from diffusion_t5x import gin_utils, models, train
 from diffusion_t5x.data import datasets
-from diffusion_t5x.metric_logs import read_metrics
+from diffusion_t5x.training.metric_logs import read_metrics
 
 ROUNDS = 5
 STEPS = 100  # per window

@@ -44,9 +44,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tpu_programs
 from benchmarks.workloads import Shape
-from diffusion_t5x import compiled_program, topologies
+from diffusion_t5x import compiled_program
 from diffusion_t5x.decoding.growth import cache_lengths
 from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
+from diffusion_t5x.training import topologies
 
 VOCABULARY = 256_000
 # Those of gin/models/.

@@ -53,7 +53,7 @@ def run(
     """Parses flags and gin files, then calls the gin-configured `function`.
 
     Args:
-      function: dotted path of the function to call, e.g. 'diffusion_t5x.trainer.train'.
+      function: dotted path of the function to call, e.g. 'diffusion_t5x.training.loop.train'.
       description: first lines of `--help`.
       argv: the arguments after the program's name; None for this process's.
       topology: whether a dry run may be for devices that are not there, `--topology`.
@@ -73,7 +73,7 @@ def run(
     if chosen and not args.dry_run:
         parser.error(f"--topology={chosen} is for --dry_run: those devices are not there.")
     if chosen:
-        from diffusion_t5x import topologies
+        from diffusion_t5x.training import topologies
 
         topologies.devices(chosen)  # before JAX looks for devices of its own
         configure(args, ["settings/topology.gin"], [f"TOPOLOGY={chosen!r}"])

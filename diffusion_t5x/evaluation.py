@@ -19,12 +19,12 @@ from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, sel
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
-from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.predictor import INIT_SHAPES, Predictor
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.training.metric_logs import write_atomically
 
 Metrics = dict[str, float]
 

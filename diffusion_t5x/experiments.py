@@ -24,8 +24,8 @@ from diffusion_t5x import eval as eval_command
 from diffusion_t5x import experiment_graph, report, sample, speed, speed_experiment, tables, train
 from diffusion_t5x.commands import GIN_FLAG
 from diffusion_t5x.experiment_graph import Experiment, Scale, Stage
-from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.speed_experiment import SpeedExperiment, SpeedScale
+from diffusion_t5x.training.metric_logs import write_atomically
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], Any]] = {
     "train": train.main,

@@ -14,7 +14,7 @@ from typing import Any
 
 from diffusion_t5x import tables
 from diffusion_t5x.experiment_graph import Experiment, Row, Scale, TaskSettings, chain, rows
-from diffusion_t5x.metric_logs import read_metrics, write_atomically
+from diffusion_t5x.training.metric_logs import read_metrics, write_atomically
 
 NUM_SAMPLES = 4
 MISSING = "missing"

@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusion_t5x import tables
 from diffusion_t5x.experiment_graph import Stage
-from diffusion_t5x.metric_logs import write_atomically
 from diffusion_t5x.report import MISSING, environment, save_figure
+from diffusion_t5x.training.metric_logs import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

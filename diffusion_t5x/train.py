@@ -14,7 +14,7 @@ from diffusion_t5x import commands
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Runs `trainer.train` as gin configures it; `argv` replaces the command line."""
-    return commands.run("diffusion_t5x.trainer.train", __doc__, argv, topology=True)
+    return commands.run("diffusion_t5x.training.loop.train", __doc__, argv, topology=True)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import gin
 from diffusion_t5x import commands, gin_utils, infer, models, sample, train
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
-from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.training.metric_logs import read_metrics
 
 COMMANDS = {"train": train, "eval": diffusion_t5x.eval, "infer": infer, "sample": sample}
 # Quotes as T5X wants them, and none, as a shell's user forgets them.

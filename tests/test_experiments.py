@@ -11,7 +11,7 @@ import shlex
 import pytest
 
 from diffusion_t5x import experiment_graph, experiments, report
-from diffusion_t5x.metric_logs import write_atomically
+from diffusion_t5x.training.metric_logs import write_atomically
 
 METHODS = ("autoregressive", "diffusion", "ar2diff_0", "ar2diff_N")
 PRETRAININGS = 3  # two objectives and an adaptation

@@ -16,7 +16,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.predictor import INIT_SHAPES
-from diffusion_t5x.trainer import train
+from diffusion_t5x.training.loop import train
 from gin import config_parser
 
 ROOT = gin_utils.config_dir()

@@ -11,8 +11,8 @@ import pytest
 
 from diffusion_t5x import launch, launch_local
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
-from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
+from diffusion_t5x.training.metric_logs import read_metrics
 
 FLAGS = ["--gin_file=models/xl.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
 

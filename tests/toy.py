@@ -7,7 +7,6 @@ import functools
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x import optimizers
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, SaveCheckpointConfig
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
@@ -19,8 +18,9 @@ from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.objectives.corruption import UniformCorruption
 from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.train_step import Trainer
-from diffusion_t5x.trainer import train
+from diffusion_t5x.training import optimizers
+from diffusion_t5x.training.loop import train
+from diffusion_t5x.training.trainer import Trainer
 from tasks import metrics
 
 VOCABULARY = seqio.ByteVocabulary()

@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 from benchmarks import dry_runs
-from diffusion_t5x import dry_run, gin_utils
+from diffusion_t5x import gin_utils
+from diffusion_t5x.training import dry_run
 
 GIB = dry_run.GIB
 REPORT = dry_run.Report(

@@ -119,10 +119,10 @@ import jax
 import numpy as np
 sys.path.insert(0, {tests!r})
 import toy
-from diffusion_t5x import optimizers
+from diffusion_t5x.training import optimizers
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
-from diffusion_t5x.train_step import Trainer
+from diffusion_t5x.training.trainer import Trainer
 
 rng = np.random.default_rng(0)
 batch = {{
@@ -249,7 +249,7 @@ import jax
 import numpy as np
 sys.path.insert(0, {tests!r})
 import toy
-from diffusion_t5x import optimizers
+from diffusion_t5x.training import optimizers
 from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state

@@ -51,7 +51,7 @@ def test_a_negative_limit_is_refused(tmp_path):
 
 
 def test_compilation_and_evaluations_take_what_they_take(ended, tmp_path, monkeypatch):
-    from diffusion_t5x.train_step import Trainer
+    from diffusion_t5x.training.trainer import Trainer
 
     original = Trainer.metric_shapes, Trainer.eval_metric_shapes
 
@@ -151,5 +151,5 @@ def test_where_one_of_two_processes_hangs_the_other_ends_and_tells_where_it_was(
     assert processes[0].returncode == HUNG, text[-3000:]
     assert "process 0 of 2: step " in text
     assert "has not come for 10 seconds" in text
-    assert 'diffusion_t5x/trainer.py", line' in text
+    assert 'diffusion_t5x/training/loop.py", line' in text
     assert list(run.glob("checkpoint_*"))

@@ -18,10 +18,10 @@ import gin
 from diffusion_t5x import gin_utils, models
 from diffusion_t5x.checkpointing import conversion
 from diffusion_t5x.checkpointing.reading import restore_params
-from diffusion_t5x.metric_logs import read_metrics
 from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.training.metric_logs import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "t5x.md").read_text(encoding="utf-8")

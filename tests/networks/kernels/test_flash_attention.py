@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x import compiled_program, topologies
+from diffusion_t5x import compiled_program
 from diffusion_t5x.networks import attention
 from diffusion_t5x.networks.attention import LayerCache
 from diffusion_t5x.networks.config import TransformerConfig
@@ -18,6 +18,7 @@ from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.networks.kernels import flash_attention
 from diffusion_t5x.networks.kv_cache import grow
 from diffusion_t5x.objectives.attention_patterns import ATTENTION_PATTERNS, make_mask
+from diffusion_t5x.training import topologies
 
 
 @dataclasses.dataclass(frozen=True)

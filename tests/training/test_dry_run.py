@@ -16,9 +16,10 @@ import pytest
 import toy
 
 import gin
-from diffusion_t5x import dry_run, gin_utils, optimizers, topologies, train
+from diffusion_t5x import gin_utils, train
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.train_step import Trainer
+from diffusion_t5x.training import dry_run, optimizers, topologies
+from diffusion_t5x.training.trainer import Trainer
 
 FEATURES = (
     "encoder_input_tokens", "decoder_target_tokens", "decoder_input_tokens", "decoder_loss_weights"

@@ -11,13 +11,8 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import dry_run as dry_run_report
-from diffusion_t5x import run_record, starting_point
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
-from diffusion_t5x.early_stopping import EarlyStopping
-from diffusion_t5x.metric_logs import MetricLog, write_model_info
-from diffusion_t5x.nonfinite import NonFiniteSteps
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.preemption import Preempted, stop_on_sigterm
@@ -28,7 +23,12 @@ from diffusion_t5x.runtime.train_state import (
     input_shapes_and_types,
 )
 from diffusion_t5x.runtime.watchdog import Watchdog
-from diffusion_t5x.train_step import Health, Metrics, Trainer
+from diffusion_t5x.training import dry_run as dry_run_report
+from diffusion_t5x.training import initial_state, run_record
+from diffusion_t5x.training.early_stopping import EarlyStopping
+from diffusion_t5x.training.metric_logs import MetricLog, write_model_info
+from diffusion_t5x.training.nonfinite import NonFiniteSteps
+from diffusion_t5x.training.trainer import Health, Metrics, Trainer
 
 # Steps handed to the devices before the oldest one's result is looked at.
 STEPS_IN_FLIGHT = 2
@@ -101,7 +101,7 @@ def train(
     for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
         if not isinstance(period, int) or period < 1:
             raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
-    start = starting_point.find(model_dir, checkpoint_cfg)
+    start = initial_state.find(model_dir, checkpoint_cfg)
     last_step = start.last_step(total_steps, relative_steps)
     watchdog = Watchdog(step_timeout_seconds)
     iterator = datasets.get_training_iterator(
@@ -129,14 +129,14 @@ def train(
     if dry_run:
         next(iterator)  # which says what is wrong with the data
         if jax.process_index() == 0:
-            print(f"start: {start}; {starting_point.what_is_left(start.step, last_step)}")
+            print(f"start: {start}; {initial_state.what_is_left(start.step, last_step)}")
         size = train_dataset_cfg.batch_size
         job = dry_run_report.Job(
             model, partitioner, trainer_cls, size, shapes, types, trainer.num_microbatches
         )
         return dry_run_report.check(job)
     with stops_when_full(model_dir), _open_checkpointer(model_dir, checkpoint_cfg) as checkpointer:
-        state = starting_point.restore(
+        state = initial_state.restore(
             start, model, partitioner, abstract, checkpointer, iterator, random_seed,
             (shapes, types),
         )  # fmt: skip
@@ -277,7 +277,7 @@ class _Loop:
         step = int(state.step)
         if step >= total_steps:
             if jax.process_index() == 0:
-                print(starting_point.what_is_left(step, total_steps), flush=True)
+                print(initial_state.what_is_left(step, total_steps), flush=True)
             return state
         if self._early_stopping.should_stop(self._log.lines):
             return state

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from flax.linen import partitioning as nn_partitioning
 
-from diffusion_t5x.optimizers import Schedule
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
+from diffusion_t5x.training.optimizers import Schedule
 
 Metrics = dict[str, clu.metrics.Average]
 Batch = Mapping[str, jax.Array]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x import optimizers
 from diffusion_t5x.checkpointing.checkpoints import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
@@ -17,10 +16,11 @@ from diffusion_t5x.checkpointing.checkpoints import (
 )
 from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
 from diffusion_t5x.data import datasets
-from diffusion_t5x.early_stopping import EarlyStopping
-from diffusion_t5x.metric_logs import read_metrics
-from diffusion_t5x.train_step import NonFiniteError
-from diffusion_t5x.trainer import Preempted
+from diffusion_t5x.training import optimizers
+from diffusion_t5x.training.early_stopping import EarlyStopping
+from diffusion_t5x.training.loop import Preempted
+from diffusion_t5x.training.metric_logs import read_metrics
+from diffusion_t5x.training.trainer import NonFiniteError
 
 
 def _same(one, other):

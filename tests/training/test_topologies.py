@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from diffusion_t5x import topologies
+from diffusion_t5x.training import topologies
 
 
 @pytest.mark.parametrize(

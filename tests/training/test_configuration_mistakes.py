@@ -9,8 +9,8 @@ import toy
 
 from diffusion_t5x import train
 from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
-from diffusion_t5x.run_record import OtherRunError
 from diffusion_t5x.runtime import partitioning
+from diffusion_t5x.training.run_record import OtherRunError
 
 PRETRAIN = "--gin_file=runs/pretrain.gin"
 ADAPT = "--gin_file=runs/adapt.gin"

@@ -10,12 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 import toy
 
-from diffusion_t5x import models, nonfinite
+from diffusion_t5x import models
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.data import datasets
-from diffusion_t5x.metric_logs import read_metrics
-from diffusion_t5x.nonfinite import NonFiniteSteps
-from diffusion_t5x.train_step import Health, NonFiniteError
+from diffusion_t5x.training import nonfinite
+from diffusion_t5x.training.metric_logs import read_metrics
+from diffusion_t5x.training.nonfinite import NonFiniteSteps
+from diffusion_t5x.training.trainer import Health, NonFiniteError
 
 
 def _batches(number):

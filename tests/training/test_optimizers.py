@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x import optimizers
+from diffusion_t5x.training import optimizers
 
 SETTINGS = {
     "base_learning_rate": 0.5,

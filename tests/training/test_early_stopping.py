@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from diffusion_t5x.early_stopping import EarlyStopping
+from diffusion_t5x.training.early_stopping import EarlyStopping
 
 
 def _log(*values, split="training_eval", name="loss"):
