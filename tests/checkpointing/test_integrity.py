@@ -218,7 +218,7 @@ def test_what_was_found_whole_is_read_again_only_when_it_was_written_to(a_copy, 
     read = []
     original = integrity._checksum
     monkeypatch.setattr(
-        checkpoint_integrity, "_checksum", lambda file: read.append(file.name) or original(file)
+        integrity, "_checksum", lambda file: read.append(file.name) or original(file)
     )
     checkpoint = a_copy / "checkpoint_4"
     integrity.verify(checkpoint, ITEMS)

@@ -3,7 +3,8 @@
 Each file is read once, checked, and written as a file of TensorFlow records to the cache (see
 `file_cache.cache_dir`); training reads those. A generator over the users' files would be simpler,
 but a run could not resume from it at the exact example: tf.data saves the position of its own
-readers, and none of a Python generator. And the check has to read everything before a run starts anyway.
+readers, and none of a Python generator. And the check has to read everything before a run starts
+anyway.
 The price is disk: as much as the text itself, unzipped. The cache may be emptied at any time; a
 file that changed, or is read with other settings, is checked anew. A check that was killed goes
 on with the first file that it had not finished.
