@@ -36,7 +36,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.decoding import stopping, updates
 from diffusion_t5x.decoding.active_set import ActiveSet
-from diffusion_t5x.predictor import INIT_SHAPES
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import experiments, tables, train
+from diffusion_t5x import experiments, train
+from diffusion_t5x.evaluation import results
 from diffusion_t5x.training import dry_run
 
 TABLES = ("table1", "table2", "table3")
@@ -132,7 +133,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A Markdown table for each topology."""
     for topology in dict.fromkeys(record["topology"] for record in records):
         yield f"\n{topology}:\n"
-        yield tables.markdown(
+        yield results.markdown(
             HEADER, [row(record) for record in records if record["topology"] == topology]
         )
 

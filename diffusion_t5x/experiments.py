@@ -21,8 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import experiment_graph, report, sample, speed, speed_experiment, tables, train
+from diffusion_t5x import experiment_graph, report, sample, speed, speed_experiment, train
 from diffusion_t5x.commands import GIN_FLAG
+from diffusion_t5x.evaluation import results
 from diffusion_t5x.experiment_graph import Experiment, Scale, Stage
 from diffusion_t5x.speed_experiment import SpeedExperiment, SpeedScale
 from diffusion_t5x.training.metric_logs import write_atomically
@@ -190,7 +191,7 @@ def _print_list() -> None:
     for name in names("experiments"):
         experiment, _, scale = load(name, None)
         body.append([name, experiment.title, scale])
-    tables.print_table(["experiment", "what", "scale"], body)
+    results.print_table(["experiment", "what", "scale"], body)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.run:
         run.run()
     else:
-        tables.print_table(*run.table(), title=run.experiment.title)
+        results.print_table(*run.table(), title=run.experiment.title)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from diffusion_t5x import commands
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Runs `inference.infer` as gin configures it; `argv` replaces the command line."""
-    return commands.run("diffusion_t5x.inference.infer", __doc__, argv)
+    return commands.run("diffusion_t5x.evaluation.inference.infer", __doc__, argv)
 
 
 if __name__ == "__main__":

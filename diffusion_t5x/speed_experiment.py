@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_t5x import tables
 from diffusion_t5x.experiment_graph import Stage
 from diffusion_t5x.report import MISSING, environment, save_figure
 from diffusion_t5x.training.metric_logs import write_atomically
@@ -136,7 +135,7 @@ def write(
     """Writes `results.json`, `results.md` and `results.png` into `directory`, atomically."""
     write_atomically(directory / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(
-        directory / "results.md", tables.markdown(*comparison(experiment, scale, results))
+        directory / "results.md", results.markdown(*comparison(experiment, scale, results))
     )
     plot(experiment, results, directory / "results.png")
 
@@ -170,4 +169,4 @@ def show(
 ) -> None:
     """Prints the table; `root`, the directory of the scale, holds no text to show."""
     del root
-    tables.print_table(*comparison(experiment, scale, results), title=experiment.title)
+    results.print_table(*comparison(experiment, scale, results), title=experiment.title)

@@ -17,7 +17,7 @@ from benchmarks import (
 )
 from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
-from diffusion_t5x.predictor import INIT_SHAPES
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import TrainState, create_params
 

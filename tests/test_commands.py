@@ -13,7 +13,7 @@ import gin
 from diffusion_t5x import commands, gin_utils, infer, models, sample, train
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
-from diffusion_t5x.predictor import INIT_SHAPES
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 from diffusion_t5x.training.metric_logs import read_metrics

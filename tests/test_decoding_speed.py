@@ -10,7 +10,7 @@ import toy
 from diffusion_t5x import experiments, speed
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding_speed import measure
-from diffusion_t5x.predictor import Predictor
+from diffusion_t5x.evaluation.compiled_model import Predictor
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 LENGTHS = {"inputs": 6, "targets": 4}

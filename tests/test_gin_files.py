@@ -14,8 +14,8 @@ import gin
 from diffusion_t5x import experiments, gin_utils, models
 from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.predictor import INIT_SHAPES
 from diffusion_t5x.training.loop import train
 from gin import config_parser
 

@@ -6,8 +6,8 @@ import toy
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.data.detokenize import detokenize
+from diffusion_t5x.evaluation.sampling import sample, show_step
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.sampling import sample, show_step
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_text_is_that_of_the_models_own_decoding(run_dir):
 
     from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
     from diffusion_t5x.checkpointing.reading import restore_params
-    from diffusion_t5x.predictor import INIT_SHAPES
+    from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
     from diffusion_t5x.runtime.train_state import abstract_params
 
     model = toy.model("autoregressive")

@@ -21,8 +21,8 @@ from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, sel
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
-from diffusion_t5x.evaluation import task_names
-from diffusion_t5x.predictor import INIT_SHAPES, Predictor
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
+from diffusion_t5x.evaluation.evaluation import task_names
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x import evaluation, tables
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
+from diffusion_t5x.evaluation import evaluation, results
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
@@ -142,10 +142,10 @@ def test_the_best_is_the_earliest_of_equals_and_needs_one_task():
         {"step": step, "task": task, "metrics": {"bleu": bleu}}
         for step, task, bleu in ((1, "a", 3.0), (2, "a", 5.0), (3, "a", 5.0), (1, "b", 9.0))
     ]
-    assert tables.choose_best(rows, "a/bleu", "max")["step"] == 2
-    assert tables.choose_best(rows, "a/bleu", "min")["step"] == 1
+    assert results.choose_best(rows, "a/bleu", "max")["step"] == 2
+    assert results.choose_best(rows, "a/bleu", "min")["step"] == 1
     with pytest.raises(ValueError, match="is a metric of a, b"):
-        tables.choose_best(rows, "bleu", "max")
+        results.choose_best(rows, "bleu", "max")
 
 
 def test_tables_show_missing_values_and_mark_the_best():
@@ -154,7 +154,7 @@ def test_tables_show_missing_values_and_mark_the_best():
         {"step": 2, "task": "b", "metrics": {"y": 2.0}},
     ]
     best = {"step": 1, "task": "a", "metric": "x", "value": 0.123456}
-    text = tables.markdown(*tables.tabulate({"rows": rows, "best": best}))
+    text = results.markdown(*results.tabulate({"rows": rows, "best": best}))
     assert text.splitlines()[0] == "| step | task | x | n | y |"
     assert text.splitlines()[2] == "| 1 (best) | a | 0.1235 | 5,000 | – |"
     assert text.splitlines()[3] == "| 2 | b | – | – | 2 |"

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from diffusion_t5x import candidates
-from diffusion_t5x.candidates import ChunkConfig
+from diffusion_t5x.evaluation import candidate_chunks
+from diffusion_t5x.evaluation.candidate_chunks import ChunkConfig
 
 
 def _chunk(number, size):
@@ -42,7 +42,7 @@ def _equal(ours, theirs):
 )
 def test_chunks_are_as_many_candidates_as_were_asked_for(settings, sizes):
     assert ChunkConfig(*settings).sizes() == sizes
-    outputs, seconds = candidates.draw(_chunk, ChunkConfig(*settings), NOBODY, None)
+    outputs, seconds = candidate_chunks.draw(_chunk, ChunkConfig(*settings), NOBODY, None)
     tokens, scores = outputs[7]
     expected = [100 * number + i for number, size in enumerate(sizes) for i in range(size)]
     assert tokens[:, 0].tolist() == expected
@@ -59,7 +59,7 @@ def test_no_candidates_are_refused(settings):
 @pytest.mark.parametrize("killed_at", range(4))
 def test_a_killed_run_goes_on_behind_its_last_chunk_and_gives_the_same(tmp_path, killed_at):
     cfg = ChunkConfig(7, 2)
-    whole, _ = candidates.draw(_chunk, cfg, NOBODY, None)
+    whole, _ = candidate_chunks.draw(_chunk, cfg, NOBODY, None)
     drawn, judged, remembered = [], [], []
 
     def judge(targets, predictions):
@@ -82,16 +82,16 @@ def test_a_killed_run_goes_on_behind_its_last_chunk_and_gives_the_same(tmp_path,
 
     directory = tmp_path / "chunks"
     with pytest.raises(KeyboardInterrupt):
-        candidates.draw(dying, cfg, _judges(judge, remember), directory)
+        candidate_chunks.draw(dying, cfg, _judges(judge, remember), directory)
     before = list(judged)
-    outputs, seconds = candidates.draw(living, cfg, _judges(judge, remember), directory)
+    outputs, seconds = candidate_chunks.draw(living, cfg, _judges(judge, remember), directory)
     assert drawn == [0, 1, 2, 3]
     assert seconds == 2.0
     _equal(outputs, whole)
     assert remembered == before
     assert judged == [[[100 * n + i for i in range(s)], [100 * n + i + 50 for i in range(s)]]
                       for n, s in enumerate(cfg.sizes())]  # fmt: skip
-    candidates.forget(directory)
+    candidate_chunks.forget(directory)
     assert not directory.exists()
 
 
@@ -108,7 +108,7 @@ def test_a_chunk_is_judged_while_the_next_is_drawn():
             assert is_judged.wait(10)
         return _chunk(number, size)
 
-    candidates.draw(chunk, ChunkConfig(2, 1), _judges(judge), None)
+    candidate_chunks.draw(chunk, ChunkConfig(2, 1), _judges(judge), None)
     assert is_judged.is_set()
 
 
@@ -126,13 +126,13 @@ def test_a_judge_that_fails_ends_the_run_before_all_is_drawn():
         return _chunk(number, size)
 
     with pytest.raises(RuntimeError, match="no sandbox"):
-        candidates.draw(chunk, ChunkConfig(50, 1), _judges(judge), None)
+        candidate_chunks.draw(chunk, ChunkConfig(50, 1), _judges(judge), None)
     assert len(drawn) < 50
 
 
 def test_candidates_that_are_all_alike_are_spoken_of(capsys):
     same = lambda number, size: _chunk(0, 1)  # noqa: E731
-    candidates.draw(same, ChunkConfig(3, 1), NOBODY, None)
+    candidate_chunks.draw(same, ChunkConfig(3, 1), NOBODY, None)
     assert "all 3 candidates of every example are alike" in capsys.readouterr().out
-    candidates.draw(_chunk, ChunkConfig(3, 1), NOBODY, None)
+    candidate_chunks.draw(_chunk, ChunkConfig(3, 1), NOBODY, None)
     assert capsys.readouterr().out == ""

@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.predictor import INIT_SHAPES, Predictor
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 

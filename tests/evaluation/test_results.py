@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from diffusion_t5x import tables
+from diffusion_t5x.evaluation import results
 
 
 def _rows(*values, task="a"):
@@ -24,33 +24,33 @@ def _rows(*values, task="a"):
     ],
 )  # fmt: skip
 def test_numbers_have_four_digits_and_integers_are_whole(value, text):
-    assert tables.format_value(value) == text
+    assert results.format_value(value) == text
 
 
 @pytest.mark.parametrize(("mode", "step"), [("max", 3), ("min", 2)])
 def test_the_best_is_found_where_some_rows_lack_the_metric_or_have_no_number(mode, step):
     rows = _rows(math.nan, 1.0, 5.0, None, 2.0, math.nan)
-    best = tables.choose_best(rows, "bleu", mode)
+    best = results.choose_best(rows, "bleu", mode)
     assert best == {"step": step, "task": "a", "metric": "bleu", "value": rows[step - 1][
         "metrics"]["bleu"]}  # fmt: skip
 
 
 def test_a_metric_of_one_task_needs_no_task_though_there_are_others():
     rows = [*_rows(1.0, 2.0), {"step": 1, "task": "b", "metrics": {"f1": 9.0}}]
-    assert tables.choose_best(rows, "bleu", "max")["task"] == "a"
-    assert tables.choose_best(rows, "f1", "max")["task"] == "b"
+    assert results.choose_best(rows, "bleu", "max")["task"] == "a"
+    assert results.choose_best(rows, "f1", "max")["task"] == "b"
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_of_all_tasks():
     with pytest.raises(ValueError, match=r"'blue' is unknown; did you mean 'a/bleu'"):
-        tables.choose_best(_rows(1.0), "blue", "max")
+        results.choose_best(_rows(1.0), "blue", "max")
     with pytest.raises(ValueError, match="BEST_METRIC = 'b/bleu'"):
-        tables.choose_best(_rows(1.0), "b/bleu", "max")
+        results.choose_best(_rows(1.0), "b/bleu", "max")
 
 
 def test_results_are_written_for_programs_and_for_people(tmp_path):
     results = {"rows": _rows(1.0, 2.5), "best": None, "settings": {"split": "test"}}
-    tables.write_results(str(tmp_path / "out"), results)
+    results.write_results(str(tmp_path / "out"), results)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert (tmp_path / "out" / "results.md").read_text().splitlines() == [
         "| step | task | bleu |",
@@ -62,7 +62,7 @@ def test_results_are_written_for_programs_and_for_people(tmp_path):
 
 def test_a_table_that_is_no_terminals_is_markdown_as_it_stands(capsys):
     # Brackets would be colours to rich.
-    tables.print_table(["name", "[bold]"], [["[red]a[/red]", 0.5]])
+    results.print_table(["name", "[bold]"], [["[red]a[/red]", 0.5]])
     assert capsys.readouterr().out.split() == (
-        tables.markdown(["name", "[bold]"], [["[red]a[/red]", 0.5]]).split()
+        results.markdown(["name", "[bold]"], [["[red]a[/red]", 0.5]]).split()
     )

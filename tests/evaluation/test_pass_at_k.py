@@ -14,10 +14,11 @@ import toy
 import diffusion_t5x.eval
 import diffusion_t5x.train
 import gin
-from diffusion_t5x import evaluation, gin_utils
+from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
+from diffusion_t5x.evaluation import evaluation
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 from tasks import metrics

@@ -5,8 +5,8 @@ import json
 import pytest
 import toy
 
-from diffusion_t5x import inference
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
+from diffusion_t5x.evaluation import inference
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 

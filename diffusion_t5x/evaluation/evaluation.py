@@ -14,12 +14,12 @@ import seqio
 import tensorflow as tf
 
 import diffusion_t5x
-from diffusion_t5x import candidates, tables
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize, end_text
-from diffusion_t5x.predictor import INIT_SHAPES, Predictor
+from diffusion_t5x.evaluation import candidate_chunks, results
+from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
@@ -81,7 +81,7 @@ class InferenceEvaluator:
                 f"return_all_decodes = True and NUM_DECODES = {num_decodes}; expected one of them: "
                 "either all samples of one decoding, or the best sample of each of several."
             )
-        self._chunks = candidates.ChunkConfig(num_decodes, decodes_per_chunk)
+        self._chunks = candidate_chunks.ChunkConfig(num_decodes, decodes_per_chunk)
         datasets.import_task_module(dataset_cfg.module)
         self._model, self._partitioner, self._cfg = model, partitioner, dataset_cfg
         self._output_dir = pathlib.Path(output_dir)
@@ -152,20 +152,22 @@ class InferenceEvaluator:
 
     def forget(self, name: str, step: int, resume_key: str) -> None:
         """Removes the chunks of a task, whose results are known."""
-        candidates.forget(self._chunk_dir(name, step, resume_key))
+        candidate_chunks.forget(self._chunk_dir(name, step, resume_key))
 
-    def _draw(self, name: str, params: Any, step: int, dataset: Any) -> candidates.Outputs:
+    def _draw(self, name: str, params: Any, step: int, dataset: Any) -> candidate_chunks.Outputs:
         """All candidates of a task's examples."""
 
-        def chunk(number: int, size: int) -> tuple[candidates.Outputs, float]:
+        def chunk(number: int, size: int) -> tuple[candidate_chunks.Outputs, float]:
             self._predict.seconds = 0.0
             outputs = self._run("predict", name, params, dataset, (number,), size)
             return outputs, self._predict.seconds
 
-        judges = candidates.TaskJudges(self._evaluators[name], name)
+        judges = candidate_chunks.TaskJudges(self._evaluators[name], name)
         key = self._resume_key
         directory = self._chunk_dir(name, step, key) if key else None
-        outputs, self._predict.seconds = candidates.draw(chunk, self._chunks, judges, directory)
+        outputs, self._predict.seconds = candidate_chunks.draw(
+            chunk, self._chunks, judges, directory
+        )
         return outputs
 
     def _evaluate(self, name: str, params: Any, step: int) -> Metrics:
@@ -345,11 +347,11 @@ def evaluate(
                     evaluator, abstract, pathlib.Path(output_dir), step, path
                 )
                 progress.update()
-        best = tables.choose_best(rows, best_metric, best_mode) if best_metric else None
+        best = results.choose_best(rows, best_metric, best_mode) if best_metric else None
         results = {"rows": rows, "best": best, "settings": evaluator.settings}
         if jax.process_index() == 0:
-            tables.write_results(output_dir, results)
-            tables.print_results(results)
+            results.write_results(output_dir, results)
+            results.print_results(results)
     return results
 
 
