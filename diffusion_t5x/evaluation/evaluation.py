@@ -348,11 +348,11 @@ def evaluate(
                 )
                 progress.update()
         best = results.choose_best(rows, best_metric, best_mode) if best_metric else None
-        results = {"rows": rows, "best": best, "settings": evaluator.settings}
+        found = {"rows": rows, "best": best, "settings": evaluator.settings}
         if jax.process_index() == 0:
-            results.write_results(output_dir, results)
-            results.print_results(results)
-    return results
+            results.write_results(output_dir, found)
+            results.print_results(found)
+    return found
 
 
 def _evaluate_checkpoint(
