@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusion_t5x import commands
+from diffusion_t5x.commands import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `conversion.convert`; `argv` replaces the command line."""
-    parser = commands.make_parser(__doc__)
+    parser = flags.make_parser(__doc__)
     add = parser.add_argument
     add("--from", dest="source", required=True, help="checkpoint, or a run for its latest")
     add("--to", dest="destination", required=True, help="directory to write checkpoint_{step} into")
@@ -28,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--partial", action="store_true", help="take what fits; the rest starts afresh")
     add("--dtype", choices=("float32", "bfloat16"), help="of parameters; default: as they are")
-    args = commands.parse(parser, argv)
+    args = flags.parse(parser, argv)
     model = None
     if args.gin_file:
         import gin
         from diffusion_t5x import models
 
         # The parameters are the same under every objective and in every run.
-        commands.configure(args, ["objectives/autoregressive.gin"], ["DROPOUT_RATE=0.0"])
+        flags.configure(args, ["objectives/autoregressive.gin"], ["DROPOUT_RATE=0.0"])
         model = gin.get_configurable(models.Model)()
     from diffusion_t5x.checkpointing import conversion
 

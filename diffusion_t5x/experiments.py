@@ -22,7 +22,7 @@ from typing import Any
 
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import experiment_graph, report, sample, speed, speed_experiment, train
-from diffusion_t5x.commands import GIN_FLAG
+from diffusion_t5x.commands.flags import GIN_FLAG
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.experiment_graph import Experiment, Scale, Stage
 from diffusion_t5x.speed_experiment import SpeedExperiment, SpeedScale

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from diffusion_t5x import launch_local
+from diffusion_t5x.commands import launch_local
 from diffusion_t5x.runtime.exit_codes import RESTARTABLE
 
 COMMANDS = ("train", "eval", "infer", "speed", "convert")

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusion_t5x import commands
+from diffusion_t5x.commands import flags
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Runs `decoding_speed.measure` as gin configures it; `argv` replaces the command line."""
-    return commands.run("diffusion_t5x.decoding_speed.measure", __doc__, argv)
+    return flags.run("diffusion_t5x.decoding_speed.measure", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusion_t5x import commands
+from diffusion_t5x.commands import flags
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Runs `trainer.train` as gin configures it; `argv` replaces the command line."""
-    return commands.run("diffusion_t5x.training.loop.train", __doc__, argv, topology=True)
+    return flags.run("diffusion_t5x.training.loop.train", __doc__, argv, topology=True)
 
 
 if __name__ == "__main__":

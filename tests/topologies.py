@@ -26,7 +26,7 @@ HERE = os.path.dirname(__file__)
 sys.path.insert(0, HERE)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from diffusion_t5x import launch_local  # noqa: E402
+from diffusion_t5x.commands import launch_local  # noqa: E402
 
 STEPS = 6
 TOLERANCE = 1e-4  # relative, of losses and gradient norms; sums are made in other orders

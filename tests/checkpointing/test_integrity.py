@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x import launch_local
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.checkpoints import (
     Checkpointer,
@@ -25,6 +24,7 @@ from diffusion_t5x.checkpointing.checkpoints import (
 )
 from diffusion_t5x.checkpointing.integrity import CHECKSUMS, DamagedCheckpointError
 from diffusion_t5x.checkpointing.reading import open_params, restore_params
+from diffusion_t5x.commands import launch_local
 from diffusion_t5x.runtime.train_state import TrainState
 
 ITEMS = ("params", "optimizer", "dataset")
@@ -251,7 +251,7 @@ import jax
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
 import toy
 from jax.experimental import multihost_utils
-from diffusion_t5x import launch_local
+from diffusion_t5x.commands import launch_local
 from diffusion_t5x.checkpointing import integrity
 
 run, read = pathlib.Path({run!r}), []

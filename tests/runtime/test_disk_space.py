@@ -19,7 +19,6 @@ import pytest
 import tensorflow as tf
 import toy
 
-from diffusion_t5x import launch_local
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.checkpoints import (
     Checkpointer,
@@ -27,6 +26,7 @@ from diffusion_t5x.checkpointing.checkpoints import (
     SaveCheckpointConfig,
     list_checkpoints,
 )
+from diffusion_t5x.commands import launch_local
 from diffusion_t5x.evaluation import evaluation, inference
 from diffusion_t5x.runtime.disk_space import DiskFull, find_full_disk, stops_when_full
 from diffusion_t5x.runtime.exit_codes import DISK_FULL, PREEMPTED

@@ -10,7 +10,7 @@ import time
 import pytest
 import toy
 
-from diffusion_t5x.launch_local import free_port, process_argv, process_environment
+from diffusion_t5x.commands.launch_local import free_port, process_argv, process_environment
 from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
 from diffusion_t5x.runtime.watchdog import Watchdog
 

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from diffusion_t5x import launch, launch_local
+from diffusion_t5x import launch
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
+from diffusion_t5x.commands import launch_local
 from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
 from diffusion_t5x.training.metric_logs import read_metrics
 

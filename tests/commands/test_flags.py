@@ -10,9 +10,10 @@ import toy
 
 import diffusion_t5x.eval
 import gin
-from diffusion_t5x import commands, gin_utils, infer, models, sample, train
+from diffusion_t5x import gin_utils, infer, models, sample, train
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
+from diffusion_t5x.commands import flags
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
@@ -121,7 +122,7 @@ def test_a_written_configuration_is_the_same_model_and_the_same_run(pretrained, 
     gin_utils.parse_config([str(adapted / "config.gin")], [])
     again = gin.get_configurable(models.Model)()
     gin.clear_config()
-    bindings = [flag.partition("=")[2] for flag in commands.rewrite_gin_flags(MODEL[1:])]
+    bindings = [flag.partition("=")[2] for flag in flags.rewrite_gin_flags(MODEL[1:])]
     gin_utils.parse_config(
         ["models/tiny.gin", "objectives/diffusion.gin"], [*bindings, "DROPOUT_RATE=0.1"]
     )
@@ -268,7 +269,7 @@ def test_help_shows_every_flag_of_t5x(command, capsys):
 
 def test_gin_flags_become_bindings_whatever_their_value():
     argv = ["--gin.A=1", "--gin_file=f.gin", "--gin.x.y=--gin.z", "--gin_bindings=B = 2"]
-    assert commands.rewrite_gin_flags(argv) == [
+    assert flags.rewrite_gin_flags(argv) == [
         "--gin_bindings=A=1", "--gin_file=f.gin", "--gin_bindings=x.y=--gin.z",
         "--gin_bindings=B = 2",
     ]  # fmt: skip
@@ -302,14 +303,14 @@ def test_compiled_programs_are_kept_for_the_next_start_where_jax_or_the_cache_sa
     tmp_path, monkeypatch
 ):
     before = jax.config.jax_compilation_cache_dir
-    parser = commands.make_parser("")
+    parser = flags.make_parser("")
     try:
         monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path / "ours"))
         jax.config.update("jax_compilation_cache_dir", None)
-        commands.parse(parser, [])
+        flags.parse(parser, [])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours" / "xla")
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
-        commands.parse(parser, [])
+        flags.parse(parser, [])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
