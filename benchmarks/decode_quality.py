@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from benchmarks import trained_models
-from diffusion_t5x import experiment_graph, gin_utils, models
+from diffusion_t5x import gin_utils, models
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
@@ -37,6 +37,7 @@ from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.decoding import stopping, updates
 from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
+from diffusion_t5x.experiments import experiment_graph
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import experiments, train
+from diffusion_t5x import train
 from diffusion_t5x.evaluation import results
+from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.training import dry_run
 
 TABLES = ("table1", "table2", "table3")

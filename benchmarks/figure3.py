@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import workloads
 from benchmarks.workloads import Shape
-from diffusion_t5x.report import save_figure
+from diffusion_t5x.experiments.report import save_figure
 
 SHAPE = Shape(embed_dim=512, num_heads=8, num_layers=6)
 PREFIX = 32

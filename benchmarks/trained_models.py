@@ -11,7 +11,8 @@ import pathlib
 import subprocess
 import sys
 
-from diffusion_t5x import experiment_graph, experiments
+from diffusion_t5x.experiments import __main__ as experiments
+from diffusion_t5x.experiments import experiment_graph
 
 STEPS = {"translation": 6000, "qa": 8000, "code": 3000}
 # Tokens per block, of tasks whose texts are long enough to be written in blocks.

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_t5x.experiment_graph import Stage
-from diffusion_t5x.report import MISSING, environment, save_figure
+from diffusion_t5x.experiments.experiment_graph import Stage
+from diffusion_t5x.experiments.report import MISSING, environment, save_figure
 from diffusion_t5x.training.metric_logs import write_atomically
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 import toy
 
-from diffusion_t5x import experiments, speed
+from diffusion_t5x import speed
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding_speed import measure
 from diffusion_t5x.evaluation.compiled_model import Predictor
+from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 LENGTHS = {"inputs": 6, "targets": 4}

@@ -10,8 +10,9 @@ import pytest
 
 import tasks  # noqa: F401
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import experiments, infer, launch, sample, train
+from diffusion_t5x import infer, launch, sample, train
 from diffusion_t5x.data.files import local_files
+from diffusion_t5x.experiments import __main__ as experiments
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -21,10 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import experiment_graph, report, sample, speed, speed_experiment, train
+from diffusion_t5x import sample, speed, speed_experiment, train
 from diffusion_t5x.commands.flags import GIN_FLAG
 from diffusion_t5x.evaluation import results
-from diffusion_t5x.experiment_graph import Experiment, Scale, Stage
+from diffusion_t5x.experiments import experiment_graph, report
+from diffusion_t5x.experiments.experiment_graph import Experiment, Scale, Stage
 from diffusion_t5x.speed_experiment import SpeedExperiment, SpeedScale
 from diffusion_t5x.training.metric_logs import write_atomically
 

@@ -13,7 +13,14 @@ from importlib import metadata
 from typing import Any
 
 from diffusion_t5x.evaluation import results
-from diffusion_t5x.experiment_graph import Experiment, Row, Scale, TaskSettings, chain, rows
+from diffusion_t5x.experiments.experiment_graph import (
+    Experiment,
+    Row,
+    Scale,
+    TaskSettings,
+    chain,
+    rows,
+)
 from diffusion_t5x.training.metric_logs import read_metrics, write_atomically
 
 NUM_SAMPLES = 4

@@ -10,7 +10,8 @@ import shlex
 
 import pytest
 
-from diffusion_t5x import experiment_graph, experiments, report
+from diffusion_t5x.experiments import __main__ as experiments
+from diffusion_t5x.experiments import experiment_graph, report
 from diffusion_t5x.training.metric_logs import write_atomically
 
 METHODS = ("autoregressive", "diffusion", "ar2diff_0", "ar2diff_N")
