@@ -40,7 +40,7 @@ from diffusion_t5x import compiled_program
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.training import optimizers, topologies
 from diffusion_t5x.training.dry_run import Job
-from diffusion_t5x.training.trainer import Trainer
+from diffusion_t5x.training.train_step import Trainer
 
 BASE = Shape(256_000, 768, 12, 12, 64, 2048)
 # Such that no rows x positions x width of it is as large as a weight or a part of one.

@@ -16,7 +16,7 @@ import numpy as np
 from diffusion_t5x import compiled_program
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import Shapes, TrainState, abstract_train_state
-from diffusion_t5x.training.trainer import Trainer
+from diffusion_t5x.training.train_step import Trainer
 
 GIB = 2**30
 # GiB of a chip, by the kind of its devices.

@@ -28,7 +28,7 @@ from diffusion_t5x.training import initial_state, run_record
 from diffusion_t5x.training.early_stopping import EarlyStopping
 from diffusion_t5x.training.metric_logs import MetricLog, write_model_info
 from diffusion_t5x.training.nonfinite import NonFiniteSteps
-from diffusion_t5x.training.trainer import Health, Metrics, Trainer
+from diffusion_t5x.training.train_step import Health, Metrics, Trainer
 
 # Steps handed to the devices before the oldest one's result is looked at.
 STEPS_IN_FLIGHT = 2

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from diffusion_t5x.training.metric_logs import read_lines, write_atomically
-from diffusion_t5x.training.trainer import Health, NonFiniteError
+from diffusion_t5x.training.train_step import Health, NonFiniteError
 
 MAX_DUMPS = 20  # batches of skipped steps kept; that of the step which stops a run always is
 

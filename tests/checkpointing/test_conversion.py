@@ -3,9 +3,9 @@
 import flax.traverse_util
 import jax
 import numpy as np
+import parity
 import pytest
 import toy
-from interop import parity
 
 import gin
 from diffusion_t5x import convert, gin_utils

@@ -274,7 +274,7 @@ print("STEP", int(state.step))
 def test_two_processes_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
     run = tmp_path / "run"
     program = TWO_PROCESSES.format(
-        tests=os.path.dirname(__file__), port=launch_local.free_port(), run=str(run)
+        tests=os.path.dirname(toy.__file__), port=launch_local.free_port(), run=str(run)
     )
     environment = {**launch_local.process_environment(1), "PYTHONPATH": os.getcwd()}
     processes = [

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import toy
 
 from diffusion_t5x import launch
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
@@ -139,7 +140,7 @@ def test_sigterm_on_one_of_two_processes_saves_one_step_on_both_and_the_run_goes
         "--gin.config.TransformerConfig.num_layers=1", f"--gin.MODEL_DIR={run}",
         "--gin.trainer.train.train_eval_dataset_cfg=None", "--gin.trainer.train.log_period=5",
     ]  # fmt: skip
-    tests = os.path.dirname(__file__)
+    tests = os.path.dirname(toy.__file__)
     (tmp_path / "register_toy.py").write_text("import toy\ntoy.register()\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "diffusion_t5x.launch", "local", "--processes=2", "--devices=2",

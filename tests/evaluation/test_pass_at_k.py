@@ -214,7 +214,7 @@ def test_the_command_takes_the_number_of_candidates_from_gin(tmp_path):
 
 
 def test_the_documented_command_parses():
-    text = (pathlib.Path(__file__).parent.parent / "docs/sandbox.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[2] / "docs/sandbox.md").read_text(encoding="utf-8")
     [command] = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "diffusion_t5x.eval"]

@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
+import parity
 import pytest
-from interop import parity
 
 from diffusion_t5x.interop import t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray

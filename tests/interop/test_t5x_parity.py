@@ -1,6 +1,6 @@
 """Checkpoints that T5X wrote mean the same to our networks: logits, losses, scores, greedy text.
 
-The golden files were made by running T5X once (`tests/t5x_side.py`); `inputs.json` has what
+The golden files were made by running T5X once (`tests/tools/t5x_side.py`); `inputs.json` has what
 went in.
 """
 
@@ -9,8 +9,8 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
-from interop import parity
 
 from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
 from diffusion_t5x.checkpointing.reading import restore_params

@@ -207,7 +207,7 @@ def test_a_disk_that_is_really_full_stops_a_run_within_steps_and_with_room_it_go
     """
     disk = tmp_path / "disk"
     disk.mkdir()
-    text = program.format(tests=os.path.dirname(__file__), disk=str(disk))
+    text = program.format(tests=os.path.dirname(toy.__file__), disk=str(disk))
     (tmp_path / "program.py").write_text(textwrap.dedent(text))
     shell = f"mount -t tmpfs -o size=5000k tmpfs {disk} && {sys.executable} {tmp_path}/program.py"
     done = subprocess.run(
@@ -242,7 +242,7 @@ def test_of_several_processes_none_waits_for_one_that_the_full_disk_stopped(tmp_
     disk.mkdir()
     (tmp_path / "program.py").write_text(
         TWO_PROCESSES.format(
-            tests=os.path.dirname(__file__), port=launch_local.free_port(), disk=str(disk)
+            tests=os.path.dirname(toy.__file__), port=launch_local.free_port(), disk=str(disk)
         )
     )
     run = f"{sys.executable} {tmp_path}/program.py"

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import toy
 from jax.sharding import PartitionSpec
 
 from diffusion_t5x.runtime.partitioning import (
@@ -122,7 +123,7 @@ import toy
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
-from diffusion_t5x.training.trainer import Trainer
+from diffusion_t5x.training.train_step import Trainer
 
 rng = np.random.default_rng(0)
 batch = {{
@@ -187,7 +188,10 @@ def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
     objective, architecture, scan
 ):
     program = _TWO_SHARDINGS.format(
-        tests=os.path.dirname(__file__), objective=objective, architecture=architecture, scan=scan
+        tests=os.path.dirname(toy.__file__),
+        objective=objective,
+        architecture=architecture,
+        scan=scan,
     )
     first, *others = _on_eight_devices(program)
     for other in others:
@@ -235,7 +239,7 @@ print(json.dumps(out))
 
 
 def test_blocks_of_attention_move_no_row_to_another_device():
-    done = _on_eight_devices(_BLOCKS.format(tests=os.path.dirname(__file__)))
+    done = _on_eight_devices(_BLOCKS.format(tests=os.path.dirname(toy.__file__)))
     (whole, no_loops, _), (blocked, loops, gathers), blocks_of_two_axes = done
     assert blocked == pytest.approx(whole, rel=1e-5)
     assert loops > no_loops
@@ -285,7 +289,7 @@ print(json.dumps(out))
 
 def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits(tmp_path):
     first, *others = _on_eight_devices(
-        _RESTORED.format(tests=os.path.dirname(__file__), directory=str(tmp_path))
+        _RESTORED.format(tests=os.path.dirname(toy.__file__), directory=str(tmp_path))
     )
     assert [other["devices"] for other in others] == [8, 4, 1]
     assert [other["shard"] for other in others] == [[4, 8], [8, 16], [16, 16]]

@@ -1,8 +1,8 @@
-"""A pod gives what one process gives; `python -m tests.topologies` shows it in full."""
+"""A pod gives what one process gives; `python -m tests.tools.topologies` shows it in full."""
 
 import pytest
 
-from tests.topologies import GROUPS, Topology, compare, outcome
+from tests.tools.topologies import GROUPS, Topology, compare, outcome
 
 
 @pytest.mark.parametrize(

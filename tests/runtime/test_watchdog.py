@@ -14,7 +14,7 @@ from diffusion_t5x.commands.launch_local import free_port, process_argv, process
 from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
 from diffusion_t5x.runtime.watchdog import Watchdog
 
-TESTS = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(toy.__file__).parent
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_negative_limit_is_refused(tmp_path):
 
 
 def test_compilation_and_evaluations_take_what_they_take(ended, tmp_path, monkeypatch):
-    from diffusion_t5x.training.trainer import Trainer
+    from diffusion_t5x.training.train_step import Trainer
 
     original = Trainer.metric_shapes, Trainer.eval_metric_shapes
 
@@ -127,7 +127,7 @@ def test_where_one_of_two_processes_hangs_the_other_ends_and_tells_where_it_was(
     (tmp_path / "register_toy.py").write_text("import toy\ntoy.register()\n")
     port = free_port()
     environment = {
-        **process_environment(1), "PYTHONPATH": f"{tmp_path}:{TESTS}:{TESTS.parent}",
+        **process_environment(1), "PYTHONPATH": f"{tmp_path}:{TESTS}:{TESTS.parents[1]}",
     }  # fmt: skip
     processes = [
         subprocess.Popen(

@@ -11,8 +11,8 @@ import sys
 
 import jax
 import numpy as np
+import parity
 import pytest
-from interop import parity
 
 import gin
 from diffusion_t5x import gin_utils, models

@@ -18,7 +18,7 @@ from diffusion_t5x.data.feature_converters import CanvasFeatureConverter
 from diffusion_t5x.data.vocabularies import get_vocabulary
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.training.loop import train
-from diffusion_t5x.training.trainer import Trainer
+from diffusion_t5x.training.train_step import Trainer
 
 LENGTHS = {"inputs": 40, "targets": 24}
 MIXTURES = ("embedded_all", "embedded_pretrain_prefix_lm", "embedded_pretrain_span_corruption")

@@ -19,7 +19,7 @@ import gin
 from diffusion_t5x import gin_utils, train
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.training import dry_run, optimizers, topologies
-from diffusion_t5x.training.trainer import Trainer
+from diffusion_t5x.training.train_step import Trainer
 
 FEATURES = (
     "encoder_input_tokens", "decoder_target_tokens", "decoder_input_tokens", "decoder_loss_weights"
@@ -270,7 +270,7 @@ def test_the_step_is_compiled_for_tpus_that_are_not_there(tmp_path):
 
 
 def test_the_documented_commands_parse():
-    text = (pathlib.Path(toy.__file__).parent.parent / "docs/pods.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[2] / "docs/pods.md").read_text(encoding="utf-8")
     commands = re.findall(r"python -m diffusion_t5x.train ((?:.*\\\n)+.*)", text)
     assert len(commands) == 2
     for command in commands:

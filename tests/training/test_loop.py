@@ -20,7 +20,7 @@ from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.early_stopping import EarlyStopping
 from diffusion_t5x.training.loop import Preempted
 from diffusion_t5x.training.metric_logs import read_metrics
-from diffusion_t5x.training.trainer import NonFiniteError
+from diffusion_t5x.training.train_step import NonFiniteError
 
 
 def _same(one, other):

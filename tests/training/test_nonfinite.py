@@ -16,7 +16,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.training import nonfinite
 from diffusion_t5x.training.metric_logs import read_metrics
 from diffusion_t5x.training.nonfinite import NonFiniteSteps
-from diffusion_t5x.training.trainer import Health, NonFiniteError
+from diffusion_t5x.training.train_step import Health, NonFiniteError
 
 
 def _batches(number):

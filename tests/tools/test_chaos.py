@@ -11,7 +11,7 @@ import pytest
 def results():
     """Of a process of its own: attempts are forks, and this one has computed too much to fork."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", "--kills=2", "--seed=1"],
+        [sys.executable, "-m", "tests.tools.chaos", "--kills=2", "--seed=1"],
         capture_output=True,
         text=True,
         check=False,

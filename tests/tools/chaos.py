@@ -1,6 +1,6 @@
 """Kills training, batch evaluation and inference at random moments, and compares what is left.
 
-python -m tests.chaos --kills=50 --seed=0
+python -m tests.tools.chaos --kills=50 --seed=0
 
 Each command runs once without being disturbed; then it is killed (SIGKILL) again and again, at
 moments drawn from the seed, and started again. Both must end with the same bits: parameters,

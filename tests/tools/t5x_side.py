@@ -1,9 +1,9 @@
 """T5X's side of the comparison; needs T5X on the Python path.
 
-As a program it writes the golden files of `tests/interop/golden`, each a checkpoint that T5X wrote
+As a program it writes the golden files of `tests/tools/golden`, each a checkpoint that T5X wrote
 and the numbers that T5X's own network computes with it:
 
-    python tests/t5x_side.py
+    python tests/tools/t5x_side.py
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import tempfile
 import types
 
 if __name__ == "__main__":
-    ROOT = pathlib.Path(__file__).resolve().parents[1]
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    ROOT = pathlib.Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests/tools")]
 
 import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import t5x.models
-from interop import parity
 from t5x import adafactor, checkpoints, decoding, partitioning, train_state, utils
 
 # network -> (layout, dtype) of its golden checkpoint
@@ -193,7 +193,7 @@ def main():
                 archive.add(directory, arcname=".")
         np.savez_compressed(parity.GOLDEN / f"{network}.npz", **t5x_numbers(network, params))
     inputs = {
-        "made by": "python tests/t5x_side.py",
+        "made by": "python tests/tools/t5x_side.py",
         "versions": {name: importlib.import_module(name).__version__
                      for name in ("jax", "flax", "orbax.checkpoint", "numpy")},
         "layouts": LAYOUTS,

@@ -20,7 +20,7 @@ from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.loop import train
-from diffusion_t5x.training.trainer import Trainer
+from diffusion_t5x.training.train_step import Trainer
 from tasks import metrics
 
 VOCABULARY = seqio.ByteVocabulary()

@@ -1,6 +1,6 @@
 """Trains and decodes on several topologies of processes and devices, and compares what they give.
 
-python -m tests.topologies --objectives=autoregressive,diffusion
+python -m tests.tools.topologies --objectives=autoregressive,diffusion
 
 Each topology is eight simulated devices in one to four processes of this machine, which talk as the
 hosts of a pod do. It trains a tiny model with dropout, evaluates its checkpoint and decodes a split
@@ -129,7 +129,7 @@ def _start(topology: Topology, objective: str, root: pathlib.Path, steps: int) -
       RuntimeError: if one fails, with what it printed last.
     """
     root.mkdir(parents=True, exist_ok=True)
-    worker = [sys.executable, "-m", "tests.topologies", "--worker", objective, str(root)]
+    worker = [sys.executable, "-m", "tests.tools.topologies", "--worker", objective, str(root)]
     command = [*worker, str(steps), *topology.mesh]
     port = launch_local.free_port()
     environment = launch_local.process_environment(topology.devices)

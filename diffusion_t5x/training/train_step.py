@@ -1,0 +1,245 @@
+"""One training step, compiled: gradients, accumulation, clipping, update, and a health report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen import partitioning as nn_partitioning
+
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves
+from diffusion_t5x.training.optimizers import Schedule
+
+Metrics = dict[str, clu.metrics.Average]
+Batch = Mapping[str, jax.Array]
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss, a gradient or an update is not finite; the message has the step and the leaves."""
+
+
+@flax.struct.dataclass
+class Health:
+    """What tells whether a step went wrong.
+
+    Attributes:
+      step: that the update led to, int32.
+      loss: of the batch.
+      grad_squares: `[leaves]`, the squared norm of each gradient leaf, in the order of
+        `named_leaves`.
+      update_squares: `[leaves]`, the same of what was added to the parameters.
+    """
+
+    step: jax.Array
+    loss: jax.Array
+    grad_squares: jax.Array
+    update_squares: jax.Array
+
+    def not_finite(self, names: Sequence[str]) -> tuple[float, list[str]]:
+        """Waits for the step; its loss, and the leaves whose gradient or update is not finite."""
+        loss, *squares = jax.device_get((self.loss, self.grad_squares, self.update_squares))
+        finite = np.isfinite(squares).all(axis=0)
+        return float(loss), [name for name, fine in zip(names, finite, strict=True) if not fine]
+
+
+def merge_metrics(ours: Metrics, theirs: Metrics) -> Metrics:
+    """Sums of both."""
+    return {name: ours[name].merge(theirs[name]) for name in theirs}
+
+
+def _split_batch(batch: Batch, parts: int) -> Batch:
+    """`[batch, ...] -> [parts, batch / parts, ...]`, every part spread over all data shards."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        axes = (None, "batch", *[None] * (x.ndim - 2))
+        return nn_partitioning.with_sharding_constraint(x, axes)
+
+    return jax.tree.map(split, dict(batch))
+
+
+def _leaf_squares(tree: Any) -> jax.Array:
+    """Squared norms of the leaves: `[leaves]`."""
+    return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(tree).values()])
+
+
+def _unless_finite(
+    health: Health, old: TrainState, new: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The new state and metrics, or the old state at the new step and no metrics.
+
+    The step goes on in any case, so that each step has its batch, its key and its learning rate,
+    whatever was skipped before.
+    """
+    squares = jnp.stack([health.grad_squares, health.update_squares])
+    finite = jnp.isfinite(health.loss) & jnp.all(jnp.isfinite(squares))
+
+    def choose(one: Any, other: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(finite, x, y), one, other)
+
+    params, opt_state = choose((new.params, new.opt_state), (old.params, old.opt_state))
+    nothing = jax.tree.map(jnp.zeros_like, metrics)
+    return TrainState(new.step, params, opt_state), choose(metrics, nothing)
+
+
+class Trainer:
+    """Compiled train and eval steps of one model.
+
+    Attributes:
+      max_skipped_updates: so many updates in a row may be skipped.
+      leaf_names: names of the parameters, in the order of `Health.grad_squares`.
+      num_microbatches: parts that a batch is divided into.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        partitioner: PjitPartitioner,
+        abstract_state: TrainState,
+        random_seed: int,
+        learning_rate_fn: Schedule,
+        num_microbatches: int | None = None,
+        clip_norm: float | None = None,
+        max_skipped_updates: int = 0,
+    ):
+        """Prepares the steps.
+
+        Args:
+          model: an object of `models.Model`'s kind.
+          partitioner: lays out state and batches.
+          abstract_state: shapes and shardings of the state.
+          random_seed: of all randomness in training; a step's key is its fold with the step.
+          learning_rate_fn: step -> learning rate.
+          num_microbatches: parts that a batch is divided into, whose gradients are summed.
+          clip_norm: the most that the gradient's global norm may be.
+          max_skipped_updates: so many updates in a row are skipped for a loss, gradient or update
+            that is not finite; the next stops training. 0 to stop at the first.
+
+        Raises:
+          ValueError: if a number is out of range.
+        """
+        if num_microbatches is not None and num_microbatches < 1:
+            raise ValueError(f"num_microbatches = {num_microbatches}; expected at least 1 or None.")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"clip_norm = {clip_norm}; expected a positive number or None.")
+        if max_skipped_updates < 0:
+            raise ValueError(f"max_skipped_updates = {max_skipped_updates}; expected at least 0.")
+        self._model = model
+        self._partitioner = partitioner
+        self._learning_rate_fn = learning_rate_fn
+        self.num_microbatches = num_microbatches or 1
+        self._clip_norm = clip_norm
+        self._rng = jax.random.PRNGKey(random_seed)
+        self.max_skipped_updates = max_skipped_updates
+        self.leaf_names = list(named_leaves(abstract_state.params))
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+        everywhere = partitioner.replicated
+        self.step = partitioner.jit(
+            self._step, donate_argnums=(0, 1), out_shardings=(shardings, everywhere, everywhere)
+        )
+        self.eval_step = partitioner.jit(
+            lambda params, metrics, batch: merge_metrics(metrics, model.eval_fn(params, batch)[1]),
+            donate_argnums=(1,),
+            out_shardings=everywhere,
+        )
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Checks that every microbatch is spread over all data-parallel parts.
+
+        Args:
+          batch_size: examples of a global batch, which the parts divide.
+
+        Raises:
+          ValueError: if it does not divide so.
+        """
+        [rows] = self._partitioner.batch_sharding.shard_shape((batch_size,))
+        if rows % self.num_microbatches:
+            raise ValueError(
+                f"Trainer.num_microbatches = {self.num_microbatches} does not divide the {rows} "
+                f"examples that a data-parallel part has of BATCH_SIZE = {batch_size}; expected "
+                f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}."
+            )
+
+    def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
+        """Shapes of the metrics that a training step accumulates."""
+        update = self._partitioner.jit(lambda state, batch: self._update(state, batch)[1])
+        return update.eval_shape(state, batch)
+
+    def eval_metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
+        """Shapes of the metrics that an eval step accumulates."""
+        eval_fn = self._model.eval_fn
+        evaluate = self._partitioner.jit(lambda params, batch: eval_fn(params, batch)[1])
+        return evaluate.eval_shape(state.params, batch)
+
+    def empty_metrics(self, shapes: Metrics) -> Metrics:
+        """Metrics with nothing in them yet, on every device."""
+        return jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), self._partitioner.replicated),
+            shapes,
+        )
+
+    def _step(
+        self, state: TrainState, metrics: Metrics, batch: Batch
+    ) -> tuple[TrainState, Metrics, Health]:
+        state, new, health = self._update(state, batch)
+        return state, merge_metrics(metrics, new), health
+
+    def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Health]:
+        loss, metrics, grads = self._gradients(state, batch)
+        squares = _leaf_squares(grads)
+        norm = jnp.sqrt(jnp.sum(squares))
+        if self._clip_norm is not None:
+            scale = jnp.minimum(1.0, self._clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        rate = jnp.asarray(self._learning_rate_fn(state.step), jnp.float32)
+        updates, opt_state = self._model.optimizer_def.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: u * rate, updates)
+        params = optax.apply_updates(state.params, updates)
+        one = jnp.float32(1.0)
+        metrics = {
+            **metrics,
+            "learning_rate": clu.metrics.Average(total=rate, count=one),
+            "grad_norm": clu.metrics.Average(total=norm, count=one),
+        }
+        new = TrainState(state.step + 1, params, opt_state)
+        health = Health(new.step, loss, squares, _leaf_squares(updates))
+        if self.max_skipped_updates:
+            new, metrics = _unless_finite(health, state, new, metrics)
+        return new, metrics, health
+
+    def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
+        """Loss, metrics and gradients of a batch, microbatch by microbatch."""
+        rng = jax.random.fold_in(self._rng, state.step)
+        value_and_grad = jax.value_and_grad(self._model.loss_fn, has_aux=True)
+        if self.num_microbatches == 1:
+            (loss, metrics), grads = value_and_grad(state.params, batch, rng)
+            return loss, metrics, grads
+        normalization = self._model.loss_normalization
+        parts = _split_batch(batch, self.num_microbatches)
+
+        def one_part(index: jax.Array, part: Batch) -> Any:
+            part_rng = jax.random.fold_in(rng, index)
+            (loss, metrics), grads = value_and_grad(state.params, part, part_rng)
+            # The mean over the batch, from the means over its parts.
+            share = normalization(part) / normalization(batch)
+            loss, grads = jax.tree.map(lambda x: x * share, (loss, grads))
+            return loss, metrics, grads
+
+        def accumulate(total: Any, indexed: Any) -> tuple[Any, None]:
+            loss, metrics, grads = one_part(*indexed)
+            grads = jax.tree.map(jnp.add, total[2], grads)
+            return (total[0] + loss, merge_metrics(total[1], metrics), grads), None
+
+        indexed = jnp.arange(self.num_microbatches), parts
+        first = jax.tree.map(lambda x: x[0], indexed)
+        shapes = jax.eval_shape(one_part, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (loss, metrics, grads), _ = jax.lax.scan(accumulate, zeros, indexed)
+        return loss, metrics, grads
