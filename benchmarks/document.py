@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.evaluation import results
-from diffusion_t5x.training.metric_logs import write_atomically
+from diffusion_t5x.runtime.files import write_atomically
 
 DOCUMENT = pathlib.Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 # name -> its arguments

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
+from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import create_params
-from diffusion_t5x.training.metric_logs import write_atomically
 
 
 def measure(

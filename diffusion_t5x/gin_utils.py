@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import gin
-from diffusion_t5x.training.metric_logs import write_atomically
+from diffusion_t5x.runtime.files import write_atomically
 from gin import config_parser
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_t5x.experiments.experiment_graph import Stage
 from diffusion_t5x.experiments.report import MISSING, environment, save_figure
-from diffusion_t5x.training.metric_logs import write_atomically
+from diffusion_t5x.runtime.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

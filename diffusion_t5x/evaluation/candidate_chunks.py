@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import seqio
 
-from diffusion_t5x.training.metric_logs import write_atomically
+from diffusion_t5x.runtime.files import write_atomically
 
 # Index of an example -> tokens [candidates, length] and scores [candidates].
 Outputs = dict[int, tuple[np.ndarray, np.ndarray]]

@@ -21,10 +21,10 @@ from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.evaluation import candidate_chunks, results
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
 from diffusion_t5x.runtime.disk_space import stops_when_full
+from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import abstract_params
-from diffusion_t5x.training.metric_logs import write_atomically
 
 Metrics = dict[str, float]
 

@@ -26,8 +26,8 @@ from diffusion_t5x.commands.flags import GIN_FLAG
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.experiments import experiment_graph, report
 from diffusion_t5x.experiments.experiment_graph import Experiment, Scale, Stage
+from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.speed_experiment import SpeedExperiment, SpeedScale
-from diffusion_t5x.training.metric_logs import write_atomically
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], Any]] = {
     "train": train.main,

@@ -21,7 +21,8 @@ from diffusion_t5x.experiments.experiment_graph import (
     chain,
     rows,
 )
-from diffusion_t5x.training.metric_logs import read_metrics, write_atomically
+from diffusion_t5x.runtime.files import write_atomically
+from diffusion_t5x.training.metric_logs import read_metrics
 
 NUM_SAMPLES = 4
 MISSING = "missing"

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x.training.metric_logs import read_lines, write_atomically
+from diffusion_t5x.runtime.files import read_lines, write_atomically
 from diffusion_t5x.training.train_step import Health, NonFiniteError
 
 MAX_DUMPS = 20  # batches of skipped steps kept; that of the step which stops a run always is

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x.data import vocabularies
-from diffusion_t5x.training.metric_logs import write_atomically
+from diffusion_t5x.runtime.files import write_atomically
 
 FILE = "run.json"
 # How something is computed, or regularised, but not what: these may change as a run goes on.

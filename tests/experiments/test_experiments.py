@@ -12,7 +12,7 @@ import pytest
 
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.experiments import experiment_graph, report
-from diffusion_t5x.training.metric_logs import write_atomically
+from diffusion_t5x.runtime.files import write_atomically
 
 METHODS = ("autoregressive", "diffusion", "ar2diff_0", "ar2diff_N")
 PRETRAININGS = 3  # two objectives and an adaptation

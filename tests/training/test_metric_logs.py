@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from clu import metric_writers
 
+from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import TrainState
 from diffusion_t5x.training import metric_logs
-from diffusion_t5x.training.metric_logs import MetricLog, read_metrics, write_atomically
+from diffusion_t5x.training.metric_logs import MetricLog, read_metrics
 
 
 @pytest.fixture
