@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from diffusion_t5x.commands import launch_local
 from diffusion_t5x.runtime.exit_codes import RESTARTABLE
 
-COMMANDS = ("train", "eval", "infer", "speed", "convert")
+COMMANDS = ("train", "eval", "infer", "convert")
 
 
 def make_parser() -> argparse.ArgumentParser:

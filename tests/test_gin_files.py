@@ -31,7 +31,6 @@ OBJECTIVES = (
 FAST = "decoders/fast.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
-SPEED = "runs/speed.gin"
 SCALES = ("embedded", "paper")
 # name -> (embed_dim, heads, layers, mlp_dim, head_dim); all but tiny are T5 1.1's, as published.
 # xxl has the layers of T5 1.1 XXL's encoder and decoder, and four more.
@@ -59,7 +58,6 @@ REQUIRED = {
     "runs/eval.gin": {*DATA, "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"},
     "runs/infer.gin": {*DATA, "CHECKPOINT_PATH", "INFER_OUTPUT_DIR"},
     SAMPLE: {"TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "INPUTS"},
-    SPEED: {"TASK_FEATURE_LENGTHS", "OUTPUT_DIR"},
 }
 
 
@@ -75,14 +73,14 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE, SPEED}
+    known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE}
     known |= {"models/common.gin", "runs/common.gin"}
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
     assert found == known
 
 
-@pytest.mark.parametrize("run", [*RUNS, SAMPLE, SPEED])
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
 def test_every_composition_parses(run):
     # Gin refuses unknown functions and parameters, and macros that are read but not set.
     for model, objective in itertools.product(MODELS, OBJECTIVES):
@@ -99,7 +97,7 @@ def test_a_composition_that_lacks_a_file_is_refused_by_the_macro_it_would_set(fi
         gin_utils.parse_config(files, _required(RUNS[0]))
 
 
-@pytest.mark.parametrize("run", [*RUNS, SAMPLE, SPEED])
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
 @pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[-1]])
 def test_each_required_macro_is_asked_for(objective, run):
     required = _required(objective, run)
@@ -116,7 +114,6 @@ def test_each_required_macro_is_asked_for(objective, run):
     [
         ("families", "laptop"),
         *((table, scale) for table in ("table1", "table2", "table3") for scale in SCALES),
-        *(("figure3", scale) for scale in SCALES),
     ],
 )
 def test_every_command_of_an_experiment_parses(name, scale, tmp_path):
@@ -254,7 +251,7 @@ def test_macros_of_training_reach_what_they_set(run):
     assert gin.get_bindings("checkpoints.SaveCheckpointConfig")["period"] == 16
 
 
-@pytest.mark.parametrize("run", [*RUNS, SAMPLE, SPEED])
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
 def test_sampling_macros_reach_the_decoder_in_every_run(run):
     bindings = "vocabularies.get_vocabulary.name='bytes'", "NUM_SAMPLES=3", "TEMPERATURE=0.5"
     _parse("models/tiny.gin", OBJECTIVES[1], run, *bindings, "NUM_STEPS=7")

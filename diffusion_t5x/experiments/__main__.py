@@ -21,18 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import sample, speed, speed_experiment, train
+from diffusion_t5x import sample, train
 from diffusion_t5x.commands.flags import GIN_FLAG
-from diffusion_t5x.evaluation import results
+from diffusion_t5x.evaluation.results import print_table
 from diffusion_t5x.experiments import experiment_graph, report
 from diffusion_t5x.experiments.experiment_graph import Experiment, Scale, Stage
 from diffusion_t5x.runtime.files import write_atomically
-from diffusion_t5x.speed_experiment import SpeedExperiment, SpeedScale
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], Any]] = {
     "train": train.main,
     "eval": eval_command.main,
-    "speed": speed.main,
     "sample": sample.main,
 }
 
@@ -44,9 +42,7 @@ def names(kind: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / kind).glob("*.gin"))
 
 
-def load(
-    name: str, scale_name: str | None
-) -> tuple[Experiment | SpeedExperiment, Scale | SpeedScale, str]:
+def load(name: str, scale_name: str | None) -> tuple[Experiment, Scale, str]:
     """An experiment, a scale, and the scale's name; by default the experiment's own.
 
     Raises:
@@ -65,11 +61,8 @@ def load(
     file = f"experiments/{name}.gin"
     experiment, _ = configured(file)
     scale_name = scale_name or experiment.scale
-    if isinstance(experiment, SpeedExperiment):
-        scale = experiment_graph.lookup(experiment.scales, scale_name, "scale")
-    else:
-        experiment_graph.lookup(dict.fromkeys(names("scales")), scale_name, "scale")
-        _, scale = configured(file, f"scales/{scale_name}.gin")
+    experiment_graph.lookup(dict.fromkeys(names("scales")), scale_name, "scale")
+    _, scale = configured(file, f"scales/{scale_name}.gin")
     return experiment, scale, scale_name
 
 
@@ -93,14 +86,9 @@ class Run:
         self.stages_dir = pathlib.Path(root) / scale_name
         own = scale_name == self.experiment.scale
         self.results_dir = pathlib.Path(root) / (name if own else f"{name}_{scale_name}")
-        graph, self._report = (
-            (speed_experiment, speed_experiment)
-            if isinstance(self.experiment, SpeedExperiment)
-            else (experiment_graph, report)
-        )
         self.stages = [
             dataclasses.replace(stage, flags=tuple(gin_flags))
-            for stage in graph.stages(self.experiment, self.scale, self.stages_dir)
+            for stage in experiment_graph.stages(self.experiment, self.scale, self.stages_dir)
         ]
 
     def plan(self) -> str:
@@ -123,23 +111,22 @@ class Run:
         for number, stage in enumerate(self.stages, 1):
             print(f"[{number}/{len(self.stages)}] {stage.name}", flush=True)
             run_stage(stage, self.stages_dir)
-        results = self._report.collect(self.experiment, self.scale, self.stages_dir)
-        self._report.write(self.results_dir, self.experiment, self.scale, results)
+        results = report.collect(self.experiment, self.scale, self.stages_dir)
+        report.write(self.results_dir, self.experiment, self.scale, results)
         self.show(results)
-        if isinstance(self.experiment, Experiment) and isinstance(self.scale, Scale):
-            self._show_trajectory(self.experiment, self.scale)
+        self._show_trajectory(self.experiment, self.scale)
         where = ", ".join(str(self.results_dir / f"results.{kind}") for kind in ("json", "md"))
         print(f"\nresults of {self.name}: {where}")
         return results
 
     def show(self, results: Mapping[str, Any]) -> None:
         """Prints the results, and samples of them."""
-        self._report.show(self.experiment, self.scale, results, self.stages_dir)
+        report.show(self.experiment, self.scale, results, self.stages_dir)
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Header and body of what is finished beside the paper's numbers."""
-        results = self._report.collect(self.experiment, self.scale, self.stages_dir)
-        return self._report.comparison(self.experiment, self.scale, results)
+        results = report.collect(self.experiment, self.scale, self.stages_dir)
+        return report.comparison(self.experiment, self.scale, results)
 
     def _show_trajectory(self, experiment: Experiment, scale: Scale) -> None:
         """Prints how one canvas was denoised by the model of the last row, if a text is given."""
@@ -192,7 +179,7 @@ def _print_list() -> None:
     for name in names("experiments"):
         experiment, _, scale = load(name, None)
         body.append([name, experiment.title, scale])
-    results.print_table(["experiment", "what", "scale"], body)
+    print_table(["experiment", "what", "scale"], body)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.run:
         run.run()
     else:
-        results.print_table(*run.table(), title=run.experiment.title)
+        print_table(*run.table(), title=run.experiment.title)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from diffusion_t5x.evaluation import results
+from diffusion_t5x.evaluation.results import format_value, markdown, print_table
 from diffusion_t5x.experiments.experiment_graph import (
     Experiment,
     Row,
@@ -100,10 +100,10 @@ def environment() -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> str:
     """'mean' of one value, 'mean ± standard deviation' of several."""
-    mean = results.format_value(float(statistics.mean(values)))
+    mean = format_value(float(statistics.mean(values)))
     if len(values) < 2:
         return mean
-    return f"{mean} ± {results.format_value(float(statistics.stdev(values)))}"
+    return f"{mean} ± {format_value(float(statistics.stdev(values)))}"
 
 
 def _groups(results: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -155,9 +155,9 @@ def write(
 ) -> None:
     """Writes `results.json`, `results.md` and `results.png` into `directory`, atomically."""
     write_atomically(directory / "results.json", json.dumps(results, indent=1) + "\n")
-    parts = [results.markdown(*details(results))]
+    parts = [markdown(*details(results))]
     if experiment.published:
-        parts.insert(0, results.markdown(*comparison(experiment, scale, results)))
+        parts.insert(0, markdown(*comparison(experiment, scale, results)))
     write_atomically(directory / "results.md", "\n".join(parts))
     plot(experiment, scale, results, directory / "results.png")
 
@@ -210,9 +210,9 @@ def show(
     experiment: Experiment, scale: Scale, results: Mapping[str, Any], root: pathlib.Path
 ) -> None:
     """Prints the tables, and the first samples of every task beside each other."""
-    results.print_table(*details(results), title=experiment.title)
+    print_table(*details(results), title=experiment.title)
     if experiment.published:
-        results.print_table(*comparison(experiment, scale, results), title="beside the paper")
+        print_table(*comparison(experiment, scale, results), title="beside the paper")
     for role in experiment.tasks:
         task = scale.tasks[role]
         by_name: dict[str, list[dict[str, Any]]] = {}

@@ -46,7 +46,6 @@ class FakeCommands:
             "train": self.train,
             "eval": self.eval,
             "sample": self.sample,
-            "speed": self.speed,
         }
 
     def _count(self, directory):
@@ -82,15 +81,6 @@ class FakeCommands:
 
     def sample(self, argv):
         print("sampled from", _values(argv)["CHECKPOINT_PATH"])
-
-    def speed(self, argv):
-        values = _values(argv)
-        self._count(values["OUTPUT_DIR"])
-        length = json.loads(values["TASK_FEATURE_LENGTHS"].replace("'", '"'))["targets"]
-        seconds = length * 0.01 if "autoregressive" in values["OUTPUT_DIR"] else 0.5
-        write_atomically(
-            pathlib.Path(values["OUTPUT_DIR"]) / "results.json", json.dumps({"seconds": seconds})
-        )
 
 
 @pytest.fixture
@@ -158,7 +148,7 @@ def test_ar2diff_differs_from_diffusion_by_where_it_starts_alone(tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["paper", "embedded"])
-@pytest.mark.parametrize("name", ["table1", "table2", "table3", "figure3"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table3"])
 def test_a_plan_lists_each_stage_after_those_it_needs_with_a_command_line(name, scale, tmp_path):
     run = experiments.Run(name, scale, tmp_path)
     seen = set()
@@ -232,17 +222,6 @@ def test_results_hold_a_row_per_method_and_count_the_whole_chain(tmp_path, fake,
     printed = capsys.readouterr().out
     assert "ar2diff_N:      'ar2diff_N'" in printed
     assert "embedded_translation_en_fr/ar2diff_N/train/checkpoint_10" in printed
-
-
-def test_figure_3_divides_the_baselines_seconds_by_each_ways(tmp_path, fake):
-    results = experiments.Run("figure3", "embedded", tmp_path).run()
-    speedups = {(row["name"], row["length"]): row["speedup"] for row in results["rows"]}
-    assert speedups["diffusion_10_steps", 128] == pytest.approx(2.56)
-    assert speedups["diffusion_10_steps", 1024] == pytest.approx(20.48)
-    assert speedups["autoregressive", 256] == 1.0
-    assert (tmp_path / "figure3_embedded" / "results.png").exists()
-    paper = experiments.Run("figure3", "paper", tmp_path)
-    assert [500, "diffusion_10_steps", "missing", "missing", 10.0] in paper.table()[1]
 
 
 def test_what_is_unknown_is_refused_with_the_nearest_name(tmp_path):
