@@ -35,9 +35,9 @@ from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.decoding import stopping, updates
-from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.experiments import experiment_graph
+from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 
@@ -50,7 +50,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "stop_unchanged": {"stop": stopping.Unchanged()},
     "stop_score": {"stop": stopping.ScoreSettled(0.1)},
     "trim": {"trim_multiple": 8},
-    "active_set": {"active_set": ActiveSet()},
     "halve": {"halve_every": 1},
     "halve_and_stop": {"halve_every": 1, "stop": stopping.Unchanged()},
     "argmax": {"temperature": 0.0},
@@ -66,12 +65,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
     "one_sample": {"num_samples": 1},
     "one_sample_stop": {"num_samples": 1, "stop": stopping.Unchanged()},
-    # Of a long text alone on a chip: after the first step, only what is not settled.
-    "one_sample_active": {
-        "num_samples": 1,
-        "stop": stopping.Unchanged(),
-        "active_set": ActiveSet(refresh_every=10, multiple=1),
-    },
 }
 
 
@@ -135,6 +128,18 @@ def load(
     return Trained(model, fast, params, batches, examples, task, batch_size)
 
 
+def position_forwards(aux: Mapping[str, Any], prefix_length: int, rereads: bool) -> float:
+    """Returns positions that went through the network, per example, prefixes included.
+
+    Args:
+      aux: 'passes' and 'positions' of a decoded batch.
+      prefix_length: positions of each prefix.
+      rereads: each pass reads the prefix of each canvas again; else it is read once.
+    """
+    prefixes = aux["passes"] if rereads else np.ones_like(aux["passes"])
+    return float(np.mean(aux["positions"] + prefix_length * prefixes))
+
+
 def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
     """Decodes everything again and again: the metric, the count, and the seconds of each round."""
     model = trained.model
@@ -143,9 +148,7 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
 
     @jax.jit
     def predict(params: Any, batch: Any, rng: jax.Array) -> Any:
-        return model.predict_batch_with_aux(
-            params, batch, rng, return_position_forwards=True, **fields
-        )
+        return model.predict_batch_with_aux(params, batch, rng, return_cost=True, **fields)
 
     task = datasets.get_mixture_or_task(trained.task.name)
     targets = [
@@ -155,6 +158,8 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
         for example in trained.examples
     ]
     predict(trained.params, trained.batches[0], jax.random.PRNGKey(0))  # compiles
+    prefix_length = trained.batches[0]["encoder_input_tokens"].shape[1]
+    rereads = isinstance(model.module, DecoderOnly) and not decoder.prefix_cache
     while True:
         started = time.monotonic()
         results = [
@@ -181,7 +186,9 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
         yield {
             "metric": metric,
             "percent": float(values[metric]) * percent,
-            "position_forwards": float(np.mean([aux["position_forwards"] for _, aux in results])),
+            "position_forwards": statistics.fmean(
+                position_forwards(aux, prefix_length, rereads) for _, aux in results
+            ),
             "seconds": seconds,
         }
 
@@ -220,9 +227,7 @@ def _runs(
     if not decoder.block_length:
         decoder = dataclasses.replace(decoder, prefix_cache=False)
     runs = {"plain": (plain, decoder)}
-    cached = trained.model.decoder.prefix_cache
-    known = [name for name in SETTINGS if cached or "active_set" not in SETTINGS[name]]
-    for name in settings or [*known, "fast"]:
+    for name in settings or [*SETTINGS, "fast"]:
         decoder = trained.fast
         if name in SETTINGS:
             decoder = dataclasses.replace(trained.model.decoder, **SETTINGS[name])

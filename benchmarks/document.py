@@ -35,7 +35,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "decode_quality": (
         "--examples=256",
         "--settings",
-        *("objective", "stop_unchanged", "active_set", "halve", "fast"),
+        *("objective", "stop_unchanged", "halve", "fast"),
     ),
     # The parts that compile need libtpu, and half an hour; their tables are written by hand.
     "tpu": ("--parts=arithmetic", "--sizes=base,large,xl", "--lengths=512,4096"),

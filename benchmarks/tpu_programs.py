@@ -14,7 +14,8 @@ from benchmarks.workloads import KEY, Shape
 from diffusion_t5x import models
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
-from diffusion_t5x.decoding.readout import CanvasReadout, read_canvas
+from diffusion_t5x.decoding.readout import read_hidden
+from diffusion_t5x.interfaces import Readout
 
 Array = jax.Array
 Program = tuple[Any, tuple[Any, ...]]  # a function, and the shapes of its arguments
@@ -129,16 +130,16 @@ def _diffusion_model(shape: Shape, block_logits: int, config: Mapping[str, Any])
     return workloads.our_model(shape, "diffusion", dtype="bfloat16", decoder=sampler, **config)
 
 
-def _read(model: models.Model, variables: Any, hidden: Array, tokens: Array) -> CanvasReadout:
+def _read(model: models.Model, variables: Any, hidden: Array, tokens: Array) -> Readout:
     """What a step needs to know of each position."""
     decoder: DiffusionDecoder = model.decoder
-    return read_canvas(
+    return read_hidden(
         hidden,
         lambda hidden: model.module.apply(variables, hidden, method=model.module.logits),
         tokens,
-        rng=KEY,
-        temperature=decoder.temperature,
-        block_logits=decoder.block_logits,
+        KEY,
+        decoder.temperature,
+        decoder.block_logits,
     )
 
 

@@ -24,8 +24,8 @@ from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
+from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.corruption import UniformCorruption
-from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.losses import CrossEntropy
 
 KEY = np.zeros(2, np.uint32)  # jax.random.PRNGKey(0), without starting a backend

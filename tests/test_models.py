@@ -13,8 +13,8 @@ from diffusion_t5x.models import Model
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
+from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.corruption import UniformCorruption
-from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.losses import CrossEntropy
 
 VOCAB = 19
@@ -204,7 +204,7 @@ def test_a_cached_prefix_decodes_the_same_for_fewer_positions(network_class, set
 
     def decode(**more):
         return model.predict_batch_with_aux(
-            params, batch, KEY, return_all_decodes=True, return_position_forwards=True,
+            params, batch, KEY, return_all_decodes=True, return_cost=True,
             **settings, **more,
         )  # fmt: skip
 
@@ -212,10 +212,10 @@ def test_a_cached_prefix_decodes_the_same_for_fewer_positions(network_class, set
     cached_tokens, cached_aux = decode(prefix_cache=True)
     np.testing.assert_array_equal(tokens, cached_tokens)
     np.testing.assert_allclose(aux["scores"], cached_aux["scores"], rtol=1e-4)
-    if not settings:  # 3 steps, 4 canvases of 5, a prefix of 6
-        reread = 6 * 3 * 4 if network_class is DecoderOnly else 6
-        np.testing.assert_array_equal(aux["position_forwards"], [3 * 4 * 5 + reread] * 3)
-        np.testing.assert_array_equal(cached_aux["position_forwards"], [3 * 4 * 5 + 6] * 3)
+    if not settings:  # 3 steps, 4 canvases of 5
+        for cost in (aux, cached_aux):
+            np.testing.assert_array_equal(cost["passes"], [3 * 4] * 3)
+            np.testing.assert_array_equal(cost["positions"], [3 * 4 * 5] * 3)
 
 
 def test_the_papers_attention_pattern_does_not_allow_a_cached_prefix():

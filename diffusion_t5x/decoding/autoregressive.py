@@ -1,15 +1,16 @@
-"""Token by token with a key-value cache: the autoregressive baseline."""
+"""Autoregressive decoding: token by token, with a key-value cache."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.decoding.growth import cache_lengths
-from diffusion_t5x.decoding.rerank import Decoded, best_last
-from diffusion_t5x.interfaces import BoundNetwork
+from diffusion_t5x.decoding.canvases import best_last
+from diffusion_t5x.decoding.lengths import cache_lengths
+from diffusion_t5x.interfaces import Decoded, KVCache, Network
 
 Array = jax.Array
 NEGATIVE = -1e10
@@ -20,8 +21,8 @@ def filter_logits(logits: Array, top_k: int, top_p: float) -> Array:
 
     Args:
       logits: `[batch, vocab]`.
-      top_k: tokens to keep; 0 keeps all.
-      top_p: the smallest set of likeliest tokens whose probability reaches it is kept (Holtzman et
+      top_k: number of tokens to keep; 0 keeps all.
+      top_p: probability that the smallest set of likeliest tokens to keep must reach (Holtzman et
         al. 2020); 0 or 1 keeps all.
     """
     if 0 < top_k < logits.shape[-1]:
@@ -36,6 +37,24 @@ def filter_logits(logits: Array, top_k: int, top_p: float) -> Array:
     return logits
 
 
+class _State(NamedTuple):
+    """What the loop over tokens carries.
+
+    Attributes:
+      emitted: scalar int32, tokens emitted.
+      cache: keys and values of the prefixes and of all tokens but the last.
+      tokens: `[rows, length]` int32.
+      scores: `[rows]` float32.
+      ended: `[rows]` bool.
+    """
+
+    emitted: Array
+    cache: KVCache
+    tokens: Array
+    scores: Array
+    ended: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveDecoder:
     """Greedy, temperature, top-k and nucleus decoding; stops when every row has ended.
@@ -45,8 +64,8 @@ class AutoregressiveDecoder:
       temperature: 0 is greedy.
       top_k: sample among the k likeliest tokens; 0 for all.
       top_p: sample within the nucleus of this probability; 0 for all.
-      eos_id: the token that ends a text, what follows it being padding (0); a negative one ends
-        none, so that all texts are decoded to their full length.
+      eos_id: the token that ends a text; what follows it is padding (0). A negative one ends none,
+        so that all texts are decoded to their full length.
     """
 
     num_samples: int = 1
@@ -65,15 +84,15 @@ class AutoregressiveDecoder:
             )
 
     def decode(
-        self, network: BoundNetwork, length: int, rng: Array, return_trajectory: bool = False
+        self, network: Network, length: int, rng: Array, return_trajectory: bool = False
     ) -> Decoded:
         """Decodes up to `length` tokens per prefix; a score is the log-likelihood, in nats.
 
         Args:
-          network: the network, bound to `batch` prefixes.
+          network: bound to `batch` prefixes.
           length: most tokens, the end-of-text token included.
-          rng: for the draws.
-          return_trajectory: not to be had: there is no canvas here.
+          rng: key for the draws.
+          return_trajectory: unsupported, since there is no canvas.
 
         Raises:
           ValueError: if a trajectory is asked for.
@@ -83,35 +102,47 @@ class AutoregressiveDecoder:
         rows = network.batch_size * self.num_samples
         rngs = jax.random.split(rng, length)
 
-        def emit(index, hidden, tokens, scores, ended):
+        def emit(state: _State, hidden: Array) -> _State:
+            """Draws the token at `state.emitted` from `hidden [rows, embed]`."""
             logits = network.logits(hidden).astype(jnp.float32)
-            token = jnp.where(ended, 0, self.sample(rngs[index], logits))
+            token = jnp.where(state.ended, 0, self.sample(rngs[state.emitted], logits))
             log_probs = jax.nn.log_softmax(logits, axis=-1)
             gained = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-            scores += jnp.where(ended, 0.0, gained)
-            return tokens.at[:, index].set(token), scores, ended | (token == self.eos_id)
+            return state._replace(
+                emitted=state.emitted + 1,
+                tokens=state.tokens.at[:, state.emitted].set(token),
+                scores=state.scores + jnp.where(state.ended, 0.0, gained),
+                ended=state.ended | (token == self.eos_id),
+            )
 
-        def body(state):
-            index, cache, tokens, scores, ended = state
-            cache, hidden = network.step(cache, tokens[:, index - 1])
-            return index + 1, cache, *emit(index, hidden, tokens, scores, ended)
+        def take_step(state: _State) -> _State:
+            cache, hidden = network.append_token(state.cache, state.tokens[:, state.emitted - 1])
+            return emit(state._replace(cache=cache), hidden)
 
         lengths = cache_lengths(length)
         cache, hidden = network.prefill(lengths[0], self.num_samples)
-        blank = (jnp.zeros((rows, length), jnp.int32), jnp.zeros(rows), jnp.zeros(rows, bool))
-        state = (jnp.int32(1), cache, *emit(0, hidden, *blank))
+        state = _State(
+            emitted=jnp.int32(0),
+            cache=cache,
+            tokens=jnp.zeros((rows, length), jnp.int32),
+            scores=jnp.zeros(rows),
+            ended=jnp.zeros(rows, bool),
+        )
+        state = emit(state, hidden)
         for room, end in zip([0, *lengths], lengths, strict=False):
-            index, cache, *others = state
-            cache = network.grow(cache, end - room) if room else cache
-            going_on = lambda state, end=end: (state[0] < end) & ~jnp.all(state[4])  # noqa: E731
-            state = jax.lax.while_loop(going_on, body, (index, cache, *others))
-        _, _, tokens, scores, _ = state
-        tokens = tokens.reshape(network.batch_size, self.num_samples, length)
-        scores, tokens = best_last(scores.reshape(tokens.shape[:2]), tokens)
+            if room:
+                state = state._replace(cache=network.add_room(state.cache, end - room))
+
+            def unfinished(state: _State, end: int = end) -> Array:
+                return (state.emitted < end) & ~jnp.all(state.ended)
+
+            state = jax.lax.while_loop(unfinished, take_step, state)
+        tokens = state.tokens.reshape(network.batch_size, self.num_samples, length)
+        scores, tokens = best_last(state.scores.reshape(tokens.shape[:2]), tokens)
         return Decoded(tokens, scores)
 
     def sample(self, rng: Array, logits: Array) -> Array:
-        """One token per row of `logits [batch, vocab]`: `[batch]` int32."""
+        """Draws one token per row of `logits [batch, vocab]`: `[batch]` int32."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = filter_logits(logits / self.temperature, self.top_k, self.top_p)

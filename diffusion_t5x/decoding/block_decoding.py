@@ -1,21 +1,20 @@
-"""Long texts block by block: each canvas, once denoised, becomes part of the cached prefix.
+"""Decoding long texts block by block: each finished canvas becomes part of the cached prefix.
 
-Every pass reads one block, whatever the length of the text, where whole canvases read all of it;
-texts that end early cost what they are long. What is cached stays true, since under the pattern
-'causal_prefix' no token of the prefix sees what comes later.
+A pass reads one block, whatever the length of the text, where a single canvas is read as a whole;
+a text that ends early costs what it is long. The cache stays valid, since under the pattern
+'causal_prefix' no token of the prefix sees a later one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.decoding.growth import FIRST, cache_lengths
-from diffusion_t5x.decoding.rerank import Decoded
-from diffusion_t5x.interfaces import BoundNetwork
+from diffusion_t5x.decoding.lengths import FIRST, cache_lengths
+from diffusion_t5x.interfaces import CachedNetwork, Decoded, KVCache, Network
 from diffusion_t5x.objectives.text_blocks import count_blocks
 
 Array = jax.Array
@@ -31,57 +30,59 @@ class _State(NamedTuple):
       trajectory: `[batch, num_steps + 1, num_blocks * block_length]` int32, or None.
       scores: `[batch]` float32.
       ended: `[batch]` bool.
-      position_forwards: `[batch]` int32.
+      passes: `[batch]` int32.
+      positions: `[batch]` int32.
     """
 
     block: Array
-    cache: Any
+    cache: KVCache
     tokens: Array
     trajectory: Array | None
     scores: Array
     ended: Array
-    position_forwards: Array
+    passes: Array
+    positions: Array
 
 
 def decode_blocks(
-    network: BoundNetwork,
+    network: CachedNetwork,
     length: int,
     rng: Array,
-    decode_canvas: Callable[[BoundNetwork, Array], Decoded],
+    decode_canvas: Callable[[Network, Array], Decoded],
     *,
     block_length: int,
     eos_id: int,
 ) -> Decoded:
-    """One text per prefix, of blocks each of which is the best sample of its canvas.
+    """Decodes one text per prefix, each of its blocks the best sample of its canvas.
 
-    A text's score is the sum of its blocks'. Decoding ends when every text of the batch has.
+    The score of a text is the sum of its blocks' scores. Decoding ends when every text of the batch
+    has ended.
 
     Args:
-      network: with cached prefixes, which may grow.
+      network: has cached prefixes that may grow.
       length: most tokens.
-      rng: for all draws.
-      decode_canvas: `(network, rng) -> Decoded` of one block, its position-forwards without those
-        that read the prefix.
+      rng: key for all draws.
+      decode_canvas: maps `(network, rng)` to the `Decoded` samples of one block.
       block_length: tokens per block.
       eos_id: the token that ends a text; blocks after it are padding. A negative one ends none.
     """
     count = count_blocks(length, block_length)
     rngs = jax.random.split(rng, count)
-    batch_size = network.batch_size
 
-    def body(state: _State) -> _State:
-        decoded = decode_canvas(network.cached.with_cache(state.cache), rngs[state.block])
+    def write_block(state: _State) -> _State:
+        decoded = decode_canvas(network.with_cache(state.cache), rngs[state.block])
         best = jnp.where(state.ended[:, None], 0, decoded.tokens[:, -1])
         start = state.block * block_length
         tokens = jax.lax.dynamic_update_slice(state.tokens, best, (0, start))
         trajectory = state.trajectory
-        if trajectory is not None:
+        if trajectory is not None and decoded.trajectory is not None:
             steps = jnp.where(state.ended[:, None, None], 0, decoded.trajectory[:, -1])
             trajectory = jax.lax.dynamic_update_slice(trajectory, steps, (0, 0, start))
         ended = state.ended | jnp.any(best == eos_id, axis=1)
-        goes_on = (state.block + 1 < count) & ~jnp.all(ended)
+        passes, positions = (0 if x is None else x for x in (decoded.passes, decoded.positions))
+        another = (state.block + 1 < count) & ~jnp.all(ended)
         cache = jax.lax.cond(
-            goes_on, lambda cache: network.cached.extend(cache, best), lambda c: c, state.cache
+            another, lambda cache: network.append_tokens(cache, best), lambda c: c, state.cache
         )
         return _State(
             block=state.block + 1,
@@ -90,38 +91,46 @@ def decode_blocks(
             trajectory=trajectory,
             scores=state.scores + jnp.where(state.ended, 0.0, decoded.scores[:, -1]),
             ended=ended,
-            position_forwards=state.position_forwards
-            + decoded.position_forwards
-            + jnp.where(goes_on, block_length, 0),
+            passes=state.passes + passes,
+            positions=state.positions + positions + jnp.where(another, block_length, 0),
         )
 
-    one = jax.eval_shape(lambda: decode_canvas(network, rng))
-    shape = (batch_size, count * block_length)
-    trajectory = None
-    if one.trajectory is not None:
-        trajectory = jnp.zeros((batch_size, one.trajectory.shape[2], shape[1]), jnp.int32)
-    state = _State(
-        block=jnp.int32(0),
-        cache=network.cached.cache,
-        tokens=jnp.zeros(shape, jnp.int32),
-        trajectory=trajectory,
-        scores=jnp.zeros(batch_size),
-        ended=jnp.zeros(batch_size, bool),
-        position_forwards=jnp.zeros(batch_size, jnp.int32),
-    )
-    # As for single tokens, a cache with room for the whole text would be read in vain.
+    state = _start(network, jax.eval_shape(lambda: decode_canvas(network, rng)), count)
+    # The cache grows with the text: one with room for all of it would be attended to in full.
     blocks_before = 0
     for blocks in cache_lengths(count, max(1, FIRST // block_length)):
         room = (blocks - blocks_before) * block_length
-        state = state._replace(cache=network.cached.grow(state.cache, room))
-        state = jax.lax.while_loop(
-            lambda state, blocks=blocks: (state.block < blocks) & ~jnp.all(state.ended), body, state
-        )
+        state = state._replace(cache=network.add_room(state.cache, room))
+
+        def unfinished(state: _State, blocks: int = blocks) -> Array:
+            return (state.block < blocks) & ~jnp.all(state.ended)
+
+        state = jax.lax.while_loop(unfinished, write_block, state)
         blocks_before = blocks
     trajectory = state.trajectory
     return Decoded(
         tokens=state.tokens[:, None, :length],
         scores=state.scores[:, None],
         trajectory=None if trajectory is None else trajectory[:, None, :, :length],
-        position_forwards=state.position_forwards,
+        passes=state.passes,
+        positions=state.positions,
+    )
+
+
+def _start(network: CachedNetwork, block: Decoded, count: int) -> _State:
+    """Returns the state before the first of `count` blocks; `block` has the shapes of one."""
+    batch_size, (*_, block_length) = network.batch_size, block.tokens.shape
+    length = count * block_length
+    trajectory = None
+    if block.trajectory is not None:
+        trajectory = jnp.zeros((batch_size, block.trajectory.shape[2], length), jnp.int32)
+    return _State(
+        block=jnp.int32(0),
+        cache=network.cache,
+        tokens=jnp.zeros((batch_size, length), jnp.int32),
+        trajectory=trajectory,
+        scores=jnp.zeros(batch_size),
+        ended=jnp.zeros(batch_size, bool),
+        passes=jnp.zeros(batch_size, jnp.int32),
+        positions=jnp.zeros(batch_size, jnp.int32),
     )

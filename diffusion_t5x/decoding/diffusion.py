@@ -1,75 +1,93 @@
-"""Denoise random canvases in parallel, keep the one the model scores best.
+"""Diffusion decoding: denoise random canvases in parallel, return the best-scored one last.
 
-The defaults are the paper's sampler. Every other setting makes it cheaper or is another way to
-sample; `docs/performance.md` says what each costs and gains.
+```
+prior ─► canvas ─► read ─► update ─► score ─► trim ─► stop? ─► ranked samples
+           ▲                                            │
+           └──────────────── next step ◄────────────────┘
+```
+
+The defaults are the paper's sampler. Every other setting makes it cheaper or samples otherwise;
+`docs/decoding.md` says what each costs and gains.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.decoding import denoising
-from diffusion_t5x.decoding.active_set import ActiveSet, Kept, empty_kept, read_unsettled
+from diffusion_t5x.decoding import canvases
 from diffusion_t5x.decoding.block_decoding import decode_blocks
-from diffusion_t5x.decoding.denoising import Rows, State
-from diffusion_t5x.decoding.rerank import Decoded, best_last
-from diffusion_t5x.decoding.stopping import Step
-from diffusion_t5x.decoding.updates import Canvas, ResampleAll
-from diffusion_t5x.interfaces import BoundNetwork
-from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.decoding.readout import read_canvas
+from diffusion_t5x.decoding.updates import ResampleAll
+from diffusion_t5x.interfaces import (
+    Canvas,
+    Corruption,
+    Decoded,
+    Network,
+    StepView,
+    StopRule,
+    UpdateRule,
+)
 
 Array = jax.Array
+
+
+class _State(NamedTuple):
+    """What the loop over steps carries: scalars int32, and the canvases."""
+
+    step: Array  # steps taken
+    passes: Array  # forward passes over canvases, per example
+    positions: Array  # canvas positions in them, per example
+    canvas: Canvas
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionDecoder:
     """Denoises `num_samples` random canvases per prefix for `num_steps` steps.
 
-    The defaults sample every position anew at each step (arXiv 2401.17181, section 3).
+    The defaults draw every position at each step (arXiv 2401.17181, section 4.1).
 
     Attributes:
-      corruption: draws the first canvas.
+      corruption: the noise of the first canvas.
       num_steps: denoising steps at most, each one pass over the whole canvas.
       num_samples: canvases per example, denoised side by side.
-      temperature: of the draw at each step; 0 is the argmax.
-      final_temperature: of the last step's draw, reached linearly; None keeps `temperature`.
+      temperature: temperature of the draw at each step; 0 is the argmax.
+      final_temperature: temperature of the last step's draw, reached linearly; None keeps
+        `temperature`.
       update: what a step writes into a canvas, a rule of `decoding.updates`.
       stop: when a canvas is done before its steps are over, a rule of `decoding.stopping`; None
         for never. Decoding ends when all canvases of the batch are done.
-      halve_every: steps after which the half of the canvases that the network is least certain of
-        is dropped, again and again until one is left; 0 keeps all to the end.
-      trim_multiple: padding that ends all canvases of the batch, and that the network would write
-        again, leaves the computation; what stays are as many positions as the next of
-        `growth.bucket_lengths` of this number. 0 never trims.
-      prefix_cache: compute the prefix's keys and values once, for all samples and steps. The same
-        numbers; the objective's attention pattern must be one under which the prefix does not see
-        the canvas.
-      active_set: which positions are read again between passes over whole canvases, an
-        `decoding.active_set.ActiveSet`; None reads all of them at each step. Needs `prefix_cache`.
-      block_length: tokens of a canvas, where a text is written as a sequence of them, each joining
-        the cached prefix of the next (see `decoding.blocks`); 0 for one canvas. Needs
-        `prefix_cache`, and a model trained with blocks of this length.
+      halve_every: steps after which the less certain half of the canvases is dropped, repeatedly,
+        until one is left; 0 keeps all to the end.
+      trim_multiple: leave out the padding that ends all canvases of the batch and that the network
+        would write again; the positions read are the next of `lengths.bucket_lengths` of this
+        number. 0 never trims.
+      prefix_cache: compute the prefix's keys and values once, for all samples and steps. The
+        numbers are the same; the objective's attention pattern must hide the canvas from the
+        prefix.
+      block_length: tokens of a canvas for a text that is written block by block, where each
+        finished block joins the cached prefix of the next (`decoding.block_decoding`); 0 for one
+        canvas. Needs `prefix_cache`, and a model trained with blocks of this length.
       eos_id: the token that ends a text, after which no block is written; a negative one ends none.
         Read only with blocks.
-      block_logits: logits per canvas that may be alive at once (see `losses.read_in_blocks`).
+      block_logits: logits per canvas that may exist at once; longer canvases are read in chunks of
+        positions.
     """
 
-    corruption: UniformCorruption
+    corruption: Corruption
     num_steps: int = 10
     num_samples: int = 8
     temperature: float = 0.2
     final_temperature: float | None = None
-    update: Any = ResampleAll()
-    stop: Any = None
+    update: UpdateRule = ResampleAll()
+    stop: StopRule | None = None
     halve_every: int = 0
     trim_multiple: int = 0
     prefix_cache: bool = False
-    active_set: ActiveSet | None = None
     block_length: int = 0
     eos_id: int = -1
     block_logits: int = 2**22
@@ -89,12 +107,11 @@ class DiffusionDecoder:
                 f"final_temperature = {self.final_temperature} with temperature = "
                 f"{self.temperature}; both must be > 0, or leave final_temperature = None."
             )
-        for name, file in (("active_set", "cached_prefix"), ("block_length", "blocks")):
-            if getattr(self, name) and not self.prefix_cache:
-                raise ValueError(
-                    f"{name} needs cached prefixes; set prefix_cache = True, under an objective "
-                    f"whose prefixes may be cached (objectives/diffusion_{file}.gin)."
-                )
+        if self.block_length and not self.prefix_cache:
+            raise ValueError(
+                "block_length needs cached prefixes; set prefix_cache = True, and train with "
+                "blocks (objectives/diffusion_blocks.gin)."
+            )
         for name, module in (("update", "updates"), ("stop", "stopping")):
             rule = getattr(self, name)
             if not callable(rule) and (name, rule) != ("stop", None):
@@ -103,78 +120,75 @@ class DiffusionDecoder:
                 )
 
     def decode(
-        self, network: BoundNetwork, length: int, rng: Array, return_trajectory: bool = False
+        self, network: Network, length: int, rng: Array, return_trajectory: bool = False
     ) -> Decoded:
-        """Decodes one text per prefix.
+        """Decodes one text per prefix and sample.
 
-        A sample's score is minus the cross-entropy, summed over the canvas, between the tokens
-        that the last step read and the logits that it returned; where a step renoises what it
-        does not accept, between the argmax and those logits.
-
-        With blocks there is one sample of each text, of the best ones of its blocks, whose scores
-        add up.
+        The update rule scores the samples. A text written in blocks has one sample, whose blocks
+        are each the best of their canvases and whose scores add up.
 
         Args:
-          network: the network, bound to `batch` prefixes.
-          length: of the text, in tokens.
-          rng: for the canvas and every draw.
+          network: bound to `batch` prefixes.
+          length: tokens of the text.
+          rng: key for the canvas and every draw.
           return_trajectory: keep the canvas of every step.
 
         Raises:
-          ValueError: if prefixes are to be cached under a pattern that does not allow it.
+          ValueError: if prefixes cannot be cached under the objective's attention pattern.
         """
-        if self.prefix_cache:
-            network = network.with_cached_prefix()
+        decode_canvas = functools.partial(
+            self._decode_canvas,
+            length=self.block_length or length,
+            return_trajectory=return_trajectory,
+        )
         if self.block_length:
-            decoded = decode_blocks(
-                network,
+            return decode_blocks(
+                network.cache_prefix(),
                 length,
                 rng,
-                functools.partial(
-                    self._decode_canvas,
-                    length=self.block_length,
-                    return_trajectory=return_trajectory,
-                ),
+                decode_canvas,
                 block_length=self.block_length,
                 eos_id=self.eos_id,
             )
-        else:
-            decoded = self._decode_canvas(network, rng, length, return_trajectory)
-        cost = network.read_once + decoded.position_forwards
-        return decoded._replace(position_forwards=cost)
+        return decode_canvas(network.cache_prefix() if self.prefix_cache else network, rng)
 
     def _decode_canvas(
-        self, network: BoundNetwork, rng: Array, length: int, return_trajectory: bool
+        self, network: Network, rng: Array, length: int, return_trajectory: bool
     ) -> Decoded:
-        """As `decode`, in one canvas, not counting prefix positions that are read once."""
+        """Decodes canvases of `length` tokens: see `decode`."""
+        batch_size = network.batch_size
         canvas_rng, draws_rng, updates_rng = jax.random.split(rng, 3)
         rngs = (
             jax.random.split(draws_rng, self.num_steps),
             jax.random.split(updates_rng, self.num_steps),
         )
-        shape = (network.batch_size * self.num_samples, length)
-        noise = self.corruption.sample_canvas(canvas_rng, shape)
-        rows = denoising.start(noise, self.num_steps, return_trajectory)
-        state = State(jnp.int32(0), rows, jnp.int32(0))
+        noise = self.corruption.prior(canvas_rng, (batch_size * self.num_samples, length))
+        zero = jnp.int32(0)
+        state = _State(zero, zero, zero, canvases.start(noise, self.num_steps, return_trajectory))
         finished = []
         for samples, last_step in self._stages():
-            state = self._denoise(network, samples, last_step, rngs, state)
-            rows = denoising.fill_trajectory(state.rows, state.step)
-            rows = jax.tree.map(lambda x: x.reshape(network.batch_size, -1, *x.shape[1:]), rows)
+            state = self._take_steps(network.repeat(samples), samples, last_step, rngs, state)
+            canvas = canvases.fill_trajectory(state.canvas, state.step)
+            canvas = jax.tree.map(lambda x: x.reshape(batch_size, -1, *x.shape[1:]), canvas)
             if last_step < self.num_steps:
-                dropped, rows = _drop(rows, samples // 2)
+                dropped, canvas = canvases.drop_uncertain(canvas, samples // 2)
                 finished.append(dropped)
-                state = state._replace(
-                    rows=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
-                )
-        finished.append(rows)
-        rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *finished)
-        scores, tokens, trajectory = best_last(rows.score, rows.canvas.text, rows.trajectory)
-        cost = jnp.full(network.batch_size, state.position_forwards)
-        return Decoded(tokens, scores, trajectory, cost)
+                rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), canvas)
+                state = state._replace(canvas=rows)
+        finished.append(canvas)
+        canvas = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *finished)
+        steps = [] if canvas.trajectory is None else [canvas.trajectory]
+        scores, tokens, *steps = canvases.best_last(canvas.score, canvas.text, *steps)
+        return Decoded(
+            tokens=tokens,
+            scores=scores,
+            trajectory=steps[0] if steps else None,
+            passes=jnp.full(batch_size, state.passes),
+            positions=jnp.full(batch_size, state.positions),
+        )
 
     def _stages(self) -> list[tuple[int, int]]:
-        """Canvases per example, and the step up to which there are so many."""
+        """Returns pairs: the canvases per example, and the step up to which there are that many."""
         stages, samples, step = [], self.num_samples, self.halve_every
         while 0 < step < self.num_steps and samples > 1:
             stages.append((samples, step))
@@ -182,105 +196,59 @@ class DiffusionDecoder:
             step += self.halve_every
         return [*stages, (samples, self.num_steps)]
 
-    def _denoise(
+    def _take_steps(
         self,
-        network: BoundNetwork,
+        network: Network,
         samples: int,
         last_step: int,
         rngs: tuple[Array, Array],
-        state: State,
-    ) -> State:
+        state: _State,
+    ) -> _State:
         """Takes steps until all canvases are done or `last_step` steps were taken."""
-        repeated = network.repeat(samples)
 
-        def going_on(state: State) -> Array:
-            return (state.step < last_step) & ~jnp.all(state.rows.done)
+        def unfinished(state: _State) -> Array:
+            return (state.step < last_step) & ~jnp.all(state.canvas.done)
 
-        def body(state: State) -> State:
+        def take_step(state: _State) -> _State:
+            old = state.canvas
             draw_rng, update_rng = (r[state.step] for r in rngs)
-            readout, positions, kept = self._read(repeated, state, first_step, draw_rng)
-            rows = self._advance(state.rows, readout, update_rng)
-            if rows.trajectory is not None:
-                trajectory = rows.trajectory.at[:, state.step + 1].set(rows.canvas.tokens)
-                rows = rows._replace(trajectory=trajectory)
-            cost = state.position_forwards + samples * positions
-            return State(state.step + 1, rows, cost, kept)
-
-        first_step = state.step
-        if self.active_set is not None:
-            state = state._replace(kept=empty_kept(repeated, state.rows.canvas.tokens))
-        return jax.lax.while_loop(going_on, body, state)._replace(kept=None)
-
-    def _read(
-        self, network: BoundNetwork, state: State, first_step: Array, rng: Array
-    ) -> tuple[denoising.CanvasReadout, Array, Kept | None]:
-        """Reads the canvases whole, or only what is unsettled of them between two such passes.
-
-        Returns:
-          The readout, positions per row that went through the network, and what is kept.
-        """
-        rows, temperature = state.rows, self._temperature(state.step)
-        keep = self.active_set is not None
-
-        def whole() -> tuple[denoising.CanvasReadout, Array, Kept | None]:
-            readout, positions, memory = denoising.read_used(
+            # Read: one pass of the network, and a draw for each position.
+            readout, positions = read_canvas(
                 network,
-                rows,
-                rng,
-                temperature,
+                old,
+                draw_rng,
+                self._temperature(state.step),
                 trim_multiple=self.trim_multiple,
-                block_logits=self.block_logits,
-                keep=keep,
+                chunk_logits=self.block_logits,
             )
-            return readout, positions, Kept(memory, rows.canvas.tokens) if keep else None
-
-        def unsettled() -> tuple[denoising.CanvasReadout, Array, Kept]:
-            counts, index = denoising.windows(rows, self.trim_multiple)
-            return read_unsettled(
-                network,
-                state,
-                rng,
-                temperature,
-                active_set=self.active_set,
-                window=jnp.array(counts)[index],
-                block_logits=self.block_logits,
+            view = StepView(old, readout, state.step, self.num_steps)
+            # Update and score.
+            new, score = self.update(view, update_rng, self.corruption.prior)
+            new = new._replace(readout=readout, score=score)
+            # Trim: padding that the network writes again leaves the computation.
+            if self.trim_multiple:
+                new = new._replace(used=canvases.count_used(old, readout.argmax))
+            # Stop: a canvas that is done keeps the argmax of this step.
+            if self.stop is not None:
+                done = self.stop(view, score)
+                tokens, text = (
+                    jnp.where(done[:, None], readout.argmax, x) for x in (new.tokens, new.text)
+                )
+                new = new._replace(tokens=tokens, text=text, done=done)
+            # Keep what was done before, and what is to be shown.
+            new = canvases.record(canvases.keep_done(new, old), state.step)
+            return _State(
+                step=state.step + 1,
+                passes=state.passes + samples,
+                positions=state.positions + samples * positions,
+                canvas=new,
             )
 
-        if not keep:
-            return whole()
-        since = state.step - first_step
-        return jax.lax.cond(since % self.active_set.refresh_every == 0, whole, unsettled)
+        return jax.lax.while_loop(unfinished, take_step, state)
 
-    def _advance(self, rows: Rows, readout: denoising.CanvasReadout, rng: Array) -> Rows:
-        """The canvases after a step that read them as `readout`."""
-        log_prob = readout.argmax_log_prob if self.update.renoises else readout.canvas_log_prob
-        score = jnp.sum(log_prob, axis=-1)
-        canvas = self.update(rows.canvas, readout, rng, self.corruption.sample_canvas)
-        new = rows._replace(canvas=canvas, readout=readout, score=score)
-        if self.trim_multiple:
-            new = new._replace(used=denoising.count_used(rows, readout.argmax))
-        if self.stop is not None:
-            seen = Step(rows.canvas.tokens, readout, rows.readout.argmax, score, rows.score)
-            done = self.stop(seen)
-            argmax = jnp.where(done[:, None], readout.argmax, canvas.tokens)
-            text = jnp.where(done[:, None], readout.argmax, canvas.text)
-            new = new._replace(canvas=Canvas(argmax, text, canvas.certainty), done=done)
-        return denoising.keep_done(new, rows)
-
-    def _temperature(self, step: Array) -> Array | float:
-        """Of the draw at step `step`."""
+    def _temperature(self, index: Array) -> Array | float:
+        """Returns the temperature of the draw at step `index`."""
         if self.final_temperature is None:
             return self.temperature
-        share = step / max(1, self.num_steps - 1)
+        share = index / max(1, self.num_steps - 1)
         return self.temperature + (self.final_temperature - self.temperature) * share
-
-
-def _drop(rows: Rows, count: int) -> tuple[Rows, Rows]:
-    """The `count` canvases per example that the network is least certain of, and the others.
-
-    Every field is `[batch, samples, ...]`.
-    """
-    certainty = jnp.sum(rows.readout.argmax_log_prob, axis=-1)
-    leaves, treedef = jax.tree.flatten(rows)
-    rows = jax.tree.unflatten(treedef, best_last(certainty, *leaves)[1:])
-    return jax.tree.map(lambda x: x[:, :count], rows), jax.tree.map(lambda x: x[:, count:], rows)

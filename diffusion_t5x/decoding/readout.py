@@ -1,98 +1,120 @@
-"""What one pass over a canvas says of each of its positions."""
+"""Reading canvases: one forward pass, and what its logits say about each position."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.objectives.logits import draw_tokens, first_largest, read_groups
-from diffusion_t5x.objectives.losses import read_in_blocks
+from diffusion_t5x.decoding.canvases import windows
+from diffusion_t5x.interfaces import Canvas, Network, Readout
+from diffusion_t5x.objectives.logits import draw_tokens, first_largest, read_groups, read_in_chunks
 
 Array = jax.Array
 
 
-class CanvasReadout(NamedTuple):
-    """Every field is `[rows, length]`; probabilities are the network's own, at temperature 1.
-
-    Attributes:
-      drawn: a draw from softmax(logits / temperature), int32; the argmax at temperature 0.
-      argmax: the likeliest token, int32.
-      drawn_log_prob: log-probability of `drawn`, in nats.
-      argmax_log_prob: log-probability of `argmax`, in nats.
-      canvas_log_prob: log-probability of the token that the canvas has there, in nats.
-      entropy: of the distribution, in nats.
-    """
-
-    drawn: Array
-    argmax: Array
-    drawn_log_prob: Array
-    argmax_log_prob: Array
-    canvas_log_prob: Array
-    entropy: Array
-
-
 def read_canvas(
-    hidden: Array,
-    logits_fn: Callable[[Array], Array],
-    canvas: Array,
-    *,
+    network: Network,
+    canvas: Canvas,
     rng: Array,
     temperature: Array | float,
-    block_logits: int,
-) -> CanvasReadout:
-    """Reads every position once.
+    *,
+    trim_multiple: int,
+    chunk_logits: int,
+) -> tuple[Readout, Array]:
+    """Reads canvases up to the longest one in use, or the next of `bucket_lengths`.
+
+    Positions beyond keep their last readout. One function is compiled for each length that can
+    occur.
 
     Args:
-      hidden: `[rows, length, embed]`, of a pass over `canvas`.
-      logits_fn: `hidden [..., embed] -> logits [..., vocab]`.
-      canvas: `[rows, length]` int32.
-      rng: for the draw.
-      temperature: of the draw; a Python 0 is the argmax, an array must be positive.
-      block_logits: logits per canvas that may be alive at once.
+      network: bound to one prefix per row.
+      canvas: the canvases.
+      rng: key for the draws.
+      temperature: temperature of the draws.
+      trim_multiple: see `canvases.windows`; 0 reads whole canvases.
+      chunk_logits: logits per row that may exist at once.
+
+    Returns:
+      The readout of all positions, and how many positions of a row were read, a scalar int32.
+    """
+    before = canvas.readout._replace(drawn=canvas.readout.argmax)
+
+    def read(count: int) -> tuple[Readout, Array]:
+        tokens = canvas.tokens[:, :count]
+        hidden = network.forward(tokens, None)
+        readout = read_hidden(hidden, network.logits, tokens, rng, temperature, chunk_logits)
+        readout = jax.tree.map(
+            lambda new, old: jnp.concatenate([new, old[:, count:]], axis=1), readout, before
+        )
+        return readout, jnp.int32(count)
+
+    lengths, index = windows(canvas, trim_multiple)
+    return jax.lax.switch(index, [functools.partial(read, count) for count in lengths])
+
+
+def read_hidden(
+    hidden: Array,
+    logits_fn: Callable[[Array], Array],
+    tokens: Array,
+    rng: Array,
+    temperature: Array | float,
+    chunk_logits: int,
+) -> Readout:
+    """Reads the logits of every position once.
+
+    Args:
+      hidden: `[rows, length, embed]`, hidden states of a pass over `tokens`.
+      logits_fn: maps hidden states `[..., embed]` to logits `[..., vocab]`.
+      tokens: `[rows, length]` int32, the canvas.
+      rng: key for the draw.
+      temperature: temperature of the draw; a Python 0 is the argmax, an array must be positive.
+      chunk_logits: logits per row that may exist at once.
     """
     greedy = isinstance(temperature, int | float) and temperature == 0
 
-    def read(logits: Array, canvas: Array, rng: Array) -> CanvasReadout:
+    def read(logits: Array, tokens: Array, rng: Array | None) -> Readout:
         # Logits are read twice: for the largest, then for sums over groups of tokens. Sums and
         # single logits are kept, never all log-probabilities.
         top = jnp.max(logits, axis=-1)
         sums = functools.partial(_group_sums, top, None if greedy else temperature)
-        firsts, totals, weighted, tempered = read_groups(sums, logits)
+        firsts, totals, weighted, tempered = read_groups(sums, logits)  # [rows, length, groups]
         first = jnp.min(firsts, axis=-1)
         argmax = jnp.minimum(first, logits.shape[-1] - 1).astype(jnp.int32)
         total = jnp.sum(totals, axis=-1)
         log_total = jnp.log(total)
-        drawn = argmax if greedy else draw_tokens(rng, logits, tempered, temperature)
+        drawn = argmax
+        if not greedy:
+            assert rng is not None  # read_in_chunks hands on the key that it was given
+            drawn = draw_tokens(rng, logits, tempered, temperature)
 
         def log_prob(tokens: Array) -> Array:
             logit = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
             return logit - top - log_total
 
         entropy = log_total - jnp.sum(weighted, axis=-1) / total
-        return CanvasReadout(drawn, argmax, log_prob(drawn), -log_total, log_prob(canvas), entropy)
+        return Readout(drawn, argmax, log_prob(drawn), -log_total, log_prob(tokens), entropy)
 
-    return read_in_blocks(read, hidden, logits_fn, canvas, rng, block_logits)
+    return read_in_chunks(read, hidden, logits_fn, tokens, rng, chunk_logits)
 
 
 def _group_sums(
     top: Array, temperature: Array | float | None, logits: Array, tokens: Array, inside: Array
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Of a group of tokens: the first that has the largest logit of all, and sums of likelihoods.
+    """Finds a group's first token with the largest logit, and sums the group's likelihoods.
 
     Args:
       top: the largest logit of each position.
-      temperature: of the draw, or None.
+      temperature: temperature of the draw, or None.
       logits: `[..., tokens]`; likelihoods are exp(logit - top).
       tokens: int32.
-      inside: bool, which of them are of the group.
+      inside: bool, which of them belong to the group.
 
     Returns:
-      The token, float32, or infinity where there is none; sums of likelihoods, of each times its
-      logarithm, and of likelihoods at `temperature`.
+      The token, float32, or infinity where there is none; the sums of likelihoods, of each times
+      its logarithm, and of likelihoods at `temperature`.
     """
     missing = logits.ndim - top.ndim
     below = logits - top.reshape(*top.shape, *[1] * missing)

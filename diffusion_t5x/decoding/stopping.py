@@ -1,38 +1,20 @@
 """Stop rules: when a canvas is done before its steps are over.
 
-Each is a frozen dataclass with `__call__(step: Step) -> [rows] bool`. A canvas that is done keeps
-the argmax of the step that settled it, and its score; decoding ends when all of a batch are done.
+Each is an `interfaces.StopRule`: a frozen dataclass whose fields gin binds, called with the step
+and the scores after it. A canvas that is done keeps the argmax of the step that ended it, and its
+score; decoding ends when all canvases of a batch are done.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.decoding.readout import CanvasReadout
+from diffusion_t5x.interfaces import StepView
 
 Array = jax.Array
-
-
-class Step(NamedTuple):
-    """What a stop rule sees of a step.
-
-    Attributes:
-      canvas: `[rows, length]` int32, that the step read.
-      readout: what the network said of it.
-      previous_argmax: `[rows, length]` int32, of the step before; -1 before the first.
-      score: `[rows]`, the canvases' scores, in nats.
-      previous_score: `[rows]`, of the step before; -inf before the first.
-    """
-
-    canvas: Array
-    readout: CanvasReadout
-    previous_argmax: Array
-    score: Array
-    previous_score: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +25,10 @@ class Unchanged:
     only draws off the argmax could still change it.
     """
 
-    def __call__(self, step: Step) -> Array:
-        """Which rows are done."""
-        return jnp.all(step.readout.argmax == step.canvas, axis=-1)
+    def __call__(self, step: StepView, score: Array) -> Array:
+        """Returns which rows are done."""
+        del score
+        return jnp.all(step.readout.argmax == step.canvas.tokens, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +45,14 @@ class ScoreSettled:
         if self.tolerance < 0:
             raise ValueError(f"tolerance = {self.tolerance}; expected a value >= 0, in nats.")
 
-    def __call__(self, step: Step) -> Array:
-        """Which rows are done."""
-        return jnp.abs(step.score - step.previous_score) <= self.tolerance
+    def __call__(self, step: StepView, score: Array) -> Array:
+        """Returns which rows are done."""
+        return jnp.abs(score - step.canvas.score) <= self.tolerance
 
 
 @dataclasses.dataclass(frozen=True)
 class StableAndConfident:
-    """Done when the argmax is that of the step before, at a mean entropy below a bound.
+    """Done when the argmax is that of the step before and the mean entropy is below a bound.
 
     Attributes:
       max_entropy: mean over the canvas, in nats.
@@ -81,7 +64,8 @@ class StableAndConfident:
         if self.max_entropy <= 0:
             raise ValueError(f"max_entropy = {self.max_entropy}; expected a value > 0, in nats.")
 
-    def __call__(self, step: Step) -> Array:
-        """Which rows are done."""
-        stable = jnp.all(step.readout.argmax == step.previous_argmax, axis=-1)
+    def __call__(self, step: StepView, score: Array) -> Array:
+        """Returns which rows are done."""
+        del score
+        stable = jnp.all(step.readout.argmax == step.canvas.readout.argmax, axis=-1)
         return stable & (jnp.mean(step.readout.entropy, axis=-1) < self.max_entropy)

@@ -1,51 +1,44 @@
-"""Update rules: what a denoising step writes into a canvas, given what the network says of it.
+"""Update rules: what a denoising step writes into a canvas, given what the network says about it.
 
-Each is a frozen dataclass with `__call__(canvas, readout, rng, noise) -> Canvas` over rows of
-canvases; `noise(rng, shape)` draws fresh random tokens. Fields are bound by gin.
+Each is an `interfaces.UpdateRule`: a frozen dataclass whose fields gin binds, called with the step,
+a key and the prior; it returns the canvases and their scores.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.decoding.readout import CanvasReadout
+from diffusion_t5x.interfaces import Canvas, Prior, Readout, StepView
 
 Array = jax.Array
-Noise = Callable[[Array, tuple[int, ...]], Array]
 
 
-class Canvas(NamedTuple):
-    """A canvas between two steps; every field is `[rows, length]`.
+def canvas_score(readout: Readout) -> Array:
+    """Scores canvases by the log-likelihood of their tokens under the readout: `[rows]` in nats.
 
-    Attributes:
-      tokens: what the next step reads, int32.
-      text: what would be returned if this were the last step, int32.
-      certainty: log-probability of each token under the logits it was taken from; -inf for noise.
+    This is minus the cross-entropy between the tokens that a step read and the logits that it
+    returned, the paper's model score (arXiv 2401.17181, section 4.1).
     """
-
-    tokens: Array
-    text: Array
-    certainty: Array
+    return jnp.sum(readout.canvas_log_prob, axis=-1)
 
 
 def _take(canvas: Canvas, where: Array, tokens: Array, log_prob: Array) -> Canvas:
-    """The canvas with `tokens` at the positions `where`."""
+    """Writes `tokens` at the positions `where`."""
     tokens = jnp.where(where, tokens, canvas.tokens)
-    return Canvas(tokens, tokens, jnp.where(where, log_prob, canvas.certainty))
+    certainty = jnp.where(where, log_prob, canvas.certainty)
+    return canvas._replace(tokens=tokens, text=tokens, certainty=certainty)
 
 
 def _count(share: float, length: int) -> int:
-    """How many of `length` positions a share is: at least one."""
+    """Returns how many of `length` positions a share is: at least one."""
     return max(1, round(share * length))
 
 
 def _lowest(values: Array, count: int) -> Array:
-    """Where the `count` lowest of each row of `values [rows, length]` are: bool, same shape."""
+    """Marks the `count` lowest values of each row of `values [rows, length]`: bool, same shape."""
     rank = jnp.argsort(jnp.argsort(values, axis=-1, stable=True), axis=-1)
     return rank < count
 
@@ -57,95 +50,95 @@ def _check_share(name: str, share: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ResampleAll:
-    """Every position takes its draw (the paper's sampler, arXiv 2401.17181, section 3)."""
+    """Draws every position at each step: the paper's sampler (arXiv 2401.17181, section 4.1)."""
 
-    renoises: ClassVar[bool] = False
-
-    def __call__(self, canvas: Canvas, readout: CanvasReadout, rng: Array, noise: Noise) -> Canvas:
-        """The canvas that was drawn."""
-        del canvas, rng, noise
-        return Canvas(readout.drawn, readout.drawn, readout.drawn_log_prob)
+    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+        """Returns the drawn canvas."""
+        del rng, prior
+        drawn, certainty = step.readout.drawn, step.readout.drawn_log_prob
+        canvas = step.canvas._replace(tokens=drawn, text=drawn, certainty=certainty)
+        return canvas, canvas_score(step.readout)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResampleShare:
-    """A random share of positions takes its draw (SUNDAE, arXiv 2112.06749, section 2.3).
+    """Draws a random share of the positions at each step (SUNDAE, arXiv 2112.06749, section 2.3).
 
-    Fewer positions at a time keep samples diverse at the price of more steps. What is still noise
-    when the steps are over is returned as it is, so `num_steps * share` should be well above 1.
+    Fewer positions at a time keep samples diverse at the price of more steps. Positions that were
+    never drawn are returned as noise, so `num_steps * share` should be well above 1.
 
     Attributes:
-      share: of the positions, at each step.
+      share: share of the positions that each step draws.
     """
 
     share: float = 0.5
-    renoises: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_share("share", self.share)
 
-    def __call__(self, canvas: Canvas, readout: CanvasReadout, rng: Array, noise: Noise) -> Canvas:
-        """The canvas with the draw at the chosen positions."""
-        del noise
-        where = _lowest(
-            jax.random.uniform(rng, canvas.tokens.shape), _count(self.share, canvas.tokens.shape[1])
-        )
-        return _take(canvas, where, readout.drawn, readout.drawn_log_prob)
+    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+        """Returns the canvas with draws at the chosen positions."""
+        del prior
+        shape = step.canvas.tokens.shape
+        where = _lowest(jax.random.uniform(rng, shape), _count(self.share, shape[1]))
+        canvas = _take(step.canvas, where, step.readout.drawn, step.readout.drawn_log_prob)
+        return canvas, canvas_score(step.readout)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArgmaxUnrolled:
-    """SUNDAE's argmax-unrolled decoding (arXiv 2112.06749, section 2.3).
+    """Argmax-unrolled decoding after SUNDAE (arXiv 2112.06749, section 2.3).
 
-    The first step writes the argmax everywhere. Each later one keeps the tokens of which the
-    network was certain when it wrote them, and gives the uncertain ones what it says now that it
-    has read its own text. Temperature plays no part.
+    The first step writes the argmax everywhere. Each later step rewrites the least certain
+    positions with the argmax given the model's own text. Temperature plays no part.
 
     Attributes:
-      uncertain_share: of the positions, that are written again at each step.
+      uncertain_share: share of the positions that each later step rewrites.
     """
 
     uncertain_share: float = 0.3
-    renoises: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_share("uncertain_share", self.uncertain_share)
 
-    def __call__(self, canvas: Canvas, readout: CanvasReadout, rng: Array, noise: Noise) -> Canvas:
-        """The canvas with the argmax at noisy and at uncertain positions."""
-        del rng, noise
-        count = _count(self.uncertain_share, canvas.tokens.shape[1])
-        where = _lowest(canvas.certainty, count) | (canvas.certainty == -jnp.inf)
-        return _take(canvas, where, readout.argmax, readout.argmax_log_prob)
+    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+        """Returns the canvas with the argmax at noisy and at uncertain positions."""
+        del rng, prior
+        certainty = step.canvas.certainty
+        count = _count(self.uncertain_share, certainty.shape[1])
+        where = _lowest(certainty, count) | (certainty == -jnp.inf)
+        canvas = _take(step.canvas, where, step.readout.argmax, step.readout.argmax_log_prob)
+        return canvas, canvas_score(step.readout)
 
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBound:
-    """Accepts the draw where the network is sure, and gives all other positions fresh noise.
+    """Accepts draws of low entropy, and gives all other positions fresh noise.
 
     Accepted are the positions of lowest entropy whose entropies, the largest of them aside, sum to
-    at most `bound`, which bounds what drawing them independently may cost (arXiv 2505.24857);
-    renoising the others keeps the canvas one that the model was trained on. The text is the argmax.
+    at most `bound`, which bounds the cost of drawing them independently (arXiv 2505.24857); fresh
+    noise elsewhere keeps the canvas one that the model was trained on. The text, and with it the
+    score, is the argmax.
 
     Attributes:
       bound: in nats.
     """
 
     bound: float = 0.1
-    renoises: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.bound < 0:
             raise ValueError(f"bound = {self.bound}; expected a value >= 0, in nats.")
 
-    def __call__(self, canvas: Canvas, readout: CanvasReadout, rng: Array, noise: Noise) -> Canvas:
-        """The draw at accepted positions, noise elsewhere."""
-        del canvas
+    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+        """Returns the draw at accepted positions, and noise elsewhere."""
+        readout = step.readout
         order = jnp.argsort(readout.entropy, axis=-1)
         ascending = jnp.take_along_axis(readout.entropy, order, axis=-1)
         before = jnp.cumsum(ascending, axis=-1) - ascending
         accepted_count = jnp.sum(before <= self.bound, axis=-1, keepdims=True)
         accepted = jnp.argsort(order, axis=-1) < accepted_count
-        tokens = jnp.where(accepted, readout.drawn, noise(rng, readout.drawn.shape))
+        tokens = jnp.where(accepted, readout.drawn, prior(rng, readout.drawn.shape))
         certainty = jnp.where(accepted, readout.drawn_log_prob, -jnp.inf)
-        return Canvas(tokens, readout.argmax, certainty)
+        canvas = step.canvas._replace(tokens=tokens, text=readout.argmax, certainty=certainty)
+        return canvas, jnp.sum(readout.argmax_log_prob, axis=-1)

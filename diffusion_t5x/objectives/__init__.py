@@ -1,5 +1,10 @@
-"""What is learned: corruption, objectives and losses, as pure functions over arrays."""
+"""What is learned: noise, losses and objectives, pure functions and frozen dataclasses over arrays.
 
-from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
+Imports `interfaces` and `names` alone. Imported by networks (attention patterns), decoding, models.
+Never enters: flax modules, gin, files, logging, and anything about a particular network.
+"""
+
+from diffusion_t5x.objectives.denoising import StepUnrolledDenoising
+from diffusion_t5x.objectives.next_token import NextToken
 
 __all__ = ["NextToken", "StepUnrolledDenoising"]

@@ -1,4 +1,4 @@
-"""Corruption: how a clean target becomes the noisy canvas that a model learns to denoise."""
+"""Corruption: how a clean target becomes the canvas that a model learns to denoise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Array = jax.Array
 class UniformCorruption:
     """Replaces tokens, independently, by tokens drawn uniformly from the vocabulary.
 
-    With corruption rate r each token is resampled with probability r (and may be drawn again, so
-    it differs with probability r (1 - 1/vocab_size)). The rate is drawn from U(min_rate, max_rate)
-    per example; the paper's is U(0, 1) (arXiv 2112.06749, section 2.2; arXiv 2401.17181, section
-    3). Prefix tokens are never given to this class.
+    At corruption rate `r` each token is replaced with probability `r`; noise may equal what it
+    replaced, so a token differs with probability `r * (1 - 1 / vocab_size)`. The rate of an example
+    is drawn from U(min_rate, max_rate), in the paper from U(0, 1) (arXiv 2112.06749, section 2.2;
+    arXiv 2401.17181, section 4.1). Prefixes are never corrupted.
 
     Attributes:
-      vocab_size: tokens are drawn from [0, vocab_size).
+      vocab_size: noise is drawn from [0, vocab_size).
       min_rate: lower end of the corruption rate.
       max_rate: upper end of the corruption rate.
     """
@@ -38,16 +38,25 @@ class UniformCorruption:
                 "expected 0 <= min_rate <= max_rate <= 1."
             )
 
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """Forbids no token: every token of the vocabulary may be text."""
+        return ()
+
     def sample_rate(self, rng: Array, batch_size: int) -> Array:
-        """Corruption rates `[batch_size]` float32, one per example."""
+        """Draws corruption rates `[batch_size]` float32, one per example."""
         return jax.random.uniform(rng, (batch_size,), minval=self.min_rate, maxval=self.max_rate)
 
-    def corrupt(self, rng: Array, tokens: Array, rate: Array) -> Array:
-        """Corrupts `tokens [batch, length]` at `rate [batch]`; same shape and dtype."""
-        where_rng, what_rng = jax.random.split(rng)
-        replace = jax.random.uniform(where_rng, tokens.shape) < rate[:, None]
-        return jnp.where(replace, self.sample_canvas(what_rng, tokens.shape), tokens)
+    def corrupt(self, rng: Array, tokens: Array, rate: Array) -> tuple[Array, Array]:
+        """Corrupts `tokens [batch, length]` at `rate [batch]`.
 
-    def sample_canvas(self, rng: Array, shape: tuple[int, ...]) -> Array:
-        """Pure noise, int32 of `shape`: the canvas that decoding starts from."""
+        Returns:
+          The canvas, and which of its positions are noise, bool; both `[batch, length]`.
+        """
+        where_rng, what_rng = jax.random.split(rng)
+        changed = jax.random.uniform(where_rng, tokens.shape) < rate[:, None]
+        return jnp.where(changed, self.prior(what_rng, tokens.shape), tokens), changed
+
+    def prior(self, rng: Array, shape: tuple[int, ...]) -> Array:
+        """Draws pure noise, int32 of `shape`: the canvas that decoding starts from."""
         return jax.random.randint(rng, shape, 0, self.vocab_size, dtype=jnp.int32)

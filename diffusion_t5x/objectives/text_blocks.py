@@ -1,4 +1,4 @@
-"""A long text as a sequence of blocks, each a canvas that follows the blocks before it."""
+"""Cutting a long text into blocks, each a canvas that follows the blocks before it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ Array = jax.Array
 
 
 def count_blocks(length: int, block_length: int) -> int:
-    """Blocks that `length` tokens fill, the last perhaps in part."""
+    """Returns how many blocks `length` tokens fill, the last one perhaps in part."""
     return -(-length // block_length)
 
 
-def count_used(tokens: Array, block_length: int) -> Array:
-    """Blocks up to the last one that has text, at least 1: `[batch]` int32.
+def count_used_blocks(tokens: Array, block_length: int) -> Array:
+    """Counts the blocks up to the last one with text, at least 1: `[batch]` int32.
 
     Args:
       tokens: `[batch, length]` int32; 0 is padding.
       block_length: tokens per block.
     """
-    ends = jnp.where(tokens != 0, jnp.arange(1, tokens.shape[1] + 1), 1)
+    ends = jnp.where(tokens != 0, jnp.arange(1, tokens.shape[1] + 1), 1)  # [batch, length]
     return (jnp.max(ends, axis=1) + block_length - 1) // block_length
 
 
 def take_block(x: Array, block: Array, block_length: int) -> Array:
-    """One block of each row, padded with 0 where the row ends: `[batch, block_length]`.
+    """Takes one block of each row, padded with 0 where the row ends: `[batch, block_length]`.
 
     Args:
       x: `[batch, length]`.
-      block: `[batch]` int32, which one.
+      block: `[batch]` int32, the number of the block.
       block_length: tokens per block.
     """
     padding = count_blocks(x.shape[1], block_length) * block_length - x.shape[1]
-    index = block[:, None] * block_length + jnp.arange(block_length)
+    index = block[:, None] * block_length + jnp.arange(block_length)  # [batch, block_length]
     return jnp.take_along_axis(jnp.pad(x, ((0, 0), (0, padding))), index, axis=1)

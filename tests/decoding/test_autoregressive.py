@@ -49,14 +49,13 @@ def test_greedy_follows_the_argmax_pads_after_the_end_and_stops():
     # Uniform first logits: argmax is 0. Then 0 -> 3 -> 4 -> 1 (end).
     network = table_network(_chain([3, 0, 0, 4, 1, 0]), 2)
     steps = []
-    uncounted = network.step
 
-    def counted(cache, tokens):
+    def counted(tokens):
         jax.debug.callback(lambda: steps.append(1))
-        return uncounted(cache, tokens)
+        return network.answer(tokens)
 
-    network = dataclasses.replace(network, step=counted)
-    decoded = jax.jit(lambda key: AutoregressiveDecoder().decode(network, 10, key))(KEY)
+    counting = dataclasses.replace(network, answer=counted)
+    decoded = jax.jit(lambda key: AutoregressiveDecoder().decode(counting, 10, key))(KEY)
     jax.effects_barrier()
     np.testing.assert_array_equal(decoded.tokens[0, 0], [0, 3, 4, 1, 0, 0, 0, 0, 0, 0])
     assert len(steps) == 3

@@ -10,7 +10,6 @@ import pytest
 import toy
 
 from diffusion_t5x.decoding import block_decoding
-from diffusion_t5x.decoding.active_set import ActiveSet
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.decoding.stopping import Unchanged
 from diffusion_t5x.models import Model
@@ -44,7 +43,7 @@ def _decode(model, params, **decoder):
             model.predict_batch_with_aux,
             return_all_decodes=True,
             return_trajectory=True,
-            return_position_forwards=True,
+            return_cost=True,
             **decoder,
         )
     )(params, BATCH, KEY)
@@ -68,7 +67,7 @@ def test_blocks_are_what_canvases_after_written_out_prefixes_are(config, monkeyp
 
     @jax.jit
     def canvas(written, count, rng):
-        network = model._bind(params, BATCH).extend(written, jnp.full(2, count))
+        network = model._bind(params, BATCH).extend_prefix(written, jnp.full(2, count))
         return dataclasses.replace(PLAIN, prefix_cache=False).decode(
             network, BLOCK, rng, return_trajectory=True
         )
@@ -83,10 +82,10 @@ def test_blocks_are_what_canvases_after_written_out_prefixes_are(config, monkeyp
     trajectory = np.concatenate(steps, axis=2)[:, :, :LENGTH]
     np.testing.assert_array_equal(aux["trajectory"][:, 0], trajectory)
     np.testing.assert_allclose(aux["scores"][:, 0], scores, rtol=1e-4)
-    # Prefix and finished blocks once, each canvas of each step.
-    prefix = PREFIXES.shape[1] + bool(config.get("start_token"))
-    cost = prefix + COUNT * 3 * 2 * BLOCK + (COUNT - 1) * BLOCK
-    np.testing.assert_array_equal(aux["position_forwards"], [cost] * 2)
+    # Finished blocks once, each canvas of each step.
+    cost = COUNT * 3 * 2 * BLOCK + (COUNT - 1) * BLOCK
+    np.testing.assert_array_equal(aux["positions"], [cost] * 2)
+    np.testing.assert_array_equal(aux["passes"], [COUNT * 3 * 2] * 2)
 
 
 def test_a_text_that_has_ended_is_padded_and_others_go_on():
@@ -105,24 +104,20 @@ def test_decoding_ends_with_the_last_text():
     first = _whole()[0]
     batch_of_one = {name: value[:1] for name, value in BATCH.items()}
     end = next(t for t in first[BLOCK : 2 * BLOCK] if t > 0 and t not in first[:BLOCK])
-    predict = functools.partial(
-        model.predict_batch_with_aux, return_position_forwards=True, eos_id=int(end)
-    )
+    predict = functools.partial(model.predict_batch_with_aux, return_cost=True, eos_id=int(end))
     tokens, aux = jax.jit(predict)(params, batch_of_one, KEY)
     assert end in np.asarray(tokens)[0, BLOCK : 2 * BLOCK]
     np.testing.assert_array_equal(tokens[0, 2 * BLOCK :], 0)
-    assert aux["position_forwards"][0] == PREFIXES.shape[1] + 2 * 3 * 2 * BLOCK + BLOCK
+    assert aux["positions"][0] == 2 * 3 * 2 * BLOCK + BLOCK
 
 
 def test_blocks_go_with_every_other_setting():
     model, params = _model()
     settings = {"halve_every": 1, "stop": Unchanged(), "trim_multiple": 2, "temperature": 0.0}
-    tokens, aux = _decode(
-        model, params, **settings, active_set=ActiveSet(settled_log_prob=0.0, multiple=BLOCK)
-    )
+    tokens, aux = _decode(model, params, **settings)
     assert tokens.shape == (2, 1, LENGTH)
-    most = PREFIXES.shape[1] + COUNT * (2 + 2 * 1) * BLOCK + (COUNT - 1) * BLOCK
-    assert (aux["position_forwards"] <= most).all()
+    most = COUNT * (2 + 2 * 1) * BLOCK + (COUNT - 1) * BLOCK
+    assert (aux["positions"] <= most).all()
     assert np.isfinite(aux["scores"]).all()
 
 
@@ -139,5 +134,5 @@ def test_a_prefix_that_sees_what_follows_cannot_be_followed_by_blocks():
         model.objective, attention_pattern="cached_prefix", block_length=0
     )
     other = Model(model.module, objective, PLAIN, toy.VOCABULARY, None)
-    with pytest.raises(ValueError, match="train with 'causal_prefix'"):
+    with pytest.raises(ValueError, match="set BLOCK_LENGTH for both"):
         jax.eval_shape(lambda: other.predict_batch_with_aux(params, BATCH, block_length=BLOCK))

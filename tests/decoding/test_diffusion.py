@@ -90,7 +90,7 @@ def test_draws_are_those_of_a_plain_loop_over_steps_with_the_same_keys():
     decoder = _decoder(num_steps=4, num_samples=3, temperature=0.7)
     decoded = decoder.decode(table_network(table, BATCH), LENGTH, KEY, return_trajectory=True)
     canvas_rng, steps_rng = jax.random.split(KEY)
-    canvas = decoder.corruption.sample_canvas(canvas_rng, (BATCH * 3, LENGTH))
+    canvas = decoder.corruption.prior(canvas_rng, (BATCH * 3, LENGTH))
     for rng in jax.random.split(steps_rng, 4):
         log_probs = jax.nn.log_softmax(table[canvas], axis=-1)
         scores = jnp.take_along_axis(log_probs, canvas[..., None], axis=-1)[..., 0].sum(-1)

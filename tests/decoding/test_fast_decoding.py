@@ -44,8 +44,8 @@ def test_stopping_when_nothing_changes_gives_what_all_steps_give_for_fewer_passe
     np.testing.assert_array_equal(early.trajectory, whole.trajectory)
     # The largest first token counts down to 0, and one more pass sees that 0 stays.
     passes = int(whole.trajectory[:, :, 0].max()) + 1
-    np.testing.assert_array_equal(whole.position_forwards, [20 * 3 * LENGTH] * BATCH)
-    np.testing.assert_array_equal(early.position_forwards, [passes * 3 * LENGTH] * BATCH)
+    np.testing.assert_array_equal(whole.positions, [20 * 3 * LENGTH] * BATCH)
+    np.testing.assert_array_equal(early.positions, [passes * 3 * LENGTH] * BATCH)
 
 
 def test_a_settled_canvas_stays_as_it_is_while_others_go_on():
@@ -66,7 +66,7 @@ def test_a_settled_canvas_stays_as_it_is_while_others_go_on():
     assert (kept[ones] == 1).all()
     assert (kept[~ones][:, 0] != kept[~ones][:, 1]).all()
     np.testing.assert_allclose(np.asarray(decoded[1].scores)[ones], np.log(0.6), rtol=1e-5)
-    assert int(decoded[1].position_forwards[0]) == 6 * 16
+    assert int(decoded[1].positions[0]) == 6 * 16
 
 
 def test_halving_drops_what_a_naive_loop_drops_and_keeps_the_others_whole():
@@ -95,7 +95,7 @@ def test_halving_drops_what_a_naive_loop_drops_and_keeps_the_others_whole():
         np.testing.assert_allclose(decoded.scores[row], [score for score, _ in naive], rtol=1e-5)
         np.testing.assert_array_equal(decoded.tokens[row], [tokens for _, tokens in naive])
     np.testing.assert_array_equal(decoded.trajectory[:, :, -1], decoded.tokens)
-    np.testing.assert_array_equal(decoded.position_forwards, [(8 * 2 + 4 * 2 + 2) * LENGTH] * 2)
+    np.testing.assert_array_equal(decoded.positions, [(8 * 2 + 4 * 2 + 2) * LENGTH] * 2)
 
 
 def test_halving_goes_down_to_one_canvas_whatever_the_number_it_starts_from():
@@ -125,7 +125,7 @@ def test_trimming_changes_nothing_where_positions_do_not_see_each_other(trim_mul
         cost += 2 * min(LENGTH, -(-used // trim_multiple) * trim_multiple)
         text = (canvases[:, step] != 0) | (canvases[:, step + 1] != 0)
         used = max(1, max((np.flatnonzero(row)[-1] + 1 for row in text if row.any()), default=1))
-    np.testing.assert_array_equal(trimmed.position_forwards, [cost] * BATCH)
+    np.testing.assert_array_equal(trimmed.positions, [cost] * BATCH)
     assert (cost < 7 * 2 * LENGTH) == (trim_multiple < LENGTH)
 
 
@@ -177,8 +177,3 @@ def test_renoised_canvases_are_scored_by_what_they_would_become():
 def test_settings_without_a_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         _decoder(**settings)
-
-
-def test_a_network_that_cannot_cache_its_prefix_is_refused():
-    with pytest.raises(ValueError, match="prefix_cache = True"):
-        _decoder(prefix_cache=True).decode(table_network(COUNTDOWN, 1), 3, KEY)

@@ -5,25 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.decoding.readout import read_canvas
+from diffusion_t5x.decoding.readout import read_hidden
 
 ROWS, LENGTH = 3, 7
 
 
-@pytest.mark.parametrize("block_logits", [11, 2**20])
+@pytest.mark.parametrize("chunk_logits", [11, 2**20])
 @pytest.mark.parametrize(
     ("vocab_size", "offset"),
     [(11, 0.0), (11, 200.0), (300, 0.0)],  # one group of tokens, and three, the last one shorter
 )
-def test_log_probabilities_and_entropy_are_those_of_float64(block_logits, vocab_size, offset):
+def test_log_probabilities_and_entropy_are_those_of_float64(chunk_logits, vocab_size, offset):
     rng = np.random.default_rng(0)
     logits = (offset + 4 * rng.normal(size=(ROWS, LENGTH, vocab_size))).astype(np.float32)
     logits[0, 0, [3, vocab_size - 1]] = offset + 20  # Of two, the first is the argmax.
     canvas = rng.integers(0, vocab_size, (ROWS, LENGTH))
     readout = jax.jit(
-        lambda logits, canvas: read_canvas(
-            logits, lambda x: x, canvas,
-            rng=jax.random.PRNGKey(0), temperature=0.7, block_logits=block_logits,
+        lambda logits, canvas: read_hidden(
+            logits, lambda x: x, canvas, jax.random.PRNGKey(0), 0.7, chunk_logits
         )
     )(logits, jnp.asarray(canvas))  # fmt: skip
     log_probs = logits.astype(np.float64)

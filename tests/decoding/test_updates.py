@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.decoding.readout import CanvasReadout, read_canvas
+from diffusion_t5x.decoding import canvases
 from diffusion_t5x.decoding.updates import (
     ArgmaxUnrolled,
-    Canvas,
     EntropyBound,
     ResampleAll,
     ResampleShare,
 )
+from diffusion_t5x.interfaces import Readout, StepView
 
 KEY = jax.random.PRNGKey(0)
 NOISE = 77  # what every fresh random token is, here
@@ -28,46 +28,29 @@ def readout(entropy, drawn=None, argmax=None, log_prob=None):
     drawn = tokens if drawn is None else jnp.asarray(drawn)
     argmax = tokens + 20 if argmax is None else jnp.asarray(argmax)
     log_prob = -entropy if log_prob is None else jnp.asarray(log_prob)
-    return CanvasReadout(drawn, argmax, log_prob, log_prob, log_prob, entropy)
+    return Readout(drawn, argmax, log_prob, log_prob, log_prob, entropy)
 
 
 def canvas(tokens, certainty):
-    tokens = jnp.asarray(tokens)
-    return Canvas(tokens, tokens, jnp.asarray(certainty, jnp.float32))
+    start = canvases.start(jnp.asarray(tokens, jnp.int32), 1, keep_trajectory=False)
+    return start._replace(certainty=jnp.asarray(certainty, jnp.float32))
 
 
-def test_the_readout_is_that_of_a_float64_softmax():
-    logits = np.random.default_rng(0).normal(size=(2, 5, 7)) * 3
-    tokens = np.array([[0, 1, 2, 3, 4], [6, 5, 4, 3, 2]])
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for block_logits in (1, 3, 10**6):  # of 16 rows: one position, three and all at once
-        result = read_canvas(
-            jnp.asarray(logits, jnp.float32),
-            lambda hidden: hidden,
-            jnp.asarray(tokens),
-            rng=KEY,
-            temperature=0.5,
-            block_logits=block_logits,
-        )
-        taken = lambda t: np.take_along_axis(log_probs, np.asarray(t)[..., None], -1)[..., 0]  # noqa: E731
-        np.testing.assert_array_equal(result.argmax, logits.argmax(-1))
-        np.testing.assert_allclose(result.canvas_log_prob, taken(tokens), rtol=1e-5)
-        np.testing.assert_allclose(result.drawn_log_prob, taken(result.drawn), rtol=1e-5)
-        np.testing.assert_allclose(result.argmax_log_prob, log_probs.max(-1), rtol=1e-5)
-        entropy = -(np.exp(log_probs) * log_probs).sum(-1)
-        np.testing.assert_allclose(result.entropy, entropy, rtol=1e-5)
+def update(rule, canvas, readout):
+    return rule(StepView(canvas, readout, jnp.int32(0), 1), KEY, noise)
 
 
 def test_resampling_all_takes_every_draw():
-    result = ResampleAll()(canvas([[1, 2, 3]], [[0, 0, 0]]), readout([[1, 2, 3]]), KEY, noise)
+    result, score = update(ResampleAll(), canvas([[1, 2, 3]], [[0, 0, 0]]), readout([[1, 2, 3]]))
     np.testing.assert_array_equal(result.tokens, [[10, 11, 12]])
     np.testing.assert_array_equal(result.text, result.tokens)
+    np.testing.assert_array_equal(score, [-6])
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_resampling_a_share_changes_so_many_positions_others_at_each_step(share):
     before = canvas(np.zeros((64, 8), int), np.zeros((64, 8)))
-    result = ResampleShare(share)(before, readout(np.ones((64, 8))), KEY, noise)
+    result, _ = update(ResampleShare(share), before, readout(np.ones((64, 8))))
     changed = np.asarray(result.tokens) == np.arange(10, 18)
     np.testing.assert_array_equal(changed.sum(-1), np.full(64, share * 8))
     if share < 1:
@@ -78,10 +61,10 @@ def test_resampling_a_share_changes_so_many_positions_others_at_each_step(share)
 def test_argmax_unrolling_rewrites_noise_first_and_then_what_was_uncertain():
     rule = ArgmaxUnrolled(uncertain_share=0.25)
     fresh = canvas([[1, 2, 3, 4]], [[-np.inf] * 4])
-    first = rule(fresh, readout([[1, 4, 2, 3]]), KEY, noise)
+    first, _ = update(rule, fresh, readout([[1, 4, 2, 3]]))
     np.testing.assert_array_equal(first.tokens, [[30, 31, 32, 33]])
     # Position 1 was written with the lowest log-probability.
-    second = rule(first, readout([[1, 1, 1, 1]], argmax=[[50, 51, 52, 53]]), KEY, noise)
+    second, _ = update(rule, first, readout([[1, 1, 1, 1]], argmax=[[50, 51, 52, 53]]))
     np.testing.assert_array_equal(second.tokens, [[30, 51, 32, 33]])
     np.testing.assert_array_equal(second.certainty, [[-1, -1, -2, -3]])
 
@@ -98,7 +81,7 @@ def test_argmax_unrolling_rewrites_noise_first_and_then_what_was_uncertain():
 def test_the_entropy_bound_accepts_by_hand_and_renoises_the_rest(bound, accepted):
     # Ascending 0, 0.02, 0.09, 0.5: sums without the largest 0, 0, 0.02, 0.11.
     entropy = [[0.09, 0.02, 0.5, 0.0]]
-    result = EntropyBound(bound)(canvas([[1] * 4], [[0] * 4]), readout(entropy), KEY, noise)
+    result, _ = update(EntropyBound(bound), canvas([[1] * 4], [[0] * 4]), readout(entropy))
     expected = np.where(accepted, [10, 11, 12, 13], NOISE)
     np.testing.assert_array_equal(result.tokens[0], expected)
     np.testing.assert_array_equal(result.text[0], [30, 31, 32, 33])

@@ -14,8 +14,9 @@ KEY = jax.random.PRNGKey(0)
 def test_rate_zero_changes_nothing_and_rate_one_keeps_tokens_only_by_chance():
     corruption = UniformCorruption(VOCAB)
     tokens = jnp.full((2, 20_000), 3)
-    canvas = corruption.corrupt(KEY, tokens, jnp.array([0.0, 1.0]))
+    canvas, changed = corruption.corrupt(KEY, tokens, jnp.array([0.0, 1.0]))
     assert (canvas[0] == 3).all()
+    np.testing.assert_array_equal(changed.mean(axis=1), [0, 1])
     counts = np.bincount(np.asarray(canvas[1]), minlength=VOCAB) / 20_000
     np.testing.assert_allclose(counts, 1 / VOCAB, atol=0.01)
 
@@ -23,14 +24,16 @@ def test_rate_zero_changes_nothing_and_rate_one_keeps_tokens_only_by_chance():
 def test_a_token_differs_with_probability_rate_times_one_minus_one_over_vocabulary():
     corruption = UniformCorruption(VOCAB)
     tokens = jnp.full((1, 40_000), 5)
-    canvas = corruption.corrupt(KEY, tokens, jnp.array([0.3]))
+    canvas, replaced = corruption.corrupt(KEY, tokens, jnp.array([0.3]))
+    assert (replaced | (canvas == tokens)).all()
     changed = float(jnp.mean(canvas != tokens))
     assert changed == pytest.approx(0.3 * (1 - 1 / VOCAB), abs=0.01)
 
 
 def test_positions_are_corrupted_independently():
     corruption = UniformCorruption(1000)
-    changed = corruption.corrupt(KEY, jnp.zeros((20_000, 2), jnp.int32), jnp.full(20_000, 0.5)) != 0
+    tokens, rates = jnp.zeros((20_000, 2), jnp.int32), jnp.full(20_000, 0.5)
+    _, changed = corruption.corrupt(KEY, tokens, rates)
     both = float(jnp.mean(changed[:, 0] & changed[:, 1]))
     assert both == pytest.approx(0.25, abs=0.015)
 
@@ -45,8 +48,8 @@ def test_rates_are_uniform_in_the_interval_and_one_per_example():
 
 def test_same_key_same_canvas_and_tokens_stay_in_the_vocabulary():
     corruption = UniformCorruption(VOCAB)
-    first = corruption.sample_canvas(KEY, (4, 100))
-    assert (first == corruption.sample_canvas(KEY, (4, 100))).all()
+    first = corruption.prior(KEY, (4, 100))
+    assert (first == corruption.prior(KEY, (4, 100))).all()
     assert set(np.unique(first)) == set(range(VOCAB))
 
 

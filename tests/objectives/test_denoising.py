@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fake_network import perfect_network, table_network
 
+from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.corruption import UniformCorruption
-from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.losses import CrossEntropy
 
 VOCAB, BATCH, LENGTH = 9, 4, 6
@@ -115,7 +115,7 @@ def test_a_perfect_network_reaches_the_floor_of_both_objectives():
         loss, _, _ = objective.loss(network, targets, jnp.ones(targets.shape), KEY)
         assert loss == pytest.approx(0.0, abs=1e-5)
         np.testing.assert_allclose(
-            objective.score(network, targets, jnp.ones(targets.shape)), 0.0, atol=1e-5
+            objective.score(network, targets, jnp.ones(targets.shape), KEY), 0.0, atol=1e-5
         )
 
 
@@ -129,7 +129,7 @@ def test_next_token_loss_and_score_against_float64():
     assert loss == pytest.approx((cross_entropy * weights).sum(), rel=1e-5)
     assert weight_sum == weights.sum()
     assert metrics["accuracy"][0] == ((argmax == targets) * weights).sum()
-    score = NextToken().score(network, jnp.asarray(targets), jnp.asarray(weights))
+    score = NextToken().score(network, jnp.asarray(targets), jnp.asarray(weights), KEY)
     np.testing.assert_allclose(score, -(cross_entropy * weights).sum(-1), rtol=1e-5)
 
 
@@ -144,9 +144,11 @@ def test_every_pass_gets_its_own_key():
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="expected 'sum' or 'mean'"):
+    with pytest.raises(ValueError, match=r"reduction = 'max' is unknown; .*sum, mean"):
         StepUnrolledDenoising(UniformCorruption(VOCAB), reduction="max")
-    with pytest.raises(ValueError, match="next-token prediction needs"):
+    with pytest.raises(
+        ValueError, match=r"NextToken.attention_pattern = .*causal, prefix_bidirect"
+    ):
         NextToken(attention_pattern="bidirectional")
     with pytest.raises(ValueError, match="num_unrolls = -1"):
         StepUnrolledDenoising(UniformCorruption(VOCAB), num_unrolls=-1)

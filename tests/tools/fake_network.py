@@ -3,75 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.interfaces import BoundNetwork, CachedPrefix
+
+@dataclasses.dataclass(frozen=True)
+class FakeNetwork:
+    """An `interfaces.CachedNetwork` whose hidden states are `answer(canvas)` and whose logits are
+    `hidden @ table`; prefixes and caches are nothing."""
+
+    batch_size: int
+    table: jax.Array
+    answer: Callable[[jax.Array], jax.Array]
+    on_forward: Callable[..., None] | None = None
+    cache: Any = None
+
+    def forward(self, canvas, rng):
+        if self.on_forward is not None:
+            self.on_forward(canvas, rng)
+        return self.answer(canvas)
+
+    def logits(self, hidden):
+        return hidden @ self.table
+
+    def prefill(self, max_length, repeats):
+        del max_length
+        return None, jnp.zeros((self.batch_size * repeats, self.table.shape[0]))
+
+    def append_token(self, cache, tokens):
+        return cache, self.answer(tokens[:, None])[:, 0]
+
+    def add_room(self, cache, room):
+        del room
+        return cache
+
+    def extend_prefix(self, tokens, counts):
+        del tokens, counts
+        return self
+
+    def repeat(self, n):
+        return dataclasses.replace(self, batch_size=self.batch_size * n)
+
+    def cache_prefix(self):
+        return self
+
+    def with_cache(self, cache):
+        return dataclasses.replace(self, cache=cache)
+
+    def append_tokens(self, cache, tokens):
+        del tokens
+        return cache
 
 
 def table_network(table, batch_size, on_forward=None):
     """Logits at a position are the row of `table [vocab, vocab]` that its canvas token selects."""
-
-    def forward(canvas, rng):
-        if on_forward is not None:
-            on_forward(canvas, rng)
-        return jax.nn.one_hot(canvas, table.shape[0])
-
-    return BoundNetwork(
-        batch_size=batch_size,
-        forward=forward,
-        logits=lambda hidden: hidden @ table,
-        prefill=lambda length, repeats: (None, jnp.zeros((batch_size * repeats, table.shape[0]))),
-        step=lambda cache, tokens: (cache, jax.nn.one_hot(tokens, table.shape[0])),
-        grow=lambda cache, room: cache,
-        extend=lambda tokens, counts: table_network(table, batch_size, on_forward),
-        repeat=lambda n: table_network(table, batch_size * n, on_forward),
+    return FakeNetwork(
+        batch_size, table, lambda canvas: jax.nn.one_hot(canvas, table.shape[0]), on_forward
     )
 
 
 def perfect_network(targets, vocab_size, confidence=50.0):
     """Answers every canvas with the targets `[batch, length]`."""
 
-    def forward(canvas, rng):
-        del rng
+    def answer(canvas):
         repeats = canvas.shape[0] // targets.shape[0]
         rows = jnp.repeat(targets, repeats, axis=0)[:, : canvas.shape[1]]
         return confidence * jax.nn.one_hot(rows, vocab_size)
 
-    return BoundNetwork(
-        batch_size=targets.shape[0],
-        forward=forward,
-        logits=lambda hidden: hidden,
-        prefill=lambda length, repeats: None,
-        step=lambda cache, tokens: None,
-        grow=lambda cache, room: None,
-        extend=lambda tokens, counts: None,
-        repeat=lambda n: perfect_network(targets, vocab_size, confidence),
-    )
-
-
-def with_cached_prefix(network):
-    """The network as one that can cache its prefixes; what it keeps of a canvas is nothing."""
-
-    def keep(canvas):
-        return network.forward(canvas, None), jnp.zeros((*canvas.shape, 1, 1))
-
-    def read(kept, tokens, positions, seen):
-        del positions, seen
-        return network.forward(tokens, None), kept
-
-    cached = CachedPrefix(
-        cache=None,
-        with_cache=lambda cache: with_cached_prefix(network),
-        grow=lambda cache, room: cache,
-        extend=lambda cache, tokens: cache,
-        forward_keeping=keep,
-        forward_at=read,
-    )
-    return dataclasses.replace(
-        network,
-        with_cached_prefix=lambda: with_cached_prefix(network),
-        repeat=lambda n: with_cached_prefix(network.repeat(n)),
-        cached=cached,
-    )
+    return FakeNetwork(targets.shape[0], jnp.eye(vocab_size), answer)

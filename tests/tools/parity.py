@@ -16,7 +16,7 @@ from diffusion_t5x.models import Model
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
-from diffusion_t5x.objectives.denoising import NextToken
+from diffusion_t5x.objectives import NextToken
 from diffusion_t5x.objectives.losses import CrossEntropy
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -15,8 +15,8 @@ from diffusion_t5x.models import Model
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
+from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.corruption import UniformCorruption
-from diffusion_t5x.objectives.denoising import NextToken, StepUnrolledDenoising
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.loop import train

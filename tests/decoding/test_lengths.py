@@ -12,11 +12,11 @@ import pytest
 from diffusion_t5x import models
 from diffusion_t5x.decoding import autoregressive
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.growth import bucket_lengths, cache_lengths
+from diffusion_t5x.decoding.lengths import bucket_lengths, cache_lengths
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
-from diffusion_t5x.objectives.denoising import NextToken
+from diffusion_t5x.objectives import NextToken
 
 VOCAB, LENGTH = 19, 12
 VOCABULARY = types.SimpleNamespace(vocab_size=VOCAB, eos_id=None)

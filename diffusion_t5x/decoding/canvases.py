@@ -1,0 +1,117 @@
+"""The record of canvases between denoising steps: its start, its window, its end."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.decoding.lengths import bucket_lengths
+from diffusion_t5x.interfaces import Canvas, Readout
+
+Array = jax.Array
+
+
+def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Canvas:
+    """Returns the canvases before the first step, from `noise [rows, length]` int32."""
+    count, length = noise.shape
+    unknown = jnp.full((count, length), -jnp.inf)
+    nothing = jnp.full((count, length), -1, jnp.int32)
+    trajectory = None
+    if keep_trajectory:
+        trajectory = jnp.zeros((count, num_steps + 1, length), jnp.int32).at[:, 0].set(noise)
+    return Canvas(
+        tokens=noise,
+        text=noise,
+        certainty=unknown,
+        score=jnp.full(count, -jnp.inf),
+        readout=Readout(nothing, nothing, unknown, unknown, unknown, unknown),
+        done=jnp.zeros(count, bool),
+        used=jnp.full(count, length, jnp.int32),
+        trajectory=trajectory,
+    )
+
+
+def windows(canvas: Canvas, trim_multiple: int) -> tuple[list[int], Array]:
+    """Returns the lengths that a step may read, and the index of the one that it needs.
+
+    Args:
+      canvas: the canvases.
+      trim_multiple: the lengths are `bucket_lengths` of it; 0 for the whole length alone.
+
+    Returns:
+      The lengths, and a scalar int32: the first length that holds every position in use.
+    """
+    length = canvas.tokens.shape[1]
+    if not 0 < trim_multiple < length:
+        return [length], jnp.int32(0)
+    lengths = bucket_lengths(length, trim_multiple)
+    longest = jnp.max(jnp.where(canvas.done, 1, canvas.used))
+    return lengths, jnp.searchsorted(jnp.array(lengths), longest)
+
+
+def count_used(canvas: Canvas, argmax: Array) -> Array:
+    """Counts positions before the padding that ends both a canvas and its argmax: `[rows]`."""
+    is_text = (canvas.tokens != 0) | (argmax != 0)
+    end = jnp.max(jnp.where(is_text, jnp.arange(1, is_text.shape[1] + 1), 1), axis=1)
+    return jnp.minimum(canvas.used, end.astype(jnp.int32))
+
+
+def keep_done(new: Canvas, old: Canvas) -> Canvas:
+    """Returns `new`, but `old` where a canvas was already done."""
+
+    def choose(n: Array, o: Array) -> Array:
+        return jnp.where(old.done.reshape(-1, *[1] * (n.ndim - 1)), o, n)
+
+    return jax.tree.map(choose, new, old)
+
+
+def record(canvas: Canvas, step: Array) -> Canvas:
+    """Writes the canvas after step `step` into the trajectory, if there is one."""
+    if canvas.trajectory is None:
+        return canvas
+    return canvas._replace(trajectory=canvas.trajectory.at[:, step + 1].set(canvas.tokens))
+
+
+def fill_trajectory(canvas: Canvas, step: Array) -> Canvas:
+    """Writes the text as the canvas after step `step` and all later ones."""
+    if canvas.trajectory is None:
+        return canvas
+    later = jnp.arange(canvas.trajectory.shape[1])[:, None] >= step  # [steps, 1]
+    trajectory = jnp.where(later, canvas.text[:, None], canvas.trajectory)
+    return canvas._replace(trajectory=trajectory)
+
+
+def drop_uncertain(canvas: Canvas, count: int) -> tuple[Canvas, Canvas]:
+    """Splits off the `count` canvases per example that the network is least certain of.
+
+    Args:
+      canvas: every field `[batch, samples, ...]`.
+      count: how many of the samples.
+
+    Returns:
+      The dropped canvases and the others.
+    """
+    certainty = jnp.sum(canvas.readout.argmax_log_prob, axis=-1)
+    leaves, treedef = jax.tree.flatten(canvas)
+    canvas = jax.tree.unflatten(treedef, best_last(certainty, *leaves)[1:])
+    return jax.tree.map(lambda x: x[:, :count], canvas), jax.tree.map(
+        lambda x: x[:, count:], canvas
+    )
+
+
+def best_last(scores: Array, *arrays: Array) -> tuple[Array, ...]:
+    """Sorts samples by score, the best last, as T5X's decoders return them.
+
+    Args:
+      scores: `[batch, num_samples]`, higher is better.
+      *arrays: each `[batch, num_samples, ...]`, sorted alike.
+
+    Returns:
+      The sorted scores, then the sorted arrays.
+    """
+    order = jnp.argsort(scores, axis=1)
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    return tuple(take(x) for x in (scores, *arrays))

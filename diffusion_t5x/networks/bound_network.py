@@ -1,0 +1,185 @@
+"""A network with parameters and prefixes bound: `interfaces.Network` for our flax modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_t5x.networks.attention import repeat_rows
+from diffusion_t5x.networks.kv_cache import DecodeCache, grow
+
+Array = jax.Array
+# Low enough to be never drawn and to weigh nothing, finite so that sums and gradients stay finite.
+FORBIDDEN_LOGIT = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundNetwork:
+    """An `interfaces.Network`.
+
+    Attributes:
+      module: the flax module.
+      variables: its variables; parameters under 'params'.
+      attention_pattern: the objective's.
+      context: the prefixes, as `module.encode` returns them.
+      output_weights: what `module.logits` multiplies by, prepared once for all passes.
+      segment_ids: `[batch, length]` of packed targets, or None.
+      forbidden: tokens that are never predicted.
+      deterministic: no dropout.
+      batch_size: number of prefixes.
+    """
+
+    module: nn.Module
+    variables: Mapping[str, Any]
+    attention_pattern: str
+    context: Any
+    output_weights: Any
+    segment_ids: Array | None
+    forbidden: tuple[int, ...]
+    deterministic: bool
+    batch_size: int
+
+    def _apply(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.module.apply(self.variables, *args, method=method, **kwargs)
+
+    def forward(self, canvas: Array, rng: Array | None) -> Array:
+        """Computes hidden states of the canvas: see `interfaces.Network.forward`."""
+        return self._apply(
+            self.module.decode,
+            self.context,
+            canvas,
+            self.attention_pattern,
+            self.segment_ids,
+            deterministic=self.deterministic,
+            rngs=dropout_rngs(rng, self.deterministic),
+        )
+
+    def logits(self, hidden: Array) -> Array:
+        """Computes logits `[..., vocab]` of `hidden [..., embed]`."""
+        logits = self._apply(self.module.logits, hidden, self.output_weights)
+        if not self.forbidden:
+            return logits
+        is_forbidden = np.isin(np.arange(logits.shape[-1]), self.forbidden)
+        return jnp.where(is_forbidden, FORBIDDEN_LOGIT, logits)
+
+    def prefill(self, max_length: int, repeats: int) -> tuple[DecodeCache, Array]:
+        """Reads the prefixes into a cache: see `interfaces.Network.prefill`."""
+        return self._apply(
+            self.module.prefill, self.context, self.attention_pattern, max_length, repeats
+        )
+
+    def append_token(self, cache: DecodeCache, tokens: Array) -> tuple[DecodeCache, Array]:
+        """Appends `tokens [rows]`; returns the cache and `[rows, embed]`."""
+        return self._apply(self.module.step, cache, tokens, self.attention_pattern)
+
+    def add_room(self, cache: DecodeCache, room: int) -> DecodeCache:
+        """Returns the cache with room for `room` more tokens."""
+        return grow(cache, room)
+
+    def extend_prefix(self, tokens: Array, counts: Array) -> BoundNetwork:
+        """Returns the network with the first `counts [batch]` of `tokens` after its prefixes."""
+        context = self._apply(self.module.extend, self.context, tokens, counts)
+        return dataclasses.replace(self, context=context)
+
+    def repeat(self, n: int) -> BoundNetwork:
+        """Returns the network with every prefix repeated `n` times, copies being neighbours."""
+        context = repeat_rows(self.context, n)
+        return dataclasses.replace(self, context=context, batch_size=self.batch_size * n)
+
+    def cache_prefix(self) -> CachedBoundNetwork:
+        """Returns the network with its prefixes' keys and values computed once.
+
+        Raises:
+          ValueError: if the prefixes see the canvas under the attention pattern.
+        """
+        cache = self._apply(self.module.cache_prefix, self.context, self.attention_pattern)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return CachedBoundNetwork(**fields, cache=cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedBoundNetwork(BoundNetwork):
+    """An `interfaces.CachedNetwork`; canvases may have any number of rows per cached prefix.
+
+    Attributes:
+      cache: keys and values of the prefixes.
+    """
+
+    cache: DecodeCache
+
+    def forward(self, canvas: Array, rng: Array | None) -> Array:
+        """Computes hidden states of the canvas, after cached prefixes and without dropout."""
+        del rng
+        hidden, _ = self._apply(self.module.denoise, self.cache, canvas)
+        return hidden
+
+    def repeat(self, n: int) -> CachedBoundNetwork:
+        """Returns the network for `n` rows per prefix, which share its cache."""
+        return dataclasses.replace(self, batch_size=self.batch_size * n)
+
+    def with_cache(self, cache: DecodeCache) -> CachedBoundNetwork:
+        """Returns the network with other cached prefixes."""
+        return dataclasses.replace(self, cache=cache)
+
+    def append_tokens(self, cache: DecodeCache, tokens: Array) -> DecodeCache:
+        """Appends `tokens [batch, length]` to each prefix.
+
+        Raises:
+          ValueError: if earlier tokens would see later ones under the attention pattern.
+        """
+        return self._apply(self.module.extend_cached, cache, tokens, self.attention_pattern)
+
+
+def dropout_rngs(rng: Array | None, deterministic: bool) -> dict[str, Array]:
+    """Returns the keys that flax's `apply` needs: none where there is no dropout."""
+    return {} if deterministic or rng is None else {"dropout": rng}
+
+
+def bind(
+    module: nn.Module,
+    params: Any,
+    batch: Mapping[str, Array],
+    attention_pattern: str,
+    *,
+    forbidden: tuple[int, ...] = (),
+    rng: Array | None = None,
+    deterministic: bool = True,
+) -> BoundNetwork:
+    """Binds parameters and the prefixes of a batch; prefixes are encoded once.
+
+    Args:
+      module: a network of this room.
+      params: its parameters.
+      batch: features of `[batch, length]`; `encoder_input_tokens` are the prefixes.
+      attention_pattern: one of `attention_patterns.ATTENTION_PATTERNS`.
+      forbidden: tokens that are never predicted.
+      rng: key for dropout in the encoder.
+      deterministic: no dropout.
+    """
+    variables = {"params": params}
+    prefixes = batch["encoder_input_tokens"]
+    context = module.apply(
+        variables,
+        prefixes,
+        batch.get("encoder_segment_ids"),
+        method=module.encode,
+        deterministic=deterministic,
+        rngs=dropout_rngs(rng, deterministic),
+    )
+    return BoundNetwork(
+        module=module,
+        variables=variables,
+        attention_pattern=attention_pattern,
+        context=context,
+        output_weights=module.apply(variables, prefixes.shape[0], method=module.output_weights),
+        segment_ids=batch.get("decoder_segment_ids"),
+        forbidden=forbidden,
+        deterministic=deterministic,
+        batch_size=prefixes.shape[0],
+    )
