@@ -157,27 +157,21 @@ class Model:
 
         The trainer weighs microbatches by it, so that accumulating their gradients is exact.
         """
-        return self._weigh(batch)[1]
-
-    def _weigh(self, batch: Batch) -> tuple[Array, Array]:
-        """Computes loss weights `[batch, length]` and the normalizer."""
+        targets, weights, segment_ids = _targets(batch)
         return losses.weigh_tokens(
-            self.loss_normalizing_factor,
-            self.objective,
-            batch["decoder_target_tokens"],
-            _batch_weights(batch),
-            batch.get("decoder_segment_ids"),
-        )
+            self.loss_normalizing_factor, self.objective, targets, weights, segment_ids
+        )[1]
 
     def _loss(
         self, params: Any, batch: Batch, rng: Array, *, deterministic: bool
     ) -> tuple[Array, MetricsMap]:
         network_rng, objective_rng = jax.random.split(rng)
+        targets, weights, segment_ids = _targets(batch)
         network = self._bind(params, batch, network_rng, deterministic=deterministic)
-        weights, normalizer = self._weigh(batch)
-        loss_sum, weight_sum, sums = self.objective.loss(
-            network, batch["decoder_target_tokens"], weights, objective_rng
+        weights, normalizer = losses.weigh_tokens(
+            self.loss_normalizing_factor, self.objective, targets, weights, segment_ids
         )
+        loss_sum, weight_sum, sums = self.objective.loss(network, targets, weights, objective_rng)
         sums = {"loss": (loss_sum, weight_sum), **sums}
         metrics = {
             name: clu.metrics.Average(total=total, count=count)
@@ -266,8 +260,8 @@ class Model:
         """
         if return_intermediates:
             raise ValueError("return_intermediates = True: these networks sow no intermediates.")
-        targets = batch["decoder_target_tokens"]
-        weights = self.objective.token_weights(targets, _batch_weights(batch))
+        targets, weights, _ = _targets(batch)
+        weights = self.objective.token_weights(targets, weights)
         network = self._bind(params, batch)
         return self.objective.score(network, targets, weights, _fixed_rng(batch))
 
@@ -294,10 +288,11 @@ def check_decoder(objective: Objective, decoder: Decoder) -> None:
         )
 
 
-def _batch_weights(batch: Batch) -> Array:
-    """Returns the batch's own loss weights, `[batch, length]` float32."""
+def _targets(batch: Batch) -> tuple[Array, Array, Array | None]:
+    """Returns targets, their weights in float32 and their segment ids, each `[batch, length]`."""
     targets = batch["decoder_target_tokens"]
-    return batch.get("decoder_loss_weights", targets > 0).astype(jnp.float32)
+    weights = batch.get("decoder_loss_weights", targets > 0).astype(jnp.float32)
+    return targets, weights, batch.get("decoder_segment_ids")
 
 
 def _fixed_rng(batch: Batch) -> Array:
