@@ -1,4 +1,4 @@
-"""docs/extending.md as it stands: an objective outside the package, trained, scored, sampled, tabled."""
+"""docs/extending.md as it stands: an objective outside the package, trained, scored and tabled."""
 
 import importlib
 import json
