@@ -23,7 +23,7 @@ from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.terminal import Progress
+from diffusion_t5x.runtime.terminal import Progress, print_table
 from diffusion_t5x.runtime.train_state import abstract_params
 
 Metrics = dict[str, float]
@@ -351,7 +351,7 @@ def evaluate(
         found = {"rows": rows, "best": best, "settings": evaluator.settings}
         if jax.process_index() == 0:
             results.write_results(output_dir, found)
-            results.print_results(found)
+            print_table(*results.tabulate(found))
     return found
 
 

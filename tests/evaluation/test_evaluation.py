@@ -8,6 +8,7 @@ import toy
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
 from diffusion_t5x.evaluation import evaluation, results
+from diffusion_t5x.runtime import terminal
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
@@ -154,7 +155,7 @@ def test_tables_show_missing_values_and_mark_the_best():
         {"step": 2, "task": "b", "metrics": {"y": 2.0}},
     ]
     best = {"step": 1, "task": "a", "metric": "x", "value": 0.123456}
-    text = results.markdown(*results.tabulate({"rows": rows, "best": best}))
+    text = terminal.markdown(*results.tabulate({"rows": rows, "best": best}))
     assert text.splitlines()[0] == "| step | task | x | n | y |"
     assert text.splitlines()[2] == "| 1 (best) | a | 0.1235 | 5,000 | – |"
     assert text.splitlines()[3] == "| 2 | b | – | – | 2 |"
