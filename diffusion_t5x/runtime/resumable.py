@@ -30,7 +30,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     text = _read(path)
     value = None if text is None else _parse(text)
     if text is not None and value is None:
-        _report(path)
+        report(path)
     return value
 
 
@@ -56,7 +56,7 @@ def load_text(path: Path, key: str) -> str | None:
     header, _, text = content.partition("\n")
     value = _parse(header)
     if value is None or value.get("characters") != len(text):
-        _report(path)
+        report(path)
         return None
     return text if value.get("digest") == key else None
 
@@ -82,5 +82,6 @@ def _parse(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _report(path: Path) -> None:
+def report(path: Path) -> None:
+    """Prints that a file is damaged."""
     print(f"{os.fspath(path)} is damaged; its work is done once more.", flush=True)
