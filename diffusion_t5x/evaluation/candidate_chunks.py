@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ class JudgingMetric(Protocol):
     """A metric that takes long over each candidate, and can judge some ahead of its call."""
 
     def __call__(self, targets: Sequence[Any], predictions: Sequence[Any]) -> Mapping[str, float]:
-        """Returns the metric, for which candidates that `judge` has seen are not judged again."""
+        """Returns the metric; candidates that `judge` has seen are not judged again."""
         ...
 
     def judge(
@@ -33,16 +33,9 @@ class JudgingMetric(Protocol):
         predictions: Sequence[Any],
         known: Mapping[str, Any] | None = None,
     ) -> Mapping[str, Any]:
-        """Judges candidates and remembers the judgements until the metric is called.
+        """Judges some candidates of every example, and returns a JSON object.
 
-        Args:
-          targets: The targets of all examples, as the metric gets them.
-          predictions: Some candidates of each example.
-          known: The value that this method returned for the same arguments in an earlier process,
-            whose judgements are taken over where they still hold.
-
-        Returns:
-          The judgements, a JSON object.
+        `known` is what this method returned for the same arguments before a restart.
         """
         ...
 
@@ -114,14 +107,8 @@ class TaskJudges:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class ChunkFiles:
-    """The files of chunks and judgements, which carry a key.
-
-    Attributes:
-      directory: Directory of the files.
-      key: The key of the parameters and settings that decide the candidates.
-    """
+class ChunkFiles(NamedTuple):
+    """The directory of chunks and judgements, and the key of all that decides the candidates."""
 
     directory: pathlib.Path
     key: str
@@ -131,9 +118,8 @@ class ChunkFiles:
         return resumable.load(self.directory / f"{name}.json", self.key)
 
     def save(self, name: str, values: Mapping[str, Any]) -> None:
-        """Writes a file, on the first process."""
-        if jax.process_index() == 0:
-            resumable.save(self.directory / f"{name}.json", self.key, values)
+        """Writes a file."""
+        resumable.save(self.directory / f"{name}.json", self.key, values)
 
     def remove(self) -> None:
         """Removes all files, once the results are kept elsewhere."""

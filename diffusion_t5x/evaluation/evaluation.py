@@ -235,12 +235,8 @@ class InferenceEvaluator:
         self, name: str, params: Any, dataset: tf.data.Dataset, number: int, size: int
     ) -> tuple[Outputs, float]:
         """Decodes each example `size` times, with the random keys of chunk `number`."""
-        repeated = dataset.flat_map(
-            lambda *example: tf.data.Dataset.from_tensors(example).repeat(size)
-        )
-        total = int(dataset.cardinality()) * size
         title = f"predict {name} {number}"
-        pairs, seconds = self._run(self._predict, title, params, repeated, number, total=total)
+        pairs, seconds = self._run(self._predict, title, params, dataset, number, repeats=size)
         candidates: dict[int, list[Any]] = {}
         for index, found in pairs:
             candidates.setdefault(index, []).append((found.tokens, found.aux["scores"]))
@@ -257,10 +253,14 @@ class InferenceEvaluator:
         params: Any,
         dataset: tf.data.Dataset,
         *position: int,
-        total: int | None = None,
+        repeats: int = 1,
     ) -> tuple[list[tuple[int, Output]], float]:
-        """Runs a compiled function over an enumerated dataset; see `run_batches`."""
-        total = int(dataset.cardinality()) if total is None else total
+        """Runs a compiled function over an enumerated dataset, `repeats` times each example."""
+        total = int(dataset.cardinality()) * repeats
+        if repeats > 1:
+            dataset = dataset.flat_map(
+                lambda *example: tf.data.Dataset.from_tensors(example).repeat(repeats)
+            )
         batches = dataset.batch(self._cfg.batch_size).as_numpy_iterator()
         with Progress(total if total >= 0 else None, title, "examples") as progress:
             pairs, seconds = run_batches(function, params, batches, progress, *position)
@@ -395,8 +395,7 @@ def _evaluate_checkpoint(
                 return rows
             metrics = evaluator.evaluate(params, step, [task], key)[task]
             row = {"step": step, "task": task, "metrics": metrics, "settings": settings}
-            if jax.process_index() == 0:
-                resumable.save(file, key, row, indent=1)
+            resumable.save(file, key, row, indent=1)
             evaluator.forget(task, step, key)
             row["digest"] = key
         rows.append(row)

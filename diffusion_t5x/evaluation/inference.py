@@ -224,17 +224,16 @@ def _write(
     lines: Callable[[list[ExampleBatch], int, Progress], list[str]],
 ) -> None:
     """Writes a file of lines in parts of `period` batches, of which finished ones are skipped."""
-    directory, first = output.with_name(f".{output.name}.parts"), jax.process_index() == 0
+    directory = output.with_name(f".{output.name}.parts")
     parts: list[pathlib.Path] = []
     with Progress(None, output.name, "examples") as progress:
         while group := list(itertools.islice(batches, period)):
             part = directory / f"part-{len(parts):06}.jsonl"
             if resumable.load_text(part, key) is None:
                 text = "".join(lines(group, len(parts) * period, progress))
-                if first:
-                    resumable.save_text(part, key, text)
+                resumable.save_text(part, key, text)
             parts.append(part)
-    if not first:
+    if jax.process_index() != 0:
         return
     temporary = output.with_name(output.name + ".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,9 @@ from typing import Any
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import sample, train
 from diffusion_t5x.commands.flags import GIN_FLAG
-from diffusion_t5x.experiments import experiment_graph, report
-from diffusion_t5x.experiments.experiment_graph import Experiment, Scale, Stage
+from diffusion_t5x.experiments import experiment_graph, report, stages
+from diffusion_t5x.experiments.experiment_graph import Experiment, Scale
+from diffusion_t5x.experiments.stages import Stage
 from diffusion_t5x.names import check_known
 from diffusion_t5x.runtime import resumable, terminal
 from diffusion_t5x.runtime.files import write_atomically
@@ -124,7 +125,7 @@ class Run:
         searched = [f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []
         self.stages = [
             dataclasses.replace(stage, flags=(*searched, *gin_flags))
-            for stage in experiment_graph.stages(self.experiment, self.scale, self.stages_dir)
+            for stage in stages.make(self.experiment, self.scale, self.stages_dir)
         ]
 
     def argv(self, stage: Stage) -> list[str]:

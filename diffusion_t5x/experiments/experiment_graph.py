@@ -1,15 +1,13 @@
-"""Experiments as graphs of commands: which methods are compared, on what, and at which scale.
+"""Records of an experiment, which gin files fill in: methods, tasks, a scale, and their rows.
 
 An `Experiment` names what is compared (a table of the paper), a `Scale` the size of everything (the
-paper's settings, or a laptop's). Stages are named after what they make, not after the experiment,
-so experiments of one scale share the stages that they have in common.
+paper's settings, or a laptop's).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,7 +16,6 @@ from diffusion_t5x.names import check_known
 T = TypeVar("T")
 Bindings = Mapping[str, Any]
 NO_BINDINGS: Bindings = {}
-BEST = "{best}"  # stands in a binding for the step that was best on the validation split
 DEFAULT = "default"  # the name of a decoding that the test stage's name leaves out
 
 
@@ -225,43 +222,6 @@ class Row:
         return f"{self.run(seed, task)}/test{suffix}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One command of an experiment.
-
-    Attributes:
-      name: Unique within a scale, and the directory that the command writes to.
-      command: 'train', 'eval' or 'sample'.
-      files: Gin files.
-      bindings: Gin bindings; `BEST` in one stands for the step chosen by `chosen_by`.
-      after: Names of the stages that must have finished.
-      steps: Most training steps; 0 where nothing is trained.
-      tokens: Positions that these steps train on, prefixes and padding included.
-      chosen_by: Name of the stage whose results name the best checkpoint.
-      flags: Further arguments, which override the bindings.
-      title: What the stage does, in words.
-    """
-
-    name: str
-    command: str
-    files: tuple[str, ...]
-    bindings: Bindings
-    after: tuple[str, ...] = ()
-    steps: int = 0
-    tokens: int = 0
-    chosen_by: str | None = None
-    flags: tuple[str, ...] = ()
-    title: str = dataclasses.field(default="", compare=False)
-
-    def argv(self, best: int | None = None) -> list[str]:
-        """Returns the command's arguments; `best` replaces `BEST`, which stays where it is None."""
-        values = dict(self.bindings)
-        if best is not None:
-            values["CHECKPOINT_PATH"] = values["CHECKPOINT_PATH"].replace(BEST, str(best))
-        files = [f"--gin_file={file}" for file in self.files]
-        return [*files, *(f"--gin.{k}={v!r}" for k, v in values.items()), *self.flags]
-
-
 def load(experiment: Experiment, scale: Scale | None = None) -> tuple[Experiment, Scale | None]:
     """Returns the experiment and the scale that gin files bind here."""
     return experiment, scale
@@ -283,11 +243,6 @@ def lookup(known: Mapping[str, T], name: str, setting: str) -> T:
     return known[name]
 
 
-def _of_kind(value: T | Mapping[str, T], kind: str, setting: str) -> T:
-    """Returns a scale's setting for a kind of decoding, where it differs between kinds."""
-    return lookup(value, kind, f"{setting}, kind") if isinstance(value, Mapping) else value
-
-
 def rows(experiment: Experiment) -> Iterator[tuple[str, Row]]:
     """Yields (name, row) for each row of the table; the name tells the row from the others."""
     axes: list[tuple[Any, ...]] = [
@@ -301,198 +256,3 @@ def rows(experiment: Experiment) -> Iterator[tuple[str, Row]]:
         names = [value.shown if isinstance(value, Method) else value for value in values]
         varying = [name for name, axis in zip(names, axes, strict=True) if len(axis) > 1]
         yield "/".join(varying or names[3:4]), Row(*values)
-
-
-def stages(experiment: Experiment, scale: Scale, root: pathlib.Path) -> list[Stage]:
-    """Returns the stages of an experiment in an order in which they can run, each once.
-
-    Args:
-      experiment: What is compared.
-      scale: How big everything is.
-      root: Directory of the scale.
-
-    Raises:
-      ValueError: if the scale lacks something that the experiment names, or two methods give one
-        name to different stages.
-    """
-    found: dict[str, Stage] = {}
-    every = [row for _, row in rows(experiment)]
-    most = max(scale.seeds.get(row.size, 1) for row in every)
-    for seed, row in itertools.product(range(most), every):
-        if seed >= scale.seeds.get(row.size, 1):
-            continue
-        varying = [
-            *[row.architecture] * (len(experiment.architectures) > 1),
-            *[row.size] * (len(experiment.sizes) > 1),
-            *[row.pretraining] * (len(experiment.pretraining) > 1),
-            *[f"seed {seed}"] * (most > 1),
-        ]
-        builder = _Builder(scale, root, row, seed, f" ({', '.join(varying)})" if varying else "")
-        made = builder.pretraining()
-        start, before = made[-1].name, sum(stage.steps for stage in made)
-        for role in experiment.tasks:
-            task = lookup(scale.tasks, role, "task")
-            made += builder.finetuning(task, start, before)
-            made.append(builder.test(task, experiment.decoding[row.decoding]))
-        for stage in made:
-            if found.setdefault(stage.name, stage) != stage:
-                raise ValueError(
-                    f"method {row.method.name!r} needs a stage {stage.name!r} of other settings "
-                    "than another method's; give its Method another name, or another adapt_stage."
-                )
-    return list(found.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Builder:
-    """Makes the stages of one row and seed; `where` ends their titles."""
-
-    scale: Scale
-    root: pathlib.Path
-    row: Row
-    seed: int
-    where: str
-
-    def _path(self, name: str) -> str:
-        return str(self.root / name)
-
-    def _files(self, method: Method, run: str) -> tuple[str, ...]:
-        model = lookup(self.scale.models, f"{self.row.architecture}/{self.row.size}", "model")
-        return (model, method.objective, f"runs/{run}.gin", *self.scale.settings)
-
-    def _common(self, method: Method, data: Pretraining | TaskSettings) -> dict[str, Any]:
-        return {
-            **self.scale.model_bindings.get(self.row.size, NO_BINDINGS),
-            **method.bindings,
-            "MIXTURE_OR_TASK_NAME": data.mixture if isinstance(data, Pretraining) else data.name,
-            "TASK_FEATURE_LENGTHS": {"inputs": data.inputs, "targets": data.targets},
-            "RANDOM_SEED": self.seed,
-        }
-
-    def _train(
-        self,
-        name: str,
-        method: Method,
-        run: str,
-        data: Pretraining | TaskSettings,
-        *,
-        start: str | None,
-        before: int,
-        steps: int,
-        period: int,
-        title: str,
-        extra: Bindings = NO_BINDINGS,
-    ) -> Stage:
-        """Makes a training of `steps` steps that begins at step `before`."""
-        bindings = {
-            **self._common(method, data),
-            "MODEL_DIR": self._path(name),
-            "EVAL_PERIOD": period,
-            "CHECKPOINT_PERIOD": period,
-            **extra,
-        }
-        if start is None:
-            bindings["TRAIN_STEPS"] = steps
-        else:
-            bindings["INITIAL_CHECKPOINT_PATH"] = self._path(start)
-            bindings["TRAIN_STEPS_RELATIVE"] = steps
-        scheduler, rate = "optimizers.create_learning_rate_scheduler", method.learning_rate
-        if rate is None and self.scale.learning_rates is not None:
-            rate = _of_kind(self.scale.learning_rates, method.kind, "learning_rates")
-        if rate is not None:
-            bindings[f"{scheduler}.base_learning_rate"] = rate
-        if self.scale.learning_rates is not None:
-            bindings[f"{scheduler}.step_offset"] = before
-            bindings[f"{scheduler}.steps_per_cycle"] = steps
-        return Stage(
-            name,
-            "train",
-            self._files(method, run),
-            bindings,
-            after=(start,) if start else (),
-            steps=steps,
-            tokens=steps * self.scale.batch_size * (data.inputs + data.targets),
-            title=f"{title}{self.where}",
-        )
-
-    def pretraining(self) -> list[Stage]:
-        """Makes the pretraining and the adaptation."""
-        scale = self.scale
-        data = lookup(scale.pretraining, self.row.pretraining, "pretraining")
-        made: list[Stage] = []
-        for stage, method in self.row.method.pretraining():
-            name = f"{self.row.base(self.seed)}/{stage}"
-            start, run, steps = None, "pretrain", scale.pretrain_steps
-            period, title = scale.pretrain_checkpoint_period, f"pretrain {method.shown}"
-            if made:
-                start, run = made[-1].name, "adapt"
-                n = method.adapt_steps
-                steps = lookup(scale.adapt_steps, n, "adapt_steps") if isinstance(n, str) else n
-                period, title = min(period, steps), f"adapt {method.shown}"
-            before = sum(stage.steps for stage in made)
-            made.append(
-                self._train(
-                    name, method, run, data,
-                    start=start, before=before, steps=steps, period=period, title=title,
-                )
-            )  # fmt: skip
-        return made
-
-    def finetuning(self, task: TaskSettings, start: str, before: int) -> list[Stage]:
-        """Makes the fine-tuning from the model of stage `start`, and the choice of a checkpoint."""
-        method, run, scale = self.row.method, self.row.run(self.seed, task), self.scale
-        extra: dict[str, Any] = {
-            # The next stage decodes each checkpoint.
-            "trainer.train.infer_eval_dataset_cfg": None,
-        }
-        if scale.patience is not None:
-            extra["PATIENCE"] = scale.patience
-        train = self._train(
-            f"{run}/train", method, "finetune", task,
-            start=start, before=before,
-            steps=method.finetune_steps
-            or _of_kind(task.finetune_steps, method.kind, "finetune_steps"),
-            period=method.checkpoint_period
-            or _of_kind(task.checkpoint_period, method.kind, "checkpoint_period"),
-            title=f"fine-tune {method.shown} on {task.name}",
-            extra=extra,
-        )  # fmt: skip
-        bindings = {
-            **self._common(method, task),
-            "CHECKPOINT_PATH": self._path(train.name),
-            "EVAL_OUTPUT_DIR": self._path(f"{run}/validation"),
-            "EVALUATOR_NUM_EXAMPLES": scale.validation_examples,
-            "BEST_METRIC": task.validation_metric or task.metric,
-            "datasets.DatasetConfig.split": task.validation_split,
-        }
-        validation = Stage(
-            f"{run}/validation", "eval", self._files(method, "eval"), bindings, after=(train.name,),
-            title=f"choose a checkpoint of {method.shown} on {task.name}{self.where}",
-        )  # fmt: skip
-        return [train, validation]
-
-    def test(self, task: TaskSettings, decoding: Bindings) -> Stage:
-        """Makes the measurement of the best checkpoint."""
-        method, name = self.row.method, self.row.test(self.seed, task)
-        run = self.row.run(self.seed, task)
-        extra = {"NUM_DECODES": task.num_decodes} if task.num_decodes > 1 else {}
-        how = "" if self.row.decoding == DEFAULT else f", {self.row.decoding}"
-        return Stage(
-            name,
-            "eval",
-            self._files(method, "eval"),
-            {
-                **self._common(method, task),
-                "CHECKPOINT_PATH": self._path(f"{run}/train/checkpoint_{BEST}"),
-                "EVAL_OUTPUT_DIR": self._path(name),
-                "EVALUATOR_NUM_EXAMPLES": self.scale.test_examples,
-                "datasets.DatasetConfig.split": task.test_split,
-                **extra,
-                **task.decoding.get(method.kind, NO_BINDINGS),
-                **method.decoding,
-                **decoding,
-            },
-            after=(f"{run}/validation",),
-            chosen_by=f"{run}/validation",
-            title=f"test {method.shown} on {task.name}{how}{self.where}",
-        )

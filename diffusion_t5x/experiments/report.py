@@ -15,10 +15,10 @@ from diffusion_t5x.experiments.experiment_graph import (
     Experiment,
     Row,
     Scale,
-    Stage,
     TaskSettings,
     rows,
 )
+from diffusion_t5x.experiments.stages import Stage
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.terminal import format_value, markdown, print_table

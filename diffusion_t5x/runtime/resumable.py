@@ -14,6 +14,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from diffusion_t5x.runtime.files import write_atomically
 
 Path = str | os.PathLike[str]
@@ -41,8 +43,9 @@ def load(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def save(path: Path, key: str, values: Mapping[str, Any], indent: int | None = None) -> None:
-    """Writes `values`, a JSON object, and their key as its 'digest'."""
-    write_atomically(path, json.dumps({**values, "digest": key}, indent=indent))
+    """Writes `values`, a JSON object, and their key as its 'digest', on the first process."""
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps({**values, "digest": key}, indent=indent))
 
 
 def load_text(path: Path, key: str) -> str | None:
@@ -62,9 +65,10 @@ def load_text(path: Path, key: str) -> str | None:
 
 
 def save_text(path: Path, key: str, text: str) -> None:
-    """Writes a text after a line with its key and length."""
-    header = json.dumps({"digest": key, "characters": len(text)})
-    write_atomically(path, f"{header}\n{text}")
+    """Writes a text after a line with its key and length, on the first process."""
+    if jax.process_index() == 0:
+        header = json.dumps({"digest": key, "characters": len(text)})
+        write_atomically(path, f"{header}\n{text}")
 
 
 def _read(path: Path) -> str | None:

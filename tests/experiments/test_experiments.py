@@ -12,7 +12,7 @@ import shlex
 import pytest
 
 from diffusion_t5x.experiments import __main__ as experiments
-from diffusion_t5x.experiments import experiment_graph, report
+from diffusion_t5x.experiments import report, stages
 from diffusion_t5x.runtime.files import write_atomically
 
 METHODS = ("autoregressive", "diffusion", "ar2diff_0", "ar2diff_N")
@@ -244,23 +244,21 @@ def test_methods_that_do_not_go_together_are_refused(tmp_path):
     diffusion = experiments.load("demo", None)[0].methods[1]
     run = experiments.Run("demo", None, tmp_path)
 
-    def stages(*methods):
+    def make(*methods):
         other = dataclasses.replace(run.experiment, methods=methods)
-        return experiment_graph.stages(other, run.scale, tmp_path)
+        return stages.make(other, run.scale, tmp_path)
 
     other = dataclasses.replace(diffusion, label="other", objective="other.gin")
-    with pytest.raises(
-        ValueError, match=r"'diffusion' needs a stage .*n' of other settings"
-    ):
-        stages(diffusion, other)
+    with pytest.raises(ValueError, match=r"'diffusion' needs a stage .*n' of other settings"):
+        make(diffusion, other)
     with pytest.raises(ValueError, match="several methods named 'diffusion'"):
-        stages(diffusion, diffusion)
+        make(diffusion, diffusion)
     with pytest.raises(ValueError, match="has 'diffusion'; expected a method's record"):
-        stages("diffusion")
+        make("diffusion")
     with pytest.raises(ValueError, match="adapt_steps = 5, but no start"):
         dataclasses.replace(diffusion, adapt_steps=5)
     with pytest.raises(ValueError, match="kind = 'difusion' is unknown; did you mean 'diffusion'"):
-        stages(dataclasses.replace(diffusion, kind="difusion"))
+        make(dataclasses.replace(diffusion, kind="difusion"))
 
 
 def test_the_old_name_of_the_binding_that_loads_an_experiment_gives_the_new_one(tmp_path):
