@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from diffusion_t5x.experiments.experiment_graph import (
@@ -92,12 +92,15 @@ def make(experiment: Experiment, scale: Scale, root: pathlib.Path) -> list[Stage
             *[f"seed {seed}"] * (most > 1),
         ]
         builder = _Builder(scale, root, row, seed, f" ({', '.join(varying)})" if varying else "")
-        made = builder.pretraining()
-        start, before = made[-1].name, sum(stage.steps for stage in made)
+        pretraining = builder.pretraining()
+        made = list(pretraining)
         for role in experiment.tasks:
             task = lookup(scale.tasks, role, "task")
-            made += builder.finetuning(task, start, before)
-            made.append(builder.test(task, experiment.decoding[row.decoding]))
+            made += [
+                builder.finetuning(task, pretraining),
+                builder.validation(task),
+                builder.test(task, experiment.decoding[row.decoding]),
+            ]
         for stage in made:
             if found.setdefault(stage.name, stage) != stage:
                 raise ValueError(
@@ -144,15 +147,14 @@ class _Builder:
         method: Method,
         run: str,
         data: Pretraining | TaskSettings,
-        *,
-        start: str | None,
-        before: int,
+        before: Sequence[Stage],
         steps: int,
         period: int,
         title: str,
         extra: Bindings = NO_BINDINGS,
     ) -> Stage:
-        """Makes a training of `steps` steps that begins at step `before`."""
+        """Makes a training of `steps` steps from the model that the stages `before` lead to."""
+        start = before[-1].name if before else None
         bindings = {
             **self._common(method, data),
             "MODEL_DIR": self._path(name),
@@ -171,7 +173,7 @@ class _Builder:
         if rate is not None:
             bindings[f"{scheduler}.base_learning_rate"] = rate
         if self.scale.learning_rates is not None:
-            bindings[f"{scheduler}.step_offset"] = before
+            bindings[f"{scheduler}.step_offset"] = sum(stage.steps for stage in before)
             bindings[f"{scheduler}.steps_per_cycle"] = steps
         return Stage(
             name,
@@ -190,78 +192,80 @@ class _Builder:
         data = lookup(scale.pretraining, self.row.pretraining, "pretraining")
         made: list[Stage] = []
         for stage, method in self.row.method.pretraining():
-            name = f"{self.row.base(self.seed)}/{stage}"
-            start, run, steps = None, "pretrain", scale.pretrain_steps
-            period, title = scale.pretrain_checkpoint_period, f"pretrain {method.shown}"
+            run, steps, n = "pretrain", scale.pretrain_steps, method.adapt_steps
             if made:
-                start, run = made[-1].name, "adapt"
-                n = method.adapt_steps
+                run = "adapt"
                 steps = lookup(scale.adapt_steps, n, "adapt_steps") if isinstance(n, str) else n
-                period, title = min(period, steps), f"adapt {method.shown}"
-            before = sum(stage.steps for stage in made)
-            made.append(
-                self._train(
-                    name, method, run, data,
-                    start=start, before=before, steps=steps, period=period, title=title,
-                )
-            )  # fmt: skip
+            name, title = f"{self.row.base(self.seed)}/{stage}", f"{run} {method.shown}"
+            period = scale.pretrain_checkpoint_period
+            period = min(period, steps) if made else period
+            made.append(self._train(name, method, run, data, tuple(made), steps, period, title))
         return made
 
-    def finetuning(self, task: TaskSettings, start: str, before: int) -> list[Stage]:
-        """Makes the fine-tuning from the model of stage `start`, and the choice of a checkpoint."""
-        method, run, scale = self.row.method, self.row.run(self.seed, task), self.scale
+    def finetuning(self, task: TaskSettings, before: Sequence[Stage]) -> Stage:
+        """Makes the fine-tuning of the model that the stages `before` lead to."""
+        method, run = self.row.method, self.row.run(self.seed, task)
         extra: dict[str, Any] = {
             # The next stage decodes each checkpoint.
             "trainer.train.infer_eval_dataset_cfg": None,
         }
-        if scale.patience is not None:
-            extra["PATIENCE"] = scale.patience
-        train = self._train(
-            f"{run}/train", method, "finetune", task,
-            start=start, before=before,
-            steps=method.finetune_steps
-            or _of_kind(task.finetune_steps, method.kind, "finetune_steps"),
-            period=method.checkpoint_period
-            or _of_kind(task.checkpoint_period, method.kind, "checkpoint_period"),
-            title=f"fine-tune {method.shown} on {task.name}",
-            extra=extra,
-        )  # fmt: skip
+        if self.scale.patience is not None:
+            extra["PATIENCE"] = self.scale.patience
+        steps, period = method.finetune_steps, method.checkpoint_period
+        steps = steps or _of_kind(task.finetune_steps, method.kind, "finetune_steps")
+        period = period or _of_kind(task.checkpoint_period, method.kind, "checkpoint_period")
+        title = f"fine-tune {method.shown} on {task.name}"
+        return self._train(
+            f"{run}/train", method, "finetune", task, before, steps, period, title, extra
+        )
+
+    def _eval(
+        self,
+        name: str,
+        task: TaskSettings,
+        checkpoint: str,
+        num_examples: int | None,
+        title: str,
+        extra: Bindings,
+        **links: Any,
+    ) -> Stage:
+        """Makes an evaluation of the checkpoints at `checkpoint`."""
         bindings = {
-            **self._common(method, task),
-            "CHECKPOINT_PATH": self._path(train.name),
-            "EVAL_OUTPUT_DIR": self._path(f"{run}/validation"),
-            "EVALUATOR_NUM_EXAMPLES": scale.validation_examples,
+            **self._common(self.row.method, task),
+            "CHECKPOINT_PATH": self._path(checkpoint),
+            "EVAL_OUTPUT_DIR": self._path(name),
+            "EVALUATOR_NUM_EXAMPLES": num_examples,
+            **extra,
+        }
+        title = f"{title} {self.row.method.shown} on {task.name}"
+        files = self._files(self.row.method, "eval")
+        return Stage(name, "eval", files, bindings, title=f"{title}{self.where}", **links)
+
+    def validation(self, task: TaskSettings) -> Stage:
+        """Makes the choice of the best checkpoint of the fine-tuning."""
+        run = self.row.run(self.seed, task)
+        extra = {
             "BEST_METRIC": task.validation_metric or task.metric,
             "datasets.DatasetConfig.split": task.validation_split,
         }
-        validation = Stage(
-            f"{run}/validation", "eval", self._files(method, "eval"), bindings, after=(train.name,),
-            title=f"choose a checkpoint of {method.shown} on {task.name}{self.where}",
+        return self._eval(
+            f"{run}/validation", task, f"{run}/train", self.scale.validation_examples,
+            "choose a checkpoint of", extra, after=(f"{run}/train",),
         )  # fmt: skip
-        return [train, validation]
 
     def test(self, task: TaskSettings, decoding: Bindings) -> Stage:
         """Makes the measurement of the best checkpoint."""
-        method, name = self.row.method, self.row.test(self.seed, task)
-        run = self.row.run(self.seed, task)
-        extra = {"NUM_DECODES": task.num_decodes} if task.num_decodes > 1 else {}
-        how = "" if self.row.decoding == DEFAULT else f", {self.row.decoding}"
-        return Stage(
-            name,
-            "eval",
-            self._files(method, "eval"),
-            {
-                **self._common(method, task),
-                "CHECKPOINT_PATH": self._path(f"{run}/train/checkpoint_{BEST}"),
-                "EVAL_OUTPUT_DIR": self._path(name),
-                "EVALUATOR_NUM_EXAMPLES": self.scale.test_examples,
-                "datasets.DatasetConfig.split": task.test_split,
-                **extra,
-                **task.decoding.get(method.kind, NO_BINDINGS),
-                **method.decoding,
-                **decoding,
-            },
-            after=(f"{run}/validation",),
-            chosen_by=f"{run}/validation",
-            title=f"test {method.shown} on {task.name}{how}{self.where}",
-        )
+        method, run = self.row.method, self.row.run(self.seed, task)
+        chosen_by = f"{run}/validation"
+        extra = {
+            "datasets.DatasetConfig.split": task.test_split,
+            **({"NUM_DECODES": task.num_decodes} if task.num_decodes > 1 else {}),
+            **task.decoding.get(method.kind, NO_BINDINGS),
+            **method.decoding,
+            **decoding,
+        }
+        how = "test" if self.row.decoding == DEFAULT else f"test with {self.row.decoding}"
+        return self._eval(
+            self.row.test(self.seed, task), task, f"{run}/train/checkpoint_{BEST}",
+            self.scale.test_examples, how, extra, after=(chosen_by,), chosen_by=chosen_by,
+        )  # fmt: skip

@@ -20,7 +20,7 @@ _bars: rich.progress.Progress | None = None  # shared, so that bars inside one a
 
 @contextlib.contextmanager
 def titled(title: str) -> Iterator[None]:
-    """Puts a title before all progress shown inside, whose bars are removed when they end."""
+    """Puts a title to all progress shown inside, whose bars disappear when they end."""
     _titles.append(title)
     try:
         yield
@@ -32,29 +32,37 @@ def _open_bars() -> rich.progress.Progress:
     """Returns the display that bars share; starts it for the first of them."""
     global _bars  # noqa: PLW0603
     if _bars is None:
-        from rich import console, progress
+        from rich import console, progress, text
 
-        _bars = progress.Progress(
+        class Bars(progress.Progress):
+            """Bars with the titles in a line above them."""
+
+            def get_renderables(self) -> Iterator[Any]:
+                if _titles:
+                    yield text.Text(": ".join(_titles))
+                yield self.make_tasks_table(self.tasks)
+
+        _bars = Bars(
             progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
+            progress.BarColumn(bar_width=20),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[rate]}"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[fields]}"),
             console=console.Console(stderr=True),
+            transient=bool(_titles),
         )
         _bars.start()
     return _bars
 
 
 def _close_bar(bar: rich.progress.TaskID) -> None:
-    """Removes a bar that is inside others or under a title; stops the display after the last."""
+    """Removes a bar inside others; the display ends with the last bar."""
     global _bars  # noqa: PLW0603
     assert _bars is not None
-    last = len(_bars.tasks) == 1
-    if _titles or not last:
+    if len(_bars.tasks) > 1:
         _bars.remove_task(bar)
-    if last:
+    else:
         _bars.stop()
         _bars = None
 
@@ -84,7 +92,7 @@ class Progress:
         self._bar: rich.progress.TaskID | None = None
         if sys.stderr.isatty() and not self._silent:
             self._bar = _open_bars().add_task(
-                self._description, total=total, completed=initial, rate="", fields=""
+                description, total=total, completed=initial, rate="", fields=""
             )
 
     def update(self, count: int = 1, **fields: float) -> None:
