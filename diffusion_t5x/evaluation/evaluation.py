@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     INIT_SHAPES,
     CompiledFunction,
     Output,
+    Prediction,
     Predictor,
     Scorer,
     run_batches,
@@ -175,14 +177,19 @@ class InferenceEvaluator:
         self._chunk_files(name, step, resume_key).remove()
 
     def _evaluate(self, name: str, params: Any, step: int, resume_key: str | None) -> Metrics:
+        """Decodes and measures one task; SeqIO calls back for what its metrics need."""
         decoded: Outputs = {}
         seconds = 0.0
 
         def predict(dataset: tf.data.Dataset) -> list[tuple[int, np.ndarray]]:
             nonlocal seconds
             if self._chunks.num_decodes > 1:
-                files = self._chunk_files(name, step, resume_key) if resume_key else None
-                outputs, seconds = self._draw(name, params, dataset, files)
+                outputs, seconds = candidate_chunks.draw(
+                    functools.partial(self._predict_chunk, name, params, dataset),
+                    self._chunks,
+                    candidate_chunks.TaskJudges(self._evaluators[name], name),
+                    self._chunk_files(name, step, resume_key) if resume_key else None,
+                )
             else:
                 outputs, seconds = self._predict_once(name, params, dataset)
             decoded.update(outputs)
@@ -213,17 +220,6 @@ class InferenceEvaluator:
             self._write_predictions(name, step, decoded)
         return values
 
-    def _draw(
-        self, name: str, params: Any, dataset: tf.data.Dataset, files: ChunkFiles | None
-    ) -> tuple[Outputs, float]:
-        """Draws all candidates of a task's examples, and returns the seconds that it took."""
-        judges = candidate_chunks.TaskJudges(self._evaluators[name], name)
-
-        def draw_chunk(number: int, size: int) -> tuple[Outputs, float]:
-            return self._predict_chunk(name, params, dataset, number, size)
-
-        return candidate_chunks.draw(draw_chunk, self._chunks, judges, files)
-
     def _predict_once(
         self, name: str, params: Any, dataset: tf.data.Dataset
     ) -> tuple[Outputs, float]:
@@ -237,13 +233,16 @@ class InferenceEvaluator:
         """Decodes each example `size` times, with the random keys of chunk `number`."""
         title = f"predict {name} {number}"
         pairs, seconds = self._run(self._predict, title, params, dataset, number, repeats=size)
-        candidates: dict[int, list[Any]] = {}
+        groups: dict[int, list[Prediction]] = {}
         for index, found in pairs:
-            candidates.setdefault(index, []).append((found.tokens, found.aux["scores"]))
-        stacked = {}
-        for index, several in candidates.items():
-            tokens, scores = zip(*several, strict=True)
-            stacked[index] = np.stack(tokens), np.stack(scores)
+            groups.setdefault(index, []).append(found)
+        stacked = {
+            index: (
+                np.stack([found.tokens for found in group]),
+                np.stack([found.aux["scores"] for found in group]),
+            )
+            for index, group in groups.items()
+        }
         return stacked, seconds
 
     def _run(

@@ -180,6 +180,7 @@ def test_all_samples_of_one_decoding_and_several_decodings_are_not_asked_for_at_
         )
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_number_of_candidates_from_gin(tmp_path):
     _register()
     architecture = ["embed_dim=8", "mlp_dim=8", "num_heads=1", "head_dim=8", "num_layers=1"]
