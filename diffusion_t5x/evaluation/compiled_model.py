@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -36,19 +36,34 @@ class Prediction(NamedTuple):
 
 
 class CompiledFunction(Generic[Output]):
-    """A function of parameters and a batch, compiled once per shape."""
+    """A function of a model's parameters and a batch, compiled once per shape."""
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        model: Any,
         partitioner: PjitPartitioner,
         random_seed: int,
         batch_size: int,
+        **flags: bool,
     ):
-        self._function = partitioner.jit(function)
+        """Prepares the function.
+
+        Args:
+          model: A `models.Model`, or another of its interface.
+          partitioner: Devices and sharding.
+          random_seed: Seed of the key that a batch's position is folded into.
+          batch_size: Rows that a batch is padded to.
+          **flags: Flags of the model's function.
+        """
+        self._model, self._flags = model, flags
         self._partitioner, self._batch_size = partitioner, batch_size
+        self._function = partitioner.jit(self._run)
         self._rng = jax.random.PRNGKey(random_seed)
         self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        """Calls the model."""
+        raise NotImplementedError
 
     def _split(self, result: Any, rows: int) -> list[Output]:
         """Returns the outputs of the first `rows` rows."""
@@ -82,34 +97,13 @@ class CompiledFunction(Generic[Output]):
 
 
 class Predictor(CompiledFunction[Prediction]):
-    """A model's decoder, compiled."""
+    """A model's `predict_batch_with_aux`, compiled."""
 
-    def __init__(
-        self,
-        model: Any,
-        partitioner: PjitPartitioner,
-        random_seed: int,
-        batch_size: int,
-        **flags: bool,
-    ):
-        """Prepares the function.
-
-        Args:
-          model: A `models.Model`, or another of its interface.
-          partitioner: Devices and sharding.
-          random_seed: Seed of the key that a batch's position is folded into.
-          batch_size: Rows that a batch is padded to.
-          **flags: Flags of `predict_batch_with_aux`.
-        """
-
-        def predict(params: Any, batch: Any, rng: jax.Array) -> Any:
-            return model.predict_batch_with_aux(params, batch, rng, **flags)
-
-        super().__init__(predict, partitioner, random_seed, batch_size)
-        self._eos_id = model.output_vocabulary.eos_id
+    def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        return self._model.predict_batch_with_aux(params, batch, rng, **self._flags)
 
     def _split(self, result: Any, rows: int) -> list[Prediction]:
-        tokens, aux = end_text(result[0], self._eos_id), result[1]
+        tokens, aux = end_text(result[0], self._model.output_vocabulary.eos_id), result[1]
         return [
             Prediction(tokens[row], {name: value[row] for name, value in aux.items()})
             for row in range(rows)
@@ -117,15 +111,10 @@ class Predictor(CompiledFunction[Prediction]):
 
 
 class Scorer(CompiledFunction[float]):
-    """A model's score of given targets, compiled."""
+    """A model's `score_batch`, compiled."""
 
-    def __init__(self, model: Any, partitioner: PjitPartitioner, random_seed: int, batch_size: int):
-        """Prepares the function; the arguments are those of `Predictor`."""
-
-        def score(params: Any, batch: Any, rng: jax.Array) -> Any:
-            return model.score_batch(params, batch)
-
-        super().__init__(score, partitioner, random_seed, batch_size)
+    def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        return self._model.score_batch(params, batch, **self._flags)
 
     def _split(self, result: Any, rows: int) -> list[float]:
         return [float(score) for score in result[:rows]]
