@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_t5x.evaluation import results
+from diffusion_t5x.runtime import terminal
 from diffusion_t5x.runtime.files import write_atomically
 
 DOCUMENT = pathlib.Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -75,7 +75,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         names = tuple(name for name in record if name != "benchmark")
         kinds.setdefault(names, []).append([_cell(name, record[name]) for name in names])
     return "\n".join(
-        results.markdown([name.replace("_", " ") for name in names], body)
+        terminal.markdown([name.replace("_", " ") for name in names], body)
         for names, body in kinds.items()
     )
 

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 
 from diffusion_t5x import train
-from diffusion_t5x.evaluation import results
 from diffusion_t5x.experiments import __main__ as experiments
+from diffusion_t5x.runtime import terminal
 from diffusion_t5x.training import dry_run
 
 TABLES = ("table1", "table2", "table3")
@@ -134,7 +134,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A Markdown table for each topology."""
     for topology in dict.fromkeys(record["topology"] for record in records):
         yield f"\n{topology}:\n"
-        yield results.markdown(
+        yield terminal.markdown(
             HEADER, [row(record) for record in records if record["topology"] == topology]
         )
 

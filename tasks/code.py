@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -154,7 +153,7 @@ def _register(name: str, source: seqio.DataSource, problem: Any, ks: tuple[int, 
         source,
         [require_line_breaks, problem, seqio.preprocessors.tokenize],
         postprocess_fn=postprocess,
-        metric_fns=[functools.partial(metrics.code_passes, ks=ks)],
+        metric_fns=[metrics.CodeMetric(ks)],
     )
 
 

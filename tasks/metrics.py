@@ -1,4 +1,4 @@
-"""Task metrics; each takes targets and predictions and returns a dict of numbers.
+"""Task metrics: functions of targets and predictions that return a dict of numbers.
 
 Names mean the same in every task: `exact_match` and `pass_at_k` are fractions in [0, 1]; `bleu`,
 `f1` and `em` are percentages, as published.
@@ -7,15 +7,18 @@ Names mean the same in every task: `exact_match` and `pass_at_k` are fractions i
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
+import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sacrebleu
 
-from tasks import verdicts
+from tasks import code_execution
 
 
 def _check(targets: Sequence, predictions: Sequence, several: bool = False) -> None:
@@ -31,7 +34,7 @@ def _check(targets: Sequence, predictions: Sequence, several: bool = False) -> N
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
-    """The fraction of predictions that equal their target.
+    """Computes the fraction of predictions that equal their target.
 
     Raises:
       ValueError: if there are no targets, or not as many predictions.
@@ -42,9 +45,9 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[s
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
-    """Corpus BLEU by sacrebleu with its default settings, in percent.
+    """Computes corpus BLEU by sacrebleu with its default settings, in percent.
 
-    sacrebleu's signature, without which a BLEU cannot be compared, is printed once.
+    Prints sacrebleu's signature once, without which a BLEU cannot be compared.
 
     Raises:
       ValueError: if there are no targets, or not as many predictions.
@@ -62,19 +65,19 @@ def _announce(line: str) -> None:
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    """Normalises as SQuAD does: lower case, no punctuation, no articles, single spaces."""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def token_f1(target: str, prediction: str, f1_of_nothing: float = 0.0) -> float:
-    """Harmonic mean of precision and recall over the tokens of normalised answers, in [0, 1].
+    """Computes the harmonic mean of token precision and recall of normalised answers, in [0, 1].
 
     Args:
-      target: a reference answer.
-      prediction: an answer.
-      f1_of_nothing: for two answers of which normalisation leaves nothing, such as 'the' and '!':
-        0 by SQuAD v1.1's script, 1 by v2.0's.
+      target: A reference answer.
+      prediction: An answer.
+      f1_of_nothing: F1 of two answers of which normalisation leaves nothing, such as 'the' and
+        '!': 0 in SQuAD v1.1's script, 1 in v2.0's.
     """
     wanted, given = normalize_answer(target).split(), normalize_answer(prediction).split()
     if not wanted and not given:
@@ -89,15 +92,15 @@ def token_f1(target: str, prediction: str, f1_of_nothing: float = 0.0) -> float:
 def squad(
     targets: Sequence[Sequence[str]], predictions: Sequence[str], f1_of_nothing: float = 0.0
 ) -> Mapping[str, float]:
-    """SQuAD's F1 and exact match, the best over the reference answers, in percent.
+    """Computes SQuAD's F1 and exact match, the best over the reference answers, in percent.
 
-    'f1' and 'em' are those of the official script of v1.1, by which an answer that is nothing but
-    articles and punctuation has no F1; 'exact_match' compares the answers as they are.
+    'f1' and 'em' are those of the official script of v1.1, by which an answer of articles and
+    punctuation alone has no F1; 'exact_match' compares the answers as they are.
 
     Args:
-      targets: reference answers of each example.
-      predictions: one answer each.
-      f1_of_nothing: see `token_f1`.
+      targets: Reference answers of each example.
+      predictions: One answer for each example.
+      f1_of_nothing: See `token_f1`.
 
     Raises:
       ValueError: if there are no targets, or not as many predictions.
@@ -120,7 +123,7 @@ def squad(
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that one of `k` samples drawn without replacement passes.
+    """Computes the probability that one of `k` samples drawn without replacement passes.
 
     The unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374).
 
@@ -135,38 +138,93 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return float(1.0 - np.prod(1.0 - k / failing))
 
 
-def code_passes(
-    targets: Sequence[Mapping[str, Sequence[str]]],
-    predictions: Sequence[str | Sequence[str]],
-    ks: Sequence[int] = (1, 10, 80),
-) -> Mapping[str, float]:
+class CodeMetric:
     """pass@k by running each program with its assertions in the sandbox.
 
-    Args:
-      targets: per problem `{'tests': assertions, 'code': reference}`.
-      predictions: per problem one program, or several samples of it.
-      ks: values of k; those above the number of samples are left out.
-
-    Raises:
-      ValueError: if there are no targets, or not as many predictions.
-      SandboxError: if programs cannot be kept in on this machine.
+    Programs may be judged ahead of the call, while others are still being decoded
+    (`diffusion_t5x.evaluation.candidate_chunks.JudgingMetric`).
     """
-    _check(targets, predictions, several=True)
-    samples = verdicts.as_lists(predictions)
-    passed = verdicts.judge(targets, samples)["passed"]
-    verdicts.forget()
-    same = [
-        texts[-1].strip() == target["code"].strip()
-        for target, texts in zip(targets, samples, strict=True)
-    ]
-    fewest = min(len(texts) for texts in samples)
-    return {"exact_match": float(np.mean(same))} | {
-        f"pass_at_{k}": float(np.mean([pass_at_k(len(row), sum(row), k) for row in passed]))
-        for k in ks
-        if k <= fewest
-    }
+
+    def __init__(self, ks: Sequence[int] = (1, 10, 80)):
+        """Creates the metric.
+
+        Args:
+          ks: Values of k; those above the number of samples are left out.
+        """
+        self._ks = ks
+        # (program, its assertions, the limits it ran under) -> whether it passed.
+        self._verdicts: dict[tuple[str, tuple[str, ...], str], bool] = {}
+
+    def __call__(
+        self,
+        targets: Sequence[Mapping[str, Any]],
+        predictions: Sequence[str | Sequence[str]],
+    ) -> Mapping[str, float]:
+        """Computes pass@k, and the fraction of problems whose last sample is the reference.
+
+        Args:
+          targets: For each problem `{'tests': assertions, 'code': reference}`.
+          predictions: For each problem one program, or several samples of it.
+
+        Raises:
+          ValueError: if there are no targets, or not as many predictions.
+          SandboxError: if programs cannot be confined on this machine.
+        """
+        _check(targets, predictions, several=True)
+        passed = self.judge(targets, predictions)["passed"]
+        self._verdicts.clear()
+        samples = _as_lists(predictions)
+        same = [
+            texts[-1].strip() == target["code"].strip()
+            for target, texts in zip(targets, samples, strict=True)
+        ]
+        fewest = min(len(texts) for texts in samples)
+        return {"exact_match": float(np.mean(same))} | {
+            f"pass_at_{k}": float(np.mean([pass_at_k(len(row), sum(row), k) for row in passed]))
+            for k in self._ks
+            if k <= fewest
+        }
+
+    def judge(
+        self,
+        targets: Sequence[Mapping[str, Any]],
+        predictions: Sequence[str | Sequence[str]],
+        known: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Runs the programs that have no verdict yet, each text once.
+
+        Args:
+          targets: For each problem `{'tests': assertions, ...}`.
+          predictions: For each problem one program or several.
+          known: The value that this method returned for the same programs in an earlier process,
+            whose verdicts hold if the limits are still the same.
+
+        Returns:
+          'passed', for each problem a bool per program, and the 'limits' they ran under.
+
+        Raises:
+          SandboxError: if programs cannot be confined on this machine.
+        """
+        limits = json.dumps(dataclasses.asdict(code_execution.configure()), sort_keys=True)
+        keys = [
+            [(program, tuple(target["tests"]), limits) for program in programs]
+            for target, programs in zip(targets, _as_lists(predictions), strict=True)
+        ]
+        if known is not None and known["limits"] == limits:
+            for row, passed in zip(keys, known["passed"], strict=True):
+                self._verdicts.update(zip(row, passed, strict=True))
+        new = dict.fromkeys(key for row in keys for key in row if key not in self._verdicts)
+        jobs = [(program, tests) for program, tests, _ in new]
+        self._verdicts.update(zip(new, code_execution.run_all(jobs), strict=True))
+        return {"limits": limits, "passed": [[self._verdicts[key] for key in row] for row in keys]}
 
 
-# Candidates are run while others are still being decoded.
-code_passes.judge = verdicts.judge
-code_passes.remember = verdicts.remember
+def _as_lists(predictions: Sequence[str | Sequence[str]]) -> list[list[str]]:
+    """Returns for each problem a list of programs, where one alone may stand for itself."""
+    return [[text] if isinstance(text, str) else list(text) for text in predictions]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "code_passes":
+        raise AttributeError("metrics.code_passes is now an object: metrics.CodeMetric(ks).")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

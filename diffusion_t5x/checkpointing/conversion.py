@@ -24,10 +24,10 @@ from diffusion_t5x.checkpointing.checkpoints import (
 )
 from diffusion_t5x.checkpointing.fit import CheckpointMismatchError, compare
 from diffusion_t5x.checkpointing.reading import open_params
-from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_all
+from diffusion_t5x.runtime.terminal import print_table
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 OURS = t5x_networks.OURS
@@ -257,7 +257,7 @@ def print_conversion(conversion: Conversion) -> None:
     rows = [[name, shape, dtype, count, source]
             for (name, shape, dtype, source), count in groups.items()]  # fmt: skip
     rows += [[None, None, None, None, name] for name in conversion.dropped]
-    results.print_table(["written", "shape", "dtype", "arrays", "read"], rows, conversion.path)
+    print_table(["written", "shape", "dtype", "arrays", "read"], rows, conversion.path)
     fresh = [name for name, source in conversion.sources.items() if source == FRESH]
     if fresh:
         print(f"{len(fresh)} start afresh: {', '.join(fresh)}")

@@ -1,61 +1,151 @@
-"""A model's predict and score functions, compiled."""
+"""A model's predict and score functions, compiled, and the loop that runs them over batches."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 from diffusion_t5x.data import datasets
+from diffusion_t5x.data.detokenize import end_text
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.terminal import Progress
 
 # A network's parameters do not depend on the lengths it is initialised with.
 INIT_SHAPES = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (1, 8)}
 
+Output = TypeVar("Output")
+Example = TypeVar("Example")
 
-class Predictor:
-    """A model's compiled predict and score functions, reused wherever shapes are the same."""
 
-    def __init__(self, model: Any, partitioner: PjitPartitioner, random_seed: int, **flags: Any):
-        """Prepares the functions.
+class Prediction(NamedTuple):
+    """The decoded text of one example.
+
+    Attributes:
+      tokens: `[length]` int32, or `[num_samples, length]` with the best sample last; end-of-text
+        tokens alone after the text.
+      aux: 'scores', `[]` or `[num_samples]`, and whatever else was asked of the model.
+    """
+
+    tokens: np.ndarray
+    aux: dict[str, np.ndarray]
+
+
+class CompiledFunction(Generic[Output]):
+    """A function of a model's parameters and a batch, compiled once per shape."""
+
+    def __init__(
+        self,
+        model: Any,
+        partitioner: PjitPartitioner,
+        random_seed: int,
+        batch_size: int,
+        **flags: bool,
+    ):
+        """Prepares the function.
 
         Args:
-          model: of `models.Model`'s kind.
-          partitioner: devices and sharding.
-          random_seed: a batch is decoded with the key that is folded with its position.
-          **flags: for `predict_batch_with_aux`.
+          model: A `models.Model`, or another of its interface.
+          partitioner: Devices and sharding.
+          random_seed: Seed of the key that a batch's position is folded into.
+          batch_size: Rows that a batch is padded to.
+          **flags: Flags of the model's function.
         """
-        self._partitioner = partitioner
+        self._model, self._flags = model, flags
+        self._partitioner, self._batch_size = partitioner, batch_size
+        self._function = partitioner.jit(self._run)
         self._rng = jax.random.PRNGKey(random_seed)
-        self._functions = {
-            "predict": partitioner.jit(
-                lambda params, batch, rng: model.predict_batch_with_aux(params, batch, rng, **flags)
-            ),
-            "score": partitioner.jit(lambda params, batch, rng: model.score_batch(params, batch)),
-        }
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self.seconds = 0.0
 
-    def __call__(self, mode: str, params: Any, batch: datasets.Batch, *position: int) -> Any:
-        """Runs one global batch of numpy rows; the result is numpy, whole, on every process.
+    def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        """Calls the model."""
+        raise NotImplementedError
+
+    def _split(self, result: Any, rows: int) -> list[Output]:
+        """Returns the outputs of the first `rows` rows."""
+        raise NotImplementedError
+
+    def __call__(
+        self, params: Any, batch: datasets.Batch, *position: int
+    ) -> tuple[list[Output], float]:
+        """Runs one global batch of numpy rows, padded with rows of zeros to the batch size.
 
         Args:
-          mode: 'predict' or 'score'.
-          params: the network's parameters.
+          params: The network's parameters.
           batch: `[rows, ...]` each, the same on every process.
-          *position: numbers that tell the batch from others, such as its index, and decide its
-            key.
+          *position: Numbers that identify the batch, such as its index, and decide its random key.
+
+        Returns:
+          The output of each row, the same on every process, and the seconds that the device took,
+          compilation left out.
         """
-        layout = self._partitioner.data_layout(len(next(iter(batch.values()))))
+        rows = len(next(iter(batch.values())))
+        padded = datasets.pad_batch(batch, self._batch_size)
+        layout = self._partitioner.data_layout(self._batch_size)
         rng = functools.reduce(jax.random.fold_in, position, self._rng)
-        args = params, self._partitioner.shard_batch(layout.local_rows(batch)), rng
-        key = mode, tuple((name, value.shape) for name, value in sorted(batch.items()))
-        if key not in self._compiled:
-            self._compiled[key] = self._functions[mode].lower(*args).compile()
+        args = params, self._partitioner.shard_batch(layout.local_rows(padded)), rng
+        shapes = tuple((name, value.shape) for name, value in sorted(padded.items()))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._function.lower(*args).compile()
         started = time.monotonic()
-        result = self._partitioner.gather(self._compiled[key](*args))
-        self.seconds += time.monotonic() - started
-        return result
+        result = self._partitioner.gather(self._compiled[shapes](*args))
+        return self._split(result, rows), time.monotonic() - started
+
+
+class Predictor(CompiledFunction[Prediction]):
+    """A model's `predict_batch_with_aux`, compiled."""
+
+    def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        return self._model.predict_batch_with_aux(params, batch, rng, **self._flags)
+
+    def _split(self, result: Any, rows: int) -> list[Prediction]:
+        tokens, aux = end_text(result[0], self._model.output_vocabulary.eos_id), result[1]
+        return [
+            Prediction(tokens[row], {name: value[row] for name, value in aux.items()})
+            for row in range(rows)
+        ]
+
+
+class Scorer(CompiledFunction[float]):
+    """A model's `score_batch`, compiled."""
+
+    def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        return self._model.score_batch(params, batch, **self._flags)
+
+    def _split(self, result: Any, rows: int) -> list[float]:
+        return [float(score) for score in result[:rows]]
+
+
+def run_batches(
+    function: CompiledFunction[Output],
+    params: Any,
+    batches: Iterable[tuple[Sequence[Example], datasets.Batch]],
+    progress: Progress,
+    *position: int,
+    first: int = 0,
+) -> tuple[list[tuple[Example, Output]], float]:
+    """Runs a compiled function over batches.
+
+    Args:
+      function: A `Predictor` or a `Scorer`.
+      params: The network's parameters.
+      batches: For each batch, what identifies its rows, and its features.
+      progress: Counts the rows.
+      *position: Numbers that decide the random keys before a batch's number does.
+      first: Number of the first batch.
+
+    Returns:
+      The pair of each row's identity and output, in order, and the seconds that the device took.
+    """
+    pairs: list[tuple[Example, Output]] = []
+    seconds = 0.0
+    for number, (examples, batch) in enumerate(batches, first):
+        outputs, took = function(params, batch, *position, number)
+        pairs += zip(examples, outputs, strict=True)
+        seconds += took
+        progress.update(len(examples))
+    return pairs, seconds

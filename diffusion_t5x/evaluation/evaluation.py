@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,31 +17,51 @@ import diffusion_t5x
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
-from diffusion_t5x.data.detokenize import detokenize, end_text
+from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation import candidate_chunks, results
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
+from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
+from diffusion_t5x.evaluation.compiled_model import (
+    INIT_SHAPES,
+    CompiledFunction,
+    Output,
+    Prediction,
+    Predictor,
+    Scorer,
+    run_batches,
+)
+from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.terminal import Progress
+from diffusion_t5x.runtime.terminal import Progress, print_table
 from diffusion_t5x.runtime.train_state import abstract_params
 
 Metrics = dict[str, float]
 
 
-def task_names(mixture_or_task_name: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
-    if isinstance(mixture_or_task_name, str):
-        return (mixture_or_task_name,)
-    return tuple(mixture_or_task_name)
+def find_tasks(model: Any, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
+    """Returns the tasks that a configuration names, mixtures resolved.
+
+    Raises:
+      ValueError: if a task is unknown or of another vocabulary than the model.
+    """
+    names = dataset_cfg.mixture_or_task_name
+    tasks = [
+        task
+        for name in ([names] if isinstance(names, str) else names)
+        for task in seqio.get_subtasks(datasets.get_mixture_or_task(name))
+    ]
+    for task in tasks:
+        vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
+    return tasks
 
 
 class InferenceEvaluator:
-    """Decodes tasks and computes their metrics through `seqio.Evaluator`.
+    """An evaluator that decodes tasks and computes their metrics through `seqio.Evaluator`.
 
     Attributes:
-      tasks: names of the tasks with metrics.
-      settings: what, besides the parameters, decides the results.
+      tasks: Names of the tasks with metrics.
+      settings: All that decides the results besides the parameters.
     """
 
     def __init__(
@@ -59,18 +79,18 @@ class InferenceEvaluator:
         """Reads the data.
 
         Args:
-          model: of `models.Model`'s kind.
-          dataset_cfg: which tasks and split; its lengths may be None for the longest example's.
-          partitioner: devices and sharding.
-          output_dir: gets `{task}/predictions-{step}.jsonl`.
-          random_seed: of decoding.
-          num_examples: at most so many of each task; None for all.
-          return_all_decodes: hand all samples that the decoder reranks to the metrics.
-          num_decodes: candidates per example, each a text that the decoder gave as its best; above
-            1 the metrics get all of them, as pass@k wants.
-          decodes_per_chunk: candidates per example that are decoded, kept and judged at a time;
-            chunk `c` has keys of its own, so that it is the same whether others were drawn or not.
-            A batch holds `batch_size` of them at once whatever this is.
+          model: A `models.Model`, or another of its interface.
+          dataset_cfg: Tasks and split; its lengths may be None for the longest example's.
+          partitioner: Devices and sharding.
+          output_dir: Directory that gets `{task}/predictions-{step}.jsonl`.
+          random_seed: Seed of decoding.
+          num_examples: Maximum number of examples per task; None for all.
+          return_all_decodes: Pass all samples that the decoder reranks to the metrics.
+          num_decodes: Candidates per example, each a text that the decoder gave as its best; above
+            1 the metrics get all of them, as pass@k needs.
+          decodes_per_chunk: Candidates per example that are decoded, kept and judged at a time.
+            Chunk `c` has keys of its own, so that it does not depend on which others are drawn. A
+            batch holds `batch_size` of them at once in any case.
 
         Raises:
           ValueError: if a task is unknown or of another vocabulary than the model, none has metrics
@@ -83,11 +103,13 @@ class InferenceEvaluator:
             )
         self._chunks = candidate_chunks.ChunkConfig(num_decodes, decodes_per_chunk)
         datasets.import_task_module(dataset_cfg.module)
-        self._model, self._partitioner, self._cfg = model, partitioner, dataset_cfg
+        self._model, self._cfg = model, dataset_cfg
         self._output_dir = pathlib.Path(output_dir)
+        size = dataset_cfg.batch_size
         self._predict = Predictor(
-            model, partitioner, random_seed, return_all_decodes=return_all_decodes
+            model, partitioner, random_seed, size, return_all_decodes=return_all_decodes
         )
+        self._score = Scorer(model, partitioner, random_seed, size)
         self.settings = {
             "split": dataset_cfg.split,
             "decoder": repr(getattr(model, "decoder", None)),
@@ -100,12 +122,11 @@ class InferenceEvaluator:
             "decodes_per_chunk": decodes_per_chunk if num_decodes > 1 else None,
             "version": diffusion_t5x.__version__,
         }
-        self._evaluators: dict[str, seqio.Evaluator] = {}
-        for name in task_names(dataset_cfg.mixture_or_task_name):
-            for task in seqio.get_subtasks(datasets.get_mixture_or_task(name)):
-                vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
-                if dataset_cfg.split in task.splits and task.metric_fns:
-                    self._evaluators[task.name] = self._make_evaluator(task.name, num_examples)
+        self._evaluators = {
+            task.name: self._make_evaluator(task.name, num_examples)
+            for task in find_tasks(model, dataset_cfg)
+            if dataset_cfg.split in task.splits and task.metric_fns
+        }
         if not self._evaluators:
             raise ValueError(
                 f"no task of {dataset_cfg.mixture_or_task_name!r} has metrics and a split "
@@ -134,61 +155,55 @@ class InferenceEvaluator:
         """Decodes and measures.
 
         Args:
-          params: the network's parameters.
-          step: they were trained for, in the names of files.
-          tasks: some of `self.tasks`; by default all.
-          resume_key: tells these parameters and settings from all others; with it, chunks of
-            candidates are kept until `forget` is called, and are not drawn again.
+          params: The network's parameters.
+          step: The step of the parameters, which names files.
+          tasks: Some of `self.tasks`; None for all.
+          resume_key: The key of these parameters and settings; with it, chunks of candidates are
+            kept until `forget` is called, and are not drawn again.
 
         Returns:
           task -> metric -> value; besides the task's metrics 'examples' and
-          'decode_seconds_per_example' (all candidates of one), which does not count compilation.
+          'decode_seconds_per_example' (all candidates of one), without compilation.
         """
-        self._resume_key = resume_key
-        return {name: self._evaluate(name, params, step) for name in tasks or self.tasks}
+        return {
+            name: self._evaluate(name, params, step, resume_key) for name in tasks or self.tasks
+        }
 
-    def _chunk_dir(self, name: str, step: int, key: str) -> pathlib.Path:
-        return self._output_dir / name / f".candidates-{step}-{key}"
+    def _chunk_files(self, name: str, step: int, key: str) -> ChunkFiles:
+        return ChunkFiles(self._output_dir / name / f".candidates-{step}", key)
 
     def forget(self, name: str, step: int, resume_key: str) -> None:
         """Removes the chunks of a task, whose results are known."""
-        candidate_chunks.forget(self._chunk_dir(name, step, resume_key))
+        self._chunk_files(name, step, resume_key).remove()
 
-    def _draw(self, name: str, params: Any, step: int, dataset: Any) -> candidate_chunks.Outputs:
-        """All candidates of a task's examples."""
+    def _evaluate(self, name: str, params: Any, step: int, resume_key: str | None) -> Metrics:
+        """Decodes and measures one task; SeqIO calls back for what its metrics need."""
+        decoded: Outputs = {}
+        seconds = 0.0
 
-        def chunk(number: int, size: int) -> tuple[candidate_chunks.Outputs, float]:
-            self._predict.seconds = 0.0
-            outputs = self._run("predict", name, params, dataset, (number,), size)
-            return outputs, self._predict.seconds
-
-        judges = candidate_chunks.TaskJudges(self._evaluators[name], name)
-        key = self._resume_key
-        directory = self._chunk_dir(name, step, key) if key else None
-        outputs, self._predict.seconds = candidate_chunks.draw(
-            chunk, self._chunks, judges, directory
-        )
-        return outputs
-
-    def _evaluate(self, name: str, params: Any, step: int) -> Metrics:
-        evaluator = self._evaluators[name]
-        self._predict.seconds = 0.0
-        predictions: dict[int, tuple[np.ndarray, Any]] = {}
-
-        def predict(dataset: Any) -> list[tuple[int, np.ndarray]]:
+        def predict(dataset: tf.data.Dataset) -> list[tuple[int, np.ndarray]]:
+            nonlocal seconds
             if self._chunks.num_decodes > 1:
-                predictions.update(self._draw(name, params, step, dataset))
+                outputs, seconds = candidate_chunks.draw(
+                    functools.partial(self._predict_chunk, name, params, dataset),
+                    self._chunks,
+                    candidate_chunks.TaskJudges(self._evaluators[name], name),
+                    self._chunk_files(name, step, resume_key) if resume_key else None,
+                )
             else:
-                predictions.update(self._run("predict", name, params, dataset))
-            return [(index, tokens) for index, (tokens, _) in predictions.items()]
+                outputs, seconds = self._predict_once(name, params, dataset)
+            decoded.update(outputs)
+            return [(index, tokens) for index, (tokens, _) in decoded.items()]
 
-        def predict_with_aux(dataset: Any) -> tuple[list[tuple[int, np.ndarray]], dict[str, list]]:
-            return predict(dataset), {"scores": [scores for _, scores in predictions.values()]}
+        def predict_with_aux(
+            dataset: tf.data.Dataset,
+        ) -> tuple[list[tuple[int, np.ndarray]], dict[str, list[np.ndarray]]]:
+            return predict(dataset), {"scores": [scores for _, scores in decoded.values()]}
 
-        def score(dataset: Any) -> list[tuple[int, float]]:
-            return list(self._run("score", name, params, dataset).items())
+        def score(dataset: tf.data.Dataset) -> list[tuple[int, float]]:
+            return self._run(self._score, f"score {name}", params, dataset)[0]
 
-        future, _ = evaluator.evaluate(
+        future, _ = self._evaluators[name].evaluate(
             compute_metrics=True,
             step=step,
             predict_fn=predict,
@@ -199,63 +214,58 @@ class InferenceEvaluator:
             key: float(getattr(value, "value", value))
             for key, value in future.result()[name].items()
         }
-        if predictions:
-            values["examples"] = len(predictions)
-            values["decode_seconds_per_example"] = self._predict.seconds / len(predictions)
-            self._write_predictions(name, step, predictions)
+        if decoded:
+            values["examples"] = len(decoded)
+            values["decode_seconds_per_example"] = seconds / len(decoded)
+            self._write_predictions(name, step, decoded)
         return values
+
+    def _predict_once(
+        self, name: str, params: Any, dataset: tf.data.Dataset
+    ) -> tuple[Outputs, float]:
+        """Decodes each example once."""
+        pairs, seconds = self._run(self._predict, f"predict {name}", params, dataset)
+        return {index: (found.tokens, found.aux["scores"]) for index, found in pairs}, seconds
+
+    def _predict_chunk(
+        self, name: str, params: Any, dataset: tf.data.Dataset, number: int, size: int
+    ) -> tuple[Outputs, float]:
+        """Decodes each example `size` times, with the random keys of chunk `number`."""
+        title = f"predict {name} {number}"
+        pairs, seconds = self._run(self._predict, title, params, dataset, number, repeats=size)
+        groups: dict[int, list[Prediction]] = {}
+        for index, found in pairs:
+            groups.setdefault(index, []).append(found)
+        stacked = {
+            index: (
+                np.stack([found.tokens for found in group]),
+                np.stack([found.aux["scores"] for found in group]),
+            )
+            for index, group in groups.items()
+        }
+        return stacked, seconds
 
     def _run(
         self,
-        mode: str,
-        name: str,
+        function: CompiledFunction[Output],
+        title: str,
         params: Any,
-        dataset: Any,
-        position: tuple[int, ...] = (),
-        repeats: int | None = None,
-    ) -> dict[int, Any]:
-        """index -> outputs of the examples of an enumerated dataset.
-
-        Args:
-          mode: 'predict' or 'score'.
-          name: of the task.
-          params: the network's parameters.
-          dataset: of (index, features).
-          position: numbers that, before a batch's index, decide its key.
-          repeats: rows per example; its outputs are then stacked, `[repeats, ...]`.
-        """
-        outputs: dict[int, list[Any]] = {}
-        size = self._cfg.batch_size
-        eos_id = self._model.output_vocabulary.eos_id
-        total = int(dataset.cardinality()) * (repeats or 1)
-        if repeats is not None:
+        dataset: tf.data.Dataset,
+        *position: int,
+        repeats: int = 1,
+    ) -> tuple[list[tuple[int, Output]], float]:
+        """Runs a compiled function over an enumerated dataset, `repeats` times each example."""
+        total = int(dataset.cardinality()) * repeats
+        if repeats > 1:
             dataset = dataset.flat_map(
                 lambda *example: tf.data.Dataset.from_tensors(example).repeat(repeats)
             )
-        title = " ".join([mode, name, *map(str, position)])
+        batches = dataset.batch(self._cfg.batch_size).as_numpy_iterator()
         with Progress(total if total >= 0 else None, title, "examples") as progress:
-            for number, (indices, batch) in enumerate(dataset.batch(size).as_numpy_iterator()):
-                padded = datasets.pad_batch(batch, size)
-                result = self._predict(mode, params, padded, *position, number)
-                for row, index in enumerate(indices):
-                    output: Any
-                    if mode == "score":
-                        output = float(result[row])
-                    else:
-                        tokens, aux = result
-                        output = end_text(tokens[row], eos_id), aux["scores"][row]
-                    outputs.setdefault(int(index), []).append(output)
-                progress.update(len(indices))
-        if repeats is None:
-            return {index: output for index, [output] in outputs.items()}
-        return {
-            index: tuple(np.stack(parts) for parts in zip(*several, strict=True))
-            for index, several in outputs.items()
-        }
+            pairs, seconds = run_batches(function, params, batches, progress, *position)
+        return [(int(index), output) for index, output in pairs], seconds
 
-    def _write_predictions(
-        self, name: str, step: int, predictions: Mapping[int, tuple[np.ndarray, Any]]
-    ) -> None:
+    def _write_predictions(self, name: str, step: int, predictions: Outputs) -> None:
         if jax.process_index() != 0:
             return
         vocabulary = self._model.output_vocabulary
@@ -277,7 +287,7 @@ class InferenceEvaluator:
 
 
 def _text(example: Mapping[str, Any], feature: str, vocabulary: Any) -> str | None:
-    """A feature's own text where the task kept it, else its tokens decoded."""
+    """Returns a feature's own text where the task kept it, else its tokens decoded."""
     if f"{feature}_pretokenized" in example:
         return example[f"{feature}_pretokenized"].decode("utf-8", "replace")
     return detokenize(example[feature], vocabulary) if feature in example else None
@@ -296,32 +306,32 @@ def evaluate(
     random_seed: int = 0,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates one, several or all checkpoints of a run; what is done already is not redone.
+    """Evaluates one, several or all checkpoints of a run; finished evaluations are not repeated.
 
     Writes `{output_dir}/checkpoint_{step}/{task}.json` for each checkpoint and task as soon as it
     is known, `results.json` and `results.md` at the end.
 
     Args:
-      model: of `models.Model`'s kind.
-      dataset_cfg: tasks and split.
-      restore_checkpoint_cfg: which checkpoints.
-      partitioner: devices and sharding.
-      output_dir: directory for results.
-      inference_evaluator_cls: makes the evaluator.
-      best_metric: metric that picks the best checkpoint, 'metric' or 'task/metric'; None for no
+      model: A `models.Model`, or another of its interface.
+      dataset_cfg: Tasks and split.
+      restore_checkpoint_cfg: The checkpoints.
+      partitioner: Devices and sharding.
+      output_dir: Directory for results.
+      inference_evaluator_cls: Makes the evaluator.
+      best_metric: Metric that picks the best checkpoint, 'metric' or 'task/metric'; None for no
         choice.
-      best_mode: whether the best is the 'max' or the 'min'.
-      random_seed: of decoding.
-      dry_run: read data and list checkpoints, and stop.
+      best_mode: 'max' or 'min', the better end of the metric.
+      random_seed: Seed of decoding.
+      dry_run: Read data and list checkpoints, and stop.
 
     Returns:
-      What `results.json` holds: 'rows', each with 'step', 'task' and 'metrics', and 'best'.
+      The content of `results.json`: 'rows', each with 'step', 'task' and 'metrics', and 'best'.
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
-      DiskFull: if something cannot be written for lack of room.
+      DiskFull: if the disk is too full to write something.
       ValueError: if a task or the metric is unknown.
     """
     if best_mode not in ("max", "min"):
@@ -339,52 +349,53 @@ def evaluate(
         print(f"checkpoints: {', '.join(path for _, path in checkpoints)}")
         return {"rows": [], "best": None}
     abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
-    rows = []
+    rows, complete = [], []
     with stops_when_full(output_dir):
         with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
             for step, path in checkpoints:
-                rows += _evaluate_checkpoint(
+                found = _evaluate_checkpoint(
                     evaluator, abstract, pathlib.Path(output_dir), step, path
                 )
+                rows += found
+                if len(found) == len(evaluator.tasks):
+                    complete += found
                 progress.update()
-        best = results.choose_best(rows, best_metric, best_mode) if best_metric else None
-        found = {"rows": rows, "best": best, "settings": evaluator.settings}
+        best = None
+        if best_metric and complete:
+            best = results.choose_best(complete, best_metric, best_mode)
+        content = {"rows": rows, "best": best, "settings": evaluator.settings}
         if jax.process_index() == 0:
-            results.write_results(output_dir, found)
-            results.print_results(found)
-    return found
+            results.write_results(output_dir, content)
+            print_table(*results.tabulate(content))
+    return content
 
 
 def _evaluate_checkpoint(
     evaluator: InferenceEvaluator, abstract: Any, output_dir: pathlib.Path, step: int, path: str
 ) -> list[dict[str, Any]]:
-    """Rows of one checkpoint, from files where they are known already."""
+    """Returns the rows of one checkpoint, from files where they are known already.
+
+    There are fewer rows than tasks if the checkpoint vanishes before all are evaluated.
+    """
     settings = {**evaluator.settings, "checkpoint": path}
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    rows, params = [], None
+    key = resumable.digest(settings)
+    rows: list[dict[str, Any]] = []
+    params = None
     for task in evaluator.tasks:
         file = output_dir / f"checkpoint_{step}" / f"{task}.json"
-        if file.exists():
-            row = json.loads(file.read_text(encoding="utf-8"))
-            if row["digest"] == digest.hexdigest():
-                rows.append(row)
-                continue
-        if params is None:
+        if (row := resumable.load(file, key)) is None:
             try:
-                params = restore_params(path, abstract)
+                params = restore_params(path, abstract) if params is None else params
             except FileNotFoundError:
-                print(f"{path} is gone: the run no longer keeps it; skipped.")
+                print(
+                    f"{path} is gone: the run no longer keeps it. {len(rows)} of "
+                    f"{len(evaluator.tasks)} tasks are evaluated; it cannot be the best."
+                )
                 return rows
-        key = digest.hexdigest()
-        row = {
-            "step": step,
-            "task": task,
-            "metrics": evaluator.evaluate(params, step, [task], key)[task],
-            "settings": settings,
-            "digest": key,
-        }
-        if jax.process_index() == 0:
-            write_atomically(file, json.dumps(row, indent=1))
-        evaluator.forget(task, step, key)
+            metrics = evaluator.evaluate(params, step, [task], key)[task]
+            row = {"step": step, "task": task, "metrics": metrics, "settings": settings}
+            resumable.save(file, key, row, indent=1)
+            evaluator.forget(task, step, key)
+            row["digest"] = key
         rows.append(row)
     return rows

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import functools
-import hashlib
 import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,17 +18,25 @@ import tensorflow as tf
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
-from diffusion_t5x.data import datasets, vocabularies
-from diffusion_t5x.data.detokenize import detokenize, end_text
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
-from diffusion_t5x.evaluation.evaluation import task_names
+from diffusion_t5x.data import datasets
+from diffusion_t5x.data.detokenize import detokenize
+from diffusion_t5x.evaluation.compiled_model import (
+    INIT_SHAPES,
+    CompiledFunction,
+    Prediction,
+    Predictor,
+    Scorer,
+    run_batches,
+)
+from diffusion_t5x.evaluation.evaluation import find_tasks
+from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.disk_space import stops_when_full
-from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import abstract_params
 
-MODES = ("predict", "score")
+Example = Mapping[str, Any]  # a task's features
+ExampleBatch = tuple[list[Example], datasets.Batch]
 
 
 def infer(
@@ -50,22 +57,22 @@ def infer(
     """Writes `{output_dir}/{task}-{mode}.jsonl-{shard}-of-{shards}` for each task.
 
     A line is `{'inputs': {...}, 'prediction', 'score'}`, or `{'inputs', 'score'}` of the given
-    targets, in the order of the data. After every `checkpoint_period` batches what is done is put
-    aside in a file that appears whole; a run that is started again goes on behind it.
+    targets, in the order of the data. After every `checkpoint_period` batches the lines so far are
+    kept in a file; a run that is killed and started again resumes after the last such file.
 
     Args:
-      model: of `models.Model`'s kind.
-      dataset_cfg: tasks, split and lengths.
-      restore_checkpoint_cfg: one checkpoint.
-      partitioner: devices and sharding.
-      output_dir: directory for the files.
+      model: A `models.Model`, or another of its interface.
+      dataset_cfg: Tasks, split and lengths.
+      restore_checkpoint_cfg: One checkpoint.
+      partitioner: Devices and sharding.
+      output_dir: Directory for the files.
       mode: 'predict' or 'score'.
-      shard_id: which share of the examples this is.
-      num_shards: number of shares.
-      checkpoint_period: batches between savings.
-      random_seed: of decoding.
-      return_all_decodes: add all samples to a line, best last.
-      dry_run: say what would be done, and stop.
+      shard_id: Index of this share of the examples.
+      num_shards: Number of shares.
+      checkpoint_period: Batches between savings.
+      random_seed: Seed of decoding.
+      return_all_decodes: Add all samples to a line, best last.
+      dry_run: Print what would be done, and stop.
 
     Returns:
       The paths written.
@@ -74,11 +81,11 @@ def infer(
       FileNotFoundError: if there is no checkpoint.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
-      DiskFull: if something cannot be written for lack of room.
+      DiskFull: if the disk is too full to write something.
       ValueError: if settings are out of range, or a task is unknown or of another vocabulary than
         the model.
     """
-    if mode not in MODES:
+    if mode not in ("predict", "score"):
         raise ValueError(f"mode = {mode!r}; expected 'predict' or 'score'.")
     if not 0 <= shard_id < num_shards or checkpoint_period < 1:
         raise ValueError(
@@ -89,52 +96,43 @@ def infer(
         raise ValueError("TASK_FEATURE_LENGTHS = None; inference needs the lengths to decode.")
     datasets.import_task_module(dataset_cfg.module)
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
-    tasks = [
-        task
-        for name in task_names(dataset_cfg.mixture_or_task_name)
-        for task in seqio.get_subtasks(datasets.get_mixture_or_task(name))
-    ]
-    for task in tasks:
-        vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
+    tasks = find_tasks(model, dataset_cfg)
     suffix = f"{mode}.jsonl-{shard_id:05}-of-{num_shards:05}"
     outputs = [pathlib.Path(output_dir) / f"{task.name}-{suffix}" for task in tasks]
     if dry_run:
         print("\n".join(f"{path} -> {output}" for output in outputs))
         return []
-    settings = [
-        path, mode, random_seed, return_all_decodes, dataset_cfg.split, dataset_cfg.batch_size,
-        checkpoint_period, dict(dataset_cfg.task_feature_lengths),
-        repr(getattr(model, "decoder", None)),
-    ]  # fmt: skip
-    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+    size = dataset_cfg.batch_size
+    key = resumable.digest(
+        [
+            path, mode, random_seed, return_all_decodes, dataset_cfg.split, size,
+            checkpoint_period, dict(dataset_cfg.task_feature_lengths),
+            repr(getattr(model, "decoder", None)),
+        ]
+    )  # fmt: skip
     params = restore_params(path, abstract_params(model, partitioner, INIT_SHAPES, {}))
-    predictor = Predictor(model, partitioner, random_seed, return_all_decodes=return_all_decodes)
-    records = functools.partial(_records, model, predictor, mode, params, dataset_cfg.batch_size)
+    function: CompiledFunction[Any]
+    fields: Callable[[Any], Mapping[str, Any]]
+    if mode == "predict":
+        function = Predictor(
+            model, partitioner, random_seed, size, return_all_decodes=return_all_decodes
+        )
+        fields = functools.partial(_prediction_fields, model.output_vocabulary)
+    else:
+        function, fields = Scorer(model, partitioner, random_seed, size), _score_fields
+    lines = functools.partial(_lines, function, fields, params)
     with stops_when_full(output_dir):
         for task, output in zip(tasks, outputs, strict=True):
-            parts = output.with_name(f".{output.name}.{digest}")
-            if not (output.exists() and _made_with(output) == digest):
-                rows = _rows(model, task, dataset_cfg, shard_id, num_shards)
-                batches = _batched(rows, dataset_cfg.batch_size)
-                write = _PartWriter(parts, checkpoint_period, f"{mode} {task.name}")
-                write.run(batches, records)
-                write.join(output, digest)
+            if not _is_finished(output, key):
+                examples = _examples(model, task, dataset_cfg, shard_id, num_shards)
+                _write(output, key, _batches(examples, size), checkpoint_period, lines)
     return [str(output) for output in outputs]
 
 
-def _made_with(output: pathlib.Path) -> str | None:
-    """The digest of the settings that a finished file was made with."""
-    note = output.with_name(f".{output.name}.settings")
-    return note.read_text(encoding="utf-8") if note.exists() else None
-
-
-Row = tuple[Mapping[str, Any], datasets.Batch]
-
-
-def _rows(
+def _examples(
     model: Any, task: seqio.Task, cfg: datasets.DatasetConfig, shard_id: int, num_shards: int
-) -> Iterator[Row]:
-    """(task features, model features) of each example of this shard."""
+) -> Iterator[tuple[Example, Example]]:
+    """Yields (task features, model features) of each example of this shard."""
     dataset = task.get_dataset(
         sequence_length=cfg.task_feature_lengths,
         split=cfg.split,
@@ -150,43 +148,48 @@ def _rows(
     yield from pairs.as_numpy_iterator()
 
 
-def _batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
+def _batches(pairs: Iterator[tuple[Example, Example]], size: int) -> Iterator[ExampleBatch]:
+    """Yields batches of `size` rows; the last one may have fewer."""
+    while rows := list(itertools.islice(pairs, size)):
+        examples, features = zip(*rows, strict=True)
+        stacked = {name: np.stack([row[name] for row in features]) for name in features[0]}
+        yield list(examples), stacked
 
 
-def _records(
-    model: Any,
-    predictor: Predictor,
-    mode: str,
+def _lines(
+    function: CompiledFunction[Any],
+    fields: Callable[[Any], Mapping[str, Any]],
     params: Any,
-    size: int,
-    index: int,
-    rows: list[Row],
+    batches: list[ExampleBatch],
+    first: int,
+    progress: Progress,
 ) -> list[str]:
-    """JSON lines of one batch, filled to `size` rows where it is short."""
-    features = [features for _, features in rows]
-    batch = {name: np.stack([row[name] for row in features]) for name in features[0]}
-    result = predictor(mode, params, datasets.pad_batch(batch, size), index)
-    lines = []
-    for row, (example, _) in enumerate(rows):
-        record: dict[str, Any] = {"inputs": {k: _jsonable(v) for k, v in example.items()}}
-        if mode == "score":
-            record["score"] = float(result[row])
-        else:
-            vocabulary = model.output_vocabulary
-            tokens = np.atleast_2d(end_text(result[0][row], vocabulary.eos_id))
-            samples = [detokenize(sample, vocabulary) for sample in tokens]
-            scores = np.atleast_1d(result[1]["scores"][row])
-            record |= {"prediction": samples[-1], "score": float(scores[-1])}
-            if scores.size > 1:
-                record |= {"samples": samples, "scores": [float(score) for score in scores]}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    return lines
+    """Returns a JSON line per example of batches from number `first` on."""
+    pairs, _ = run_batches(function, params, batches, progress, first=first)
+    return [_line(example, fields(output)) for example, output in pairs]
+
+
+def _score_fields(score: float) -> dict[str, Any]:
+    return {"score": score}
+
+
+def _prediction_fields(vocabulary: seqio.Vocabulary, prediction: Prediction) -> dict[str, Any]:
+    """Returns a prediction's fields of a line: the best sample, and all if there are several."""
+    texts = [detokenize(row, vocabulary) for row in np.atleast_2d(prediction.tokens)]
+    scores = [float(score) for score in np.atleast_1d(prediction.aux["scores"])]
+    fields: dict[str, Any] = {"prediction": texts[-1], "score": scores[-1]}
+    if len(scores) > 1:
+        fields |= {"samples": texts, "scores": scores}
+    return fields
+
+
+def _line(example: Example, fields: Mapping[str, Any]) -> str:
+    record = {"inputs": {k: _jsonable(v) for k, v in example.items()}, **fields}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _jsonable(value: Any) -> Any:
-    """Text as text, other bytes as base64, arrays as lists."""
+    """Converts text to str, other bytes to base64, arrays to lists."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -197,42 +200,48 @@ def _jsonable(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-class _PartWriter:
-    """Lines in parts of some batches each; a part is a file that appears whole."""
+def _note(output: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the note that a finished file has beside it."""
+    return output.with_name(f".{output.name}.settings")
 
-    def __init__(self, directory: pathlib.Path, period: int, description: str):
-        self._directory, self._period, self._description = directory, period, description
-        self._first = jax.process_index() == 0
-        if self._first:
-            directory.mkdir(parents=True, exist_ok=True)
 
-    def _part(self, number: int) -> pathlib.Path:
-        return self._directory / f"part-{number:06}.jsonl"
+def _is_finished(output: pathlib.Path, key: str) -> bool:
+    """Returns whether a file is whole and of these settings."""
+    note = resumable.load(_note(output), key)
+    if note is None or not output.exists():
+        return False
+    if output.stat().st_size != note["bytes"]:
+        resumable.report(output)
+        return False
+    return True
 
-    def run(self, batches: Iterator[list[Row]], records: Any) -> None:
-        """Computes the parts that are not there yet."""
-        with Progress(None, self._description, "batches") as progress:
-            for number in itertools.count():
-                group = list(itertools.islice(batches, self._period))
-                if not group:
-                    return
-                if not self._part(number).exists():
-                    lines = []
-                    for offset, batch in enumerate(group):
-                        lines += records(number * self._period + offset, batch)
-                        progress.update()
-                    if self._first:
-                        write_atomically(self._part(number), "".join(lines))
 
-    def join(self, output: pathlib.Path, digest: str) -> None:
-        """Puts all parts into one file, then removes them."""
-        if not self._first:
-            return
-        temporary = output.with_name(output.name + ".tmp")
-        with open(temporary, "wb") as whole:
-            for part in sorted(self._directory.glob("part-*.jsonl")):
-                with open(part, "rb") as file:
-                    shutil.copyfileobj(file, whole)
-        temporary.replace(output)
-        write_atomically(output.with_name(f".{output.name}.settings"), digest)
-        shutil.rmtree(self._directory)
+def _write(
+    output: pathlib.Path,
+    key: str,
+    batches: Iterator[ExampleBatch],
+    period: int,
+    lines: Callable[[list[ExampleBatch], int, Progress], list[str]],
+) -> None:
+    """Writes a file of lines in parts of `period` batches, of which finished ones are skipped."""
+    directory = output.with_name(f".{output.name}.parts")
+    parts: list[pathlib.Path] = []
+    with Progress(None, output.name, "examples") as progress:
+        while group := list(itertools.islice(batches, period)):
+            part = directory / f"part-{len(parts):06}.jsonl"
+            if resumable.load_text(part, key) is None:
+                text = "".join(lines(group, len(parts) * period, progress))
+                resumable.save_text(part, key, text)
+            parts.append(part)
+    if jax.process_index() != 0:
+        return
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb") as whole:
+        for part in parts:
+            with open(part, "rb") as file:
+                file.readline()  # the part's key
+                shutil.copyfileobj(file, whole)
+    temporary.replace(output)
+    resumable.save(_note(output), key, {"bytes": output.stat().st_size})
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Decoding texts given on the command line, and looking at how they came to be."""
+"""Decoding of texts given on the command line, with the canvas of each denoising step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusion_t5x.runtime.train_state import abstract_params
 
 
 def show_step(tokens: np.ndarray, vocabulary: Any) -> str:
-    """A canvas as it is, token by token: '·' unprintable, '_' padding, '|' end of text."""
+    """Renders a canvas token by token: '·' for unprintable, '_' padding, '|' end of text."""
     marks = {0: "_", vocabulary.eos_id: "|"}
     pieces = (marks.get(int(t)) or vocabulary.decode([int(t)]) or "·" for t in tokens)
     text = "".join(pieces).replace("\n", "⏎")
@@ -40,14 +40,15 @@ def sample(
     """Decodes `inputs` and prints each with its result.
 
     Args:
-      model: of `models.Model`'s kind.
-      restore_checkpoint_cfg: one checkpoint.
-      partitioner: devices and sharding; the number of inputs is filled up to divide among them.
-      inputs: texts.
-      task_feature_lengths: maximum tokens of 'inputs' and 'targets'.
-      show_trajectory: also print the best sample's canvas at every step.
-      random_seed: of decoding.
-      dry_run: only read the checkpoint.
+      model: A `models.Model`, or another of its interface.
+      restore_checkpoint_cfg: One checkpoint.
+      partitioner: Devices and sharding. The texts are one batch, padded with rows of zeros to a
+        multiple of the data-parallel shards; what the padding decodes to is dropped.
+      inputs: Texts.
+      task_feature_lengths: Maximum tokens of 'inputs' and 'targets'.
+      show_trajectory: Also print the best sample's canvas at every step.
+      random_seed: Seed of decoding.
+      dry_run: Only read the checkpoint.
 
     Returns:
       The decoded texts.
@@ -68,8 +69,7 @@ def sample(
         raise ValueError("INPUTS = (); expected at least one text to decode.")
     vocabulary = model.input_vocabulary
     length = task_feature_lengths["inputs"]
-    parts = partitioner.num_data_shards
-    prefixes = np.zeros((-(-len(inputs) // parts) * parts, length), np.int32)
+    prefixes = np.zeros((len(inputs), length), np.int32)
     for row, text in enumerate(inputs):
         tokens = vocabulary.encode(text)
         if len(tokens) > length:
@@ -85,13 +85,17 @@ def sample(
     params = restore_params(path, abstract_params(model, partitioner, INIT_SHAPES, {}))
     if dry_run:
         return []
-    predictor = Predictor(model, partitioner, random_seed, return_trajectory=show_trajectory)
-    tokens, aux = predictor("predict", params, batch, 0)
+    shards = partitioner.num_data_shards
+    batch_size = -(-len(inputs) // shards) * shards
+    predictor = Predictor(
+        model, partitioner, random_seed, batch_size, return_trajectory=show_trajectory
+    )
+    predictions, _ = predictor(params, batch, 0)
     outputs = []
-    for row, text in enumerate(inputs):
-        output = detokenize(tokens[row], model.output_vocabulary)
+    for text, prediction in zip(inputs, predictions, strict=True):
+        output = detokenize(prediction.tokens, model.output_vocabulary)
         outputs.append(output)
         print(f"{text}  ->  {output}")
-        for step, canvas in enumerate(aux["trajectory"][row] if show_trajectory else ()):
+        for step, canvas in enumerate(prediction.aux["trajectory"] if show_trajectory else ()):
             print(f"  step {step:>3}: {show_step(canvas, model.output_vocabulary)}")
     return outputs

@@ -1,31 +1,37 @@
-"""The paper's tables as graphs of commands; killed and run again, each goes on where it was.
+"""Runs the paper's tables, and comparisons of your own, as graphs of commands; resumes killed runs.
 
 python -m diffusion_t5x.experiments --list
 python -m diffusion_t5x.experiments --plan table2
 python -m diffusion_t5x.experiments --run table2 --scale embedded
+python -m diffusion_t5x.experiments --run path/to/mine.gin --scale laptop
 python -m diffusion_t5x.experiments --table table2 --scale embedded
 
-An experiment is a file of gin/experiments, a scale one of gin/scales. Each stage is a command that
-could be typed; the plan prints them all. `--gin.NAME=VALUE` is handed on to every stage. Stages lie
-in ROOT/SCALE and are shared by experiments, results in ROOT/EXPERIMENT.
+An experiment is a file of gin/experiments or a path, a scale a file of gin/scales or a path. Each
+stage is a command that could be typed; the plan prints them all. `--gin.NAME=VALUE` is handed on to
+every stage. Stages lie in ROOT/SCALE and are shared by experiments, results in ROOT/EXPERIMENT.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import sample, train
 from diffusion_t5x.commands.flags import GIN_FLAG
-from diffusion_t5x.evaluation.results import print_table
-from diffusion_t5x.experiments import experiment_graph, report
-from diffusion_t5x.experiments.experiment_graph import Experiment, Scale, Stage
+from diffusion_t5x.experiments import experiment_graph, report, stages
+from diffusion_t5x.experiments.experiment_graph import Experiment, Scale
+from diffusion_t5x.experiments.stages import Stage
+from diffusion_t5x.names import check_known
+from diffusion_t5x.runtime import resumable, terminal
 from diffusion_t5x.runtime.files import write_atomically
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], Any]] = {
@@ -36,63 +42,103 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], Any]] = {
 
 
 def names(kind: str) -> list[str]:
-    """Names of the 'experiments' or 'scales' that there are gin files for."""
+    """Returns the names of the 'experiments' or 'scales' that gin files of this project define."""
     from diffusion_t5x.gin_utils import config_dir
 
-    return sorted(path.stem for path in (config_dir() / kind).glob("*.gin"))
+    return sorted({path.stem for path in (config_dir() / kind).glob("*.gin")} - {"common"})
 
 
-def load(name: str, scale_name: str | None) -> tuple[Experiment, Scale, str]:
-    """An experiment, a scale, and the scale's name; by default the experiment's own.
+def _file(kind: str, name: str) -> str:
+    """Returns the gin file of an experiment or a scale: `name` itself if it is a path."""
+    if "/" in name or name.endswith(".gin"):
+        return name
+    check_known(name, names(kind), kind.removesuffix("s"))
+    return f"{kind}/{name}.gin"
+
+
+def load(
+    name: str, scale: str | None, search_paths: Sequence[str] = ()
+) -> tuple[Experiment, Scale, str]:
+    """Reads an experiment and a scale.
+
+    Args:
+      name: Name or gin file of the experiment.
+      scale: Name or gin file of the scale; None for the experiment's own.
+      search_paths: Further directories of gin files.
+
+    Returns:
+      The experiment, the scale, and the scale's name.
 
     Raises:
       ValueError: if there is no such experiment or scale.
+      FileNotFoundError: if a gin file is not found.
     """
     import gin
     from diffusion_t5x import gin_utils
 
-    experiment_graph.lookup(dict.fromkeys(names("experiments")), name, "experiment")
-
-    def configured(*files: str) -> Any:
+    def parse(*files: str) -> tuple[Experiment, Scale]:
         gin.clear_config()
-        gin_utils.parse_config(files, [])
-        return gin.get_configurable(experiment_graph.configured)()
+        gin_utils.parse_config(files, [], search_paths)
+        return gin.get_configurable(experiment_graph.load)()
 
-    file = f"experiments/{name}.gin"
-    experiment, _ = configured(file)
-    scale_name = scale_name or experiment.scale
-    experiment_graph.lookup(dict.fromkeys(names("scales")), scale_name, "scale")
-    _, scale = configured(file, f"scales/{scale_name}.gin")
-    return experiment, scale, scale_name
+    file = _file("experiments", name)
+    scale = scale or parse(file)[0].scale
+    return *parse(file, _file("scales", scale)), pathlib.Path(scale).stem
 
 
 class Run:
-    """An experiment at a scale, under a directory."""
+    """An experiment at a scale, under a directory.
 
-    def __init__(self, name: str, scale_name: str | None, root: str, gin_flags: Sequence[str] = ()):
+    Attributes:
+      experiment: What is compared.
+      scale: The size of everything.
+      stages: The commands, in the order in which they run.
+      stages_dir: Directory of the stages.
+      results_dir: Directory of the results.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scale: str | None,
+        root: str | pathlib.Path,
+        gin_flags: Sequence[str] = (),
+        search_paths: Sequence[str] = (),
+    ):
         """Reads the gin files.
 
         Args:
-          name: of the experiment.
-          scale_name: None for the experiment's own.
-          root: directory of all experiments.
+          name: Name or gin file of the experiment.
+          scale: Name or gin file of the scale; None for the experiment's own.
+          root: Directory of all experiments.
           gin_flags: `--gin.NAME=VALUE` each, for every stage.
+          search_paths: Further directories of gin files, for every stage.
 
         Raises:
           ValueError: if there is no such experiment or scale, or the scale lacks something.
         """
-        self.name = name
-        self.experiment, self.scale, scale_name = load(name, scale_name)
+        self.name = pathlib.Path(name).stem
+        self.experiment, self.scale, scale_name = load(name, scale, search_paths)
         self.stages_dir = pathlib.Path(root) / scale_name
-        own = scale_name == self.experiment.scale
-        self.results_dir = pathlib.Path(root) / (name if own else f"{name}_{scale_name}")
+        own = scale_name == pathlib.Path(self.experiment.scale).stem
+        self.results_dir = pathlib.Path(root) / (self.name if own else f"{self.name}_{scale_name}")
+        searched = [f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []
         self.stages = [
-            dataclasses.replace(stage, flags=tuple(gin_flags))
-            for stage in experiment_graph.stages(self.experiment, self.scale, self.stages_dir)
+            dataclasses.replace(stage, flags=(*searched, *gin_flags))
+            for stage in stages.make(self.experiment, self.scale, self.stages_dir)
         ]
 
+    def argv(self, stage: Stage) -> list[str]:
+        """Returns a stage's arguments, with the best checkpoint if it is chosen by now."""
+        if stage.chosen_by is None:
+            return stage.argv()
+        return stage.argv(report.best_step(self.stages_dir / stage.chosen_by))
+
+    def _command_line(self, stage: Stage) -> str:
+        return f"python -m diffusion_t5x.{stage.command} {shlex.join(self.argv(stage))}"
+
     def plan(self) -> str:
-        """Every stage: its dependencies, steps, tokens and command line."""
+        """Returns every stage's dependencies, steps, tokens and command line."""
         lines = []
         for number, stage in enumerate(self.stages, 1):
             lines.append(f"# [{number}/{len(self.stages)}] {stage.name}")
@@ -100,78 +146,103 @@ class Run:
                 lines.append(f"# after: {', '.join(stage.after)}")
             if stage.steps:
                 lines.append(f"# at most {stage.steps:,} steps, {stage.tokens:,} tokens")
-            lines.append(_command_line(stage, self.stages_dir))
+            lines.append(self._command_line(stage))
         steps = sum(stage.steps for stage in self.stages)
         tokens = sum(stage.tokens for stage in self.stages)
         lines.append(f"# {len(self.stages)} stages, {steps:,} training steps, {tokens:,} tokens")
         return "\n".join(lines)
 
-    def run(self) -> dict[str, Any]:
-        """Runs what is not finished, then writes and prints the results, and returns them."""
-        for number, stage in enumerate(self.stages, 1):
-            print(f"[{number}/{len(self.stages)}] {stage.name}", flush=True)
-            run_stage(stage, self.stages_dir)
+    def run(self, show_commands: bool = False) -> dict[str, Any]:
+        """Runs the stages that are not finished, then writes, prints and returns the results.
+
+        Args:
+          show_commands: Print each stage's command line and output, instead of one line per stage.
+        """
+        commands = self.results_dir / "commands.sh"
+        write_atomically(commands, self.plan() + "\n")
+        try:
+            for number, stage in enumerate(self.stages, 1):
+                title = f"[{number}/{len(self.stages)}] {stage.title}"
+                self._run_stage(stage, title, show_commands)
+        finally:  # by now it is known which checkpoints the tests read
+            write_atomically(commands, self.plan() + "\n")
         results = report.collect(self.experiment, self.scale, self.stages_dir)
         report.write(self.results_dir, self.experiment, self.scale, results)
-        self.show(results)
-        self._show_trajectory(self.experiment, self.scale)
+        report.show(self.experiment, self.scale, results, self.stages_dir)
+        self._show_trajectory()
         where = ", ".join(str(self.results_dir / f"results.{kind}") for kind in ("json", "md"))
-        print(f"\nresults of {self.name}: {where}")
+        print(f"\nresults of {self.name}: {where}; the commands: {commands}")
         return results
 
-    def show(self, results: Mapping[str, Any]) -> None:
-        """Prints the results, and samples of them."""
-        report.show(self.experiment, self.scale, results, self.stages_dir)
+    def _run_stage(self, stage: Stage, title: str, show_command: bool) -> None:
+        """Runs a stage, or what is left of it, and prints its line.
+
+        Raises:
+          ValueError: if the stage's directory is of another command, so that resuming in it would
+            mix the two.
+        """
+        directory, argv = self.stages_dir / stage.name, self.argv(stage)
+        note = directory / "stage.json"
+        known = resumable.read_object(note) or {"argv": argv, "finished": False}
+        if known["argv"] != argv:
+            raise ValueError(
+                f"{directory} is of a stage with other settings; remove it, or choose another "
+                "--root."
+            )
+        if known["finished"]:
+            print(f"{title}: {report.outcome(stage, directory)}, finished before", flush=True)
+            return
+        write_atomically(note, json.dumps(known))
+        started = time.monotonic()
+        if show_command:
+            print(f"{title}\n$ {self._command_line(stage)}", flush=True)
+            COMMANDS[stage.command](argv)
+        else:
+            with terminal.titled(title), _output_to(directory / "output.txt"):
+                COMMANDS[stage.command](argv)
+        write_atomically(note, json.dumps({**known, "finished": True}))
+        seconds = time.monotonic() - started
+        print(f"{title}: {report.outcome(stage, directory)}, {seconds:.0f} s", flush=True)
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Header and body of what is finished beside the paper's numbers."""
+        """Returns header and body: the results of finished stages beside the paper's numbers."""
         results = report.collect(self.experiment, self.scale, self.stages_dir)
         return report.comparison(self.experiment, self.scale, results)
 
-    def _show_trajectory(self, experiment: Experiment, scale: Scale) -> None:
-        """Prints how one canvas was denoised by the model of the last row, if a text is given."""
-        if experiment.trajectory is None:
+    def _show_trajectory(self) -> None:
+        """Prints how the last row's model that has a canvas denoises one, if a text is given."""
+        denoising = [
+            row
+            for _, row in experiment_graph.rows(self.experiment)
+            if row.method.kind != "autoregressive"
+        ]
+        if self.experiment.trajectory is None or not denoising:
             return
-        [*_, (_, row)] = experiment_graph.rows(experiment)
-        task = scale.tasks[experiment.tasks[0]]
+        row, task = denoising[-1], self.scale.tasks[self.experiment.tasks[0]]
         test = next(stage for stage in self.stages if stage.name == row.test(0, task))
-        files = (*test.files[:2], "runs/sample.gin")
         kept = ("TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "RANDOM_SEED")
         bindings = {
             **{name: test.bindings[name] for name in kept},
-            **scale.model_bindings.get(row.size, {}),
-            "INPUTS": (experiment.trajectory,),
+            **self.scale.model_bindings.get(row.size, {}),
+            **row.method.bindings,
+            "INPUTS": (self.experiment.trajectory,),
             "SHOW_TRAJECTORY": True,
         }
+        files = (*test.files[:2], "runs/sample.gin")
         stage = Stage("", "sample", files, bindings, chosen_by=test.chosen_by, flags=test.flags)
         print("\none canvas, step by step ('_' padding, '|' end of text, '·' a byte):")
-        COMMANDS["sample"](stage.argv(self.stages_dir))
+        COMMANDS["sample"](self.argv(stage))
 
 
-def _command_line(stage: Stage, root: pathlib.Path) -> str:
-    return f"python -m diffusion_t5x.{stage.command} {shlex.join(stage.argv(root))}"
-
-
-def run_stage(stage: Stage, root: pathlib.Path) -> None:
-    """Runs a stage, or what is left of it, unless it has finished before.
-
-    Raises:
-      ValueError: if the stage's directory was made by another command, so that going on in it
-        would mix the two.
-    """
-    argv = stage.argv(root)
-    note = root / stage.name / "stage.json"
-    known = json.loads(note.read_text()) if note.exists() else {"argv": argv, "finished": False}
-    if known["argv"] != argv:
-        raise ValueError(
-            f"{note.parent} was made with other settings; remove it, or choose another --root."
-        )
-    if known["finished"]:
-        return
-    write_atomically(note, json.dumps(known))
-    print(f"\n$ {_command_line(stage, root)}", flush=True)
-    COMMANDS[stage.command](argv)
-    write_atomically(note, json.dumps({**known, "finished": True}))
+@contextlib.contextmanager
+def _output_to(path: pathlib.Path) -> Iterator[None]:
+    """Appends what is printed to a file, which is named if the work fails."""
+    with open(path, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        try:
+            yield
+        except BaseException:
+            print(f"stopped; its output is in {path}", file=sys.stderr, flush=True)
+            raise
 
 
 def _print_list() -> None:
@@ -179,11 +250,11 @@ def _print_list() -> None:
     for name in names("experiments"):
         experiment, _, scale = load(name, None)
         body.append([name, experiment.title, scale])
-    print_table(["experiment", "what", "scale"], body)
+    terminal.print_table(["experiment", "what", "scale"], body)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Does what the command line says."""
+    """Lists, plans, runs or tabulates experiments; `argv` replaces the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -194,8 +265,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     action.add_argument("--plan", metavar="EXPERIMENT", help="print every stage, run nothing")
     action.add_argument("--run", metavar="EXPERIMENT", help="run what is not finished")
     action.add_argument("--table", metavar="EXPERIMENT", help="ours beside the paper's numbers")
-    parser.add_argument("--scale", help="by default the experiment's own")
+    parser.add_argument("--scale", help="name or gin file; by default the experiment's own")
     parser.add_argument("--root", default="runs", help="directory for everything")
+    parser.add_argument("--commands", action="store_true", help="print commands and their output")
+    parser.add_argument(
+        "--gin_search_paths", default="", help="comma-separated directories of gin files"
+    )
     args, others = parser.parse_known_args(argv)
     strange = [flag for flag in others if not flag.startswith(GIN_FLAG)]
     if strange:
@@ -203,13 +278,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         _print_list()
         return
-    run = Run(args.plan or args.run or args.table, args.scale, args.root, others)
+    search_paths = [path for path in args.gin_search_paths.split(",") if path]
+    name = args.plan or args.run or args.table
+    run = Run(name, args.scale, args.root, others, search_paths)
     if args.plan:
         print(run.plan())
     elif args.run:
-        run.run()
+        run.run(args.commands)
     else:
-        print_table(*run.table(), title=run.experiment.title)
+        terminal.print_table(*run.table(), title=run.experiment.title)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Collects the results of an experiment into tables, a picture and a few samples."""
+"""Results of an experiment: tables, a picture and a few samples, read from its stages' files."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -12,16 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from diffusion_t5x.evaluation.results import format_value, markdown, print_table
 from diffusion_t5x.experiments.experiment_graph import (
     Experiment,
     Row,
     Scale,
     TaskSettings,
-    chain,
     rows,
 )
+from diffusion_t5x.experiments.stages import Stage
+from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.files import write_atomically
+from diffusion_t5x.runtime.terminal import format_value, markdown, print_table
 from diffusion_t5x.training.metric_logs import read_metrics
 
 NUM_SAMPLES = 4
@@ -35,16 +35,43 @@ COLUMNS: Mapping[str, Callable[[Sequence[float]], float]] = {
 }
 
 
+def best_step(validation: pathlib.Path) -> int | None:
+    """Returns the checkpoint that a finished validation chose, or None if it has not finished."""
+    best = (resumable.read_object(validation / "results.json") or {}).get("best")
+    return best["step"] if best else None
+
+
+def outcome(stage: Stage, directory: pathlib.Path) -> str:
+    """Returns what a finished stage came to, in a few words."""
+    if stage.command == "train":
+        lines = [line for line in read_metrics(str(directory)) if line["split"] == "train"]
+        loss = f", loss {format_value(lines[-1]['loss'])}" if "loss" in lines[-1] else ""
+        return f"step {lines[-1]['step']:,}{loss}"
+    results = resumable.read_object(directory / "results.json")
+    if results is None:
+        return "no results"
+    if "metric" in (results["best"] or {}):
+        best = results["best"]
+        return f"step {best['step']:,}, {best['metric']} {format_value(best['value'])}"
+    shown = [
+        f"{name} {format_value(value)}"
+        for row in results["rows"]
+        for name, value in row["metrics"].items()
+        if name not in COLUMNS
+    ]
+    return ", ".join(shown)
+
+
 def collect(experiment: Experiment, scale: Scale, root: pathlib.Path) -> dict[str, Any]:
-    """What is finished of an experiment, and what it ran on.
+    """Collects the results of finished stages, and the environment.
 
     'train_steps' and 'train_seconds' are those of the whole chain that led to the model: its
     pretraining, adaptation and fine-tuning up to the chosen checkpoint.
 
     Args:
-      experiment: what is compared.
-      scale: how big.
-      root: directory of the scale.
+      experiment: What is compared.
+      scale: How big everything is.
+      root: Directory of the scale.
 
     Returns:
       `{'title', 'rows', 'environment'}`; a row for each name, task and seed whose test has
@@ -63,14 +90,18 @@ def collect(experiment: Experiment, scale: Scale, root: pathlib.Path) -> dict[st
 def _collect_row(
     row: Row, task: TaskSettings, seed: int, root: pathlib.Path
 ) -> dict[str, Any] | None:
-    file = root / row.test(seed, task) / "results.json"
-    if not file.exists():
+    results = resumable.read_object(root / row.test(seed, task) / "results.json")
+    if results is None:
         return None
-    [result] = json.loads(file.read_text())["rows"]
+    [result] = results["rows"]
     values = dict(result["metrics"])
-    seconds = sum(_seconds(root / name) for name in chain(row, seed))
+    seconds = sum(_seconds(root / name) for name in row.chain(seed))
     return {
-        **dataclasses.asdict(row),
+        "architecture": row.architecture,
+        "size": row.size,
+        "pretraining": row.pretraining,
+        "method": row.method.name,
+        "decoding": row.decoding,
         "task": task.name,
         "seed": seed,
         "train_steps": result["step"],
@@ -82,13 +113,13 @@ def _collect_row(
 
 
 def _seconds(run: pathlib.Path, step: int | None = None) -> float:
-    """Seconds that a run trained for, until `step`."""
+    """Returns the seconds that a run trained for, until `step`."""
     lines = [line for line in read_metrics(str(run)) if line["split"] == "train"]
     return max(line["seconds"] for line in lines if step is None or line["step"] <= step)
 
 
 def environment() -> dict[str, Any]:
-    """What results depend on besides the configuration."""
+    """Returns what results depend on besides the configuration: machine and package versions."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "babel", "sacrebleu")
     return {
         "python": platform.python_version(),
@@ -99,7 +130,7 @@ def environment() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """'mean' of one value, 'mean ± standard deviation' of several."""
+    """Formats 'mean' of one value, 'mean ± standard deviation' of several."""
     mean = format_value(float(statistics.mean(values)))
     if len(values) < 2:
         return mean
@@ -107,7 +138,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _groups(results: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(name, task) -> its rows, one per seed."""
+    """Returns (name, task) -> its rows, one per seed."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         groups.setdefault((row["name"], row["task"]), []).append(row)
@@ -115,7 +146,7 @@ def _groups(results: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, 
 
 
 def details(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Header and body: a line per name and task, every metric, cost, and number of seeds."""
+    """Returns header and body: a line per name and task, every metric, cost, number of seeds."""
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["metrics"]))
     body = []
     for (name, task), group in _groups(results).items():
@@ -129,10 +160,10 @@ def details(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 def comparison(
     experiment: Experiment, scale: Scale, results: Mapping[str, Any]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Header and body: a line per row of the table, for each task ours beside the paper's.
+    """Returns header and body: a line per row of the table, for each task ours beside the paper's.
 
-    Ours is the task's metric, the mean over seeds with its standard deviation; what has not been
-    run is marked as missing, what the paper does not have as a dash.
+    Ours is the task's metric, the mean over seeds with its standard deviation; a test that has not
+    run is marked as missing, a number that the paper lacks as a dash.
     """
     header = ["row"]
     for role in experiment.tasks:
@@ -165,7 +196,7 @@ def write(
 def plot(
     experiment: Experiment, scale: Scale, results: Mapping[str, Any], path: pathlib.Path
 ) -> None:
-    """A panel per task, a bar per row of the table: the task's metric, and its spread."""
+    """Draws a panel per task, a bar per row of the table: the task's metric, and its spread."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,7 +227,7 @@ def plot(
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
-    """Writes a matplotlib figure, atomically, and lets go of it."""
+    """Writes a matplotlib figure, atomically, and closes it."""
     from matplotlib import pyplot
 
     figure.tight_layout()

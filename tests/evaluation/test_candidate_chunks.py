@@ -1,4 +1,4 @@
-"""Candidates in chunks: none drawn twice, judged meanwhile, the same if it was killed."""
+"""Candidates in chunks: none drawn twice, judged meanwhile, the same after a kill."""
 
 import threading
 import types
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_t5x.evaluation import candidate_chunks
-from diffusion_t5x.evaluation.candidate_chunks import ChunkConfig
+from diffusion_t5x.evaluation.candidate_chunks import ChunkConfig, ChunkFiles
 
 
 def _chunk(number, size):
@@ -17,16 +17,13 @@ def _chunk(number, size):
     return {7: (tokens, scores), 3: (tokens + 50, scores / 3)}, 0.5
 
 
-def _judges(judge, remember=None):
-    def metric_fn():
-        """Only its attributes matter."""
-
-    metric_fn.judge, metric_fn.remember = judge, remember
+def _judges(judge):
+    metric = types.SimpleNamespace(judge=judge)
     predictions = lambda outputs: [rows[:, 0].tolist() for rows, _ in outputs.values()]  # noqa: E731
-    return types.SimpleNamespace(metric_fns=[metric_fn], targets=["t"], predictions=predictions)
+    return types.SimpleNamespace(metrics=[metric], targets=["t"], predictions=predictions)
 
 
-NOBODY = types.SimpleNamespace(metric_fns=[])
+NOBODY = types.SimpleNamespace(metrics=[])
 
 
 def _equal(ours, theirs):
@@ -57,18 +54,18 @@ def test_no_candidates_are_refused(settings):
 
 
 @pytest.mark.parametrize("killed_at", range(4))
-def test_a_killed_run_goes_on_behind_its_last_chunk_and_gives_the_same(tmp_path, killed_at):
+def test_a_killed_run_resumes_after_its_last_chunk_and_gives_the_same(tmp_path, killed_at):
     cfg = ChunkConfig(7, 2)
     whole, _ = candidate_chunks.draw(_chunk, cfg, NOBODY, None)
     drawn, judged, remembered = [], [], []
 
-    def judge(targets, predictions):
-        judged.append(predictions)
-        return {"first": predictions[0]}
-
-    def remember(targets, predictions, told):
+    def judge(targets, predictions, known):
+        if known is None:
+            judged.append(predictions)
+            return {"first": predictions[0]}
         remembered.append(predictions)
-        assert told == {"first": predictions[0]}
+        assert known["first"] == predictions[0]
+        return known
 
     def dying(number, size):
         if number == killed_at:
@@ -80,25 +77,44 @@ def test_a_killed_run_goes_on_behind_its_last_chunk_and_gives_the_same(tmp_path,
         drawn.append(number)
         return _chunk(number, size)
 
-    directory = tmp_path / "chunks"
+    files = ChunkFiles(tmp_path / "chunks", "key")
     with pytest.raises(KeyboardInterrupt):
-        candidate_chunks.draw(dying, cfg, _judges(judge, remember), directory)
+        candidate_chunks.draw(dying, cfg, _judges(judge), files)
     before = list(judged)
-    outputs, seconds = candidate_chunks.draw(living, cfg, _judges(judge, remember), directory)
+    outputs, seconds = candidate_chunks.draw(living, cfg, _judges(judge), files)
     assert drawn == [0, 1, 2, 3]
     assert seconds == 2.0
     _equal(outputs, whole)
     assert remembered == before
     assert judged == [[[100 * n + i for i in range(s)], [100 * n + i + 50 for i in range(s)]]
                       for n, s in enumerate(cfg.sizes())]  # fmt: skip
-    candidate_chunks.forget(directory)
-    assert not directory.exists()
+    files.remove()
+    assert not files.directory.exists()
+
+
+def test_a_damaged_chunk_and_those_of_other_settings_are_drawn_again(tmp_path, capsys):
+    drawn = []
+
+    def chunk(number, size):
+        drawn.append(number)
+        return _chunk(number, size)
+
+    cfg, files = ChunkConfig(3, 1), ChunkFiles(tmp_path, "key")
+    whole, _ = candidate_chunks.draw(chunk, cfg, NOBODY, files)
+    path = tmp_path / "chunk-00001.json"
+    path.write_text(path.read_text()[:-5])
+    outputs, _ = candidate_chunks.draw(chunk, cfg, NOBODY, files)
+    assert drawn == [0, 1, 2, 1]
+    assert f"{path} is damaged" in capsys.readouterr().out
+    _equal(outputs, whole)
+    candidate_chunks.draw(chunk, cfg, NOBODY, ChunkFiles(tmp_path, "other"))
+    assert drawn == [0, 1, 2, 1, 0, 1, 2]
 
 
 def test_a_chunk_is_judged_while_the_next_is_drawn():
     next_is_drawn, is_judged = threading.Event(), threading.Event()
 
-    def judge(targets, predictions):
+    def judge(targets, predictions, known):
         assert next_is_drawn.wait(10)
         is_judged.set()
 
@@ -115,7 +131,7 @@ def test_a_chunk_is_judged_while_the_next_is_drawn():
 def test_a_judge_that_fails_ends_the_run_before_all_is_drawn():
     failed, drawn = threading.Event(), []
 
-    def judge(targets, predictions):
+    def judge(targets, predictions, known):
         failed.set()
         raise RuntimeError("no sandbox")
 

@@ -8,6 +8,7 @@ import toy
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
 from diffusion_t5x.evaluation import evaluation, results
+from diffusion_t5x.runtime import resumable, terminal
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
@@ -37,11 +38,11 @@ def count_predictions(monkeypatch):
     steps = []
     original = evaluation.InferenceEvaluator._evaluate
 
-    def counted(self, name, params, step):
+    def counted(self, name, params, step, resume_key):
         steps.append(step)
         if self.fail_at == step:
             raise RuntimeError("killed")
-        return original(self, name, params, step)
+        return original(self, name, params, step, resume_key)
 
     monkeypatch.setattr(evaluation.InferenceEvaluator, "_evaluate", counted)
     monkeypatch.setattr(evaluation.InferenceEvaluator, "fail_at", None, raising=False)
@@ -49,7 +50,7 @@ def count_predictions(monkeypatch):
 
 
 def test_every_checkpoint_is_evaluated_once_even_when_killed_in_between(
-    run_dir, tmp_path, count_predictions, monkeypatch
+    run_dir, tmp_path, count_predictions, monkeypatch, capsys
 ):
     monkeypatch.setattr(evaluation.InferenceEvaluator, "fail_at", 2)
     with pytest.raises(RuntimeError):
@@ -62,8 +63,13 @@ def test_every_checkpoint_is_evaluated_once_even_when_killed_in_between(
     assert all(row["metrics"]["examples"] == 11 for row in results["rows"])
     _evaluate(run_dir, tmp_path, best_metric="exact_match")
     assert count_predictions == [1, 2, 2, 3]
+    file = tmp_path / "checkpoint_2" / f"{toy.TASK}.json"
+    file.write_text(file.read_text()[:-9])
+    assert _evaluate(run_dir, tmp_path, best_metric="exact_match")["best"] == results["best"]
+    assert count_predictions == [1, 2, 2, 3, 2]
+    assert f"{file} is damaged" in capsys.readouterr().out
     _evaluate(run_dir, tmp_path, random_seed=1)
-    assert count_predictions == [1, 2, 2, 3, 1, 2, 3]
+    assert count_predictions == [1, 2, 2, 3, 2, 1, 2, 3]
     stored = json.loads((tmp_path / "results.json").read_text())
     assert len(stored["rows"]) == 3
     assert (tmp_path / "results.md").read_text().count("\n") == 5
@@ -125,6 +131,43 @@ def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_di
     assert all(metrics["examples"] == 5 for metrics in results.values())
 
 
+def test_a_checkpoint_that_vanishes_before_all_tasks_are_evaluated_cannot_be_the_best(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    class TwoTasks:
+        """Measures 'a' and 'b'; the highest step is the best."""
+
+        def __init__(self, **kwargs):
+            self.tasks, self.settings = ("a", "b"), {}
+
+        def evaluate(self, params, step, tasks, key):
+            return {task: {"score": float(step)} for task in tasks}
+
+        def forget(self, *args):
+            pass
+
+    restored = []
+
+    def restore(path, abstract):
+        restored.append(path)
+        if path.endswith("_3"):
+            raise FileNotFoundError(path)
+        return {}
+
+    monkeypatch.setattr(evaluation, "restore_params", restore)
+    known = tmp_path / "checkpoint_3" / "a.json"
+    path = str(run_dir / "checkpoint_3")
+    row = {"step": 3, "task": "a", "metrics": {"score": 3.0}}
+    resumable.save(known, resumable.digest({"checkpoint": path}), row)
+    found = _evaluate(run_dir, tmp_path, inference_evaluator_cls=TwoTasks, best_metric="a/score")
+    assert [(row["step"], row["task"]) for row in found["rows"]] == [
+        (1, "a"), (1, "b"), (2, "a"), (2, "b"), (3, "a"),
+    ]  # fmt: skip
+    assert found["best"]["step"] == 2
+    assert len(restored) == 3
+    assert "1 of 2 tasks are evaluated; it cannot be the best" in capsys.readouterr().out
+
+
 def test_mistakes_are_refused_with_what_would_be_right(run_dir, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'toy_copy'"):
         cfg = toy.dataset_cfg("validation", mixture_or_task_name="toy_coppy")
@@ -154,7 +197,7 @@ def test_tables_show_missing_values_and_mark_the_best():
         {"step": 2, "task": "b", "metrics": {"y": 2.0}},
     ]
     best = {"step": 1, "task": "a", "metric": "x", "value": 0.123456}
-    text = results.markdown(*results.tabulate({"rows": rows, "best": best}))
+    text = terminal.markdown(*results.tabulate({"rows": rows, "best": best}))
     assert text.splitlines()[0] == "| step | task | x | n | y |"
     assert text.splitlines()[2] == "| 1 (best) | a | 0.1235 | 5,000 | – |"
     assert text.splitlines()[3] == "| 2 | b | – | – | 2 |"

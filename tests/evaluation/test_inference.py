@@ -45,16 +45,18 @@ def test_a_line_per_example_in_order_and_nothing_else_left(run_dir, tmp_path):
     }
 
 
-def test_killed_and_started_again_it_goes_on_and_gives_the_same(run_dir, tmp_path, monkeypatch):
+def test_killed_and_started_again_it_resumes_and_gives_the_same(
+    run_dir, tmp_path, monkeypatch, capsys
+):
     whole = _infer(run_dir, tmp_path / "whole")
     calls = []
     original = inference.Predictor.__call__
 
-    def counted(self, mode, params, batch, index):
+    def counted(self, params, batch, index):
         calls.append(index)
         if fail and index == 4:
             raise RuntimeError("killed")
-        return original(self, mode, params, batch, index)
+        return original(self, params, batch, index)
 
     monkeypatch.setattr(inference.Predictor, "__call__", counted)
     fail = True
@@ -65,8 +67,37 @@ def test_killed_and_started_again_it_goes_on_and_gives_the_same(run_dir, tmp_pat
     assert calls == [0, 1, 2, 3, 4, 4, 5]
     assert _infer(run_dir, tmp_path / "killed") == whole
     assert calls == [0, 1, 2, 3, 4, 4, 5]
+    output = tmp_path / "killed" / "toy_copy-predict.jsonl-00000-of-00001"
+    output.write_bytes(output.read_bytes()[:-5])
+    assert _infer(run_dir, tmp_path / "killed") == whole
+    assert f"{output} is damaged" in capsys.readouterr().out
     assert _infer(run_dir, tmp_path / "killed", random_seed=7) is not None
-    assert len(calls) == 13
+    assert len(calls) == 19
+
+
+def test_a_damaged_part_and_those_of_other_settings_are_decoded_again(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    calls = []
+    original = inference.Predictor.__call__
+
+    def counted(self, params, batch, index):
+        calls.append(index)
+        if index == fail_at:
+            raise RuntimeError("killed")
+        return original(self, params, batch, index)
+
+    monkeypatch.setattr(inference.Predictor, "__call__", counted)
+    fail_at = 4
+    for seed in (7, 0):
+        with pytest.raises(RuntimeError):
+            _infer(run_dir, tmp_path, random_seed=seed)
+    fail_at = None
+    [part] = tmp_path.glob(".*.parts/part-000001.jsonl")
+    part.write_text(part.read_text()[:-1])
+    assert len(_infer(run_dir, tmp_path)) == 11
+    assert calls == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert f"{part} is damaged" in capsys.readouterr().out
 
 
 def test_shards_together_are_the_whole(run_dir, tmp_path):

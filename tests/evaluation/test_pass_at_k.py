@@ -43,7 +43,7 @@ def _register():
             preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
             output_features=seqio.TaskRegistry.get(toy.TASK).output_features,
             postprocess_fn=_postprocess,
-            metric_fns=[metrics.code_passes],
+            metric_fns=[metrics.CodeMetric()],
         )
 
 
@@ -87,15 +87,15 @@ def _samples(output_dir):
 def chunks_drawn(monkeypatch):
     """Numbers of the chunks that were decoded; the run is killed at those in `fail_at`."""
     drawn, fail_at = [], []
-    original = evaluation.InferenceEvaluator._run
+    original = evaluation.InferenceEvaluator._predict_chunk
 
-    def run(self, mode, name, params, dataset, position, repeats):
-        if position[0] in fail_at:
+    def predict(self, name, params, dataset, number, size):
+        if number in fail_at:
             raise KeyboardInterrupt
-        drawn.append(position[0])
-        return original(self, mode, name, params, dataset, position, repeats)
+        drawn.append(number)
+        return original(self, name, params, dataset, number, size)
 
-    monkeypatch.setattr(evaluation.InferenceEvaluator, "_run", run)
+    monkeypatch.setattr(evaluation.InferenceEvaluator, "_predict_chunk", predict)
     return drawn, fail_at
 
 
@@ -154,13 +154,13 @@ def test_a_killed_evaluation_draws_no_chunk_twice_and_gives_what_the_seed_says(
 def test_a_rerun_trusts_chunks_of_its_own_settings_alone(run_dir, tmp_path, monkeypatch):
     drawn = []
 
-    def run(self, mode, name, params, dataset, position, repeats):
-        if position[0] == 1:
+    def predict(self, name, params, dataset, number, size):
+        if number == 1:
             raise KeyboardInterrupt
-        drawn.append(position[0])
-        return {i: (np.zeros((repeats, 6), np.int32), np.zeros(repeats)) for i in range(5)}
+        drawn.append(number)
+        return {i: (np.zeros((size, 6), np.int32), np.zeros(size)) for i in range(5)}, 0.0
 
-    monkeypatch.setattr(evaluation.InferenceEvaluator, "_run", run)
+    monkeypatch.setattr(evaluation.InferenceEvaluator, "_predict_chunk", predict)
     for num_decodes in (3, 3, 4):
         with pytest.raises(KeyboardInterrupt):
             _evaluate(run_dir, tmp_path, num_decodes)
@@ -180,6 +180,7 @@ def test_all_samples_of_one_decoding_and_several_decodings_are_not_asked_for_at_
         )
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_number_of_candidates_from_gin(tmp_path):
     _register()
     architecture = ["embed_dim=8", "mlp_dim=8", "num_heads=1", "head_dim=8", "num_layers=1"]

@@ -1,4 +1,4 @@
-"""Tables: numbers as people read them, and the best where numbers are missing."""
+"""Results: the best checkpoint where numbers are missing, and the files for people and programs."""
 
 import json
 import math
@@ -13,18 +13,6 @@ def _rows(*values, task="a"):
         {"step": step, "task": task, "metrics": {} if value is None else {"bleu": value}}
         for step, value in enumerate(values, 1)
     ]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "–"), (0, "0"), (12345, "12,345"), (12345.0, "12,345"), (0.123456, "0.1235"),
-        (-1.5, "-1.5"), (1234.5678, "1235"), (1e-7, "1e-07"), ("text", "text"), (math.nan, "nan"),
-        (math.inf, "inf"), (True, "1"),
-    ],
-)  # fmt: skip
-def test_numbers_have_four_digits_and_integers_are_whole(value, text):
-    assert results.format_value(value) == text
 
 
 @pytest.mark.parametrize(("mode", "step"), [("max", 3), ("min", 2)])
@@ -49,20 +37,12 @@ def test_an_unknown_metric_is_refused_with_the_nearest_of_all_tasks():
 
 
 def test_results_are_written_for_programs_and_for_people(tmp_path):
-    results = {"rows": _rows(1.0, 2.5), "best": None, "settings": {"split": "test"}}
-    results.write_results(str(tmp_path / "out"), results)
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    found = {"rows": _rows(1.0, 2.5), "best": None, "settings": {"split": "test"}}
+    results.write_results(str(tmp_path / "out"), found)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
     assert (tmp_path / "out" / "results.md").read_text().splitlines() == [
         "| step | task | bleu |",
         "| --- | --- | --- |",
         "| 1 | a | 1 |",
         "| 2 | a | 2.5 |",
     ]
-
-
-def test_a_table_that_is_no_terminals_is_markdown_as_it_stands(capsys):
-    # Brackets would be colours to rich.
-    results.print_table(["name", "[bold]"], [["[red]a[/red]", 0.5]])
-    assert capsys.readouterr().out.split() == (
-        results.markdown(["name", "[bold]"], [["[red]a[/red]", 0.5]]).split()
-    )

@@ -6,12 +6,13 @@ The commands themselves are stand-ins that write what the real ones write.
 import dataclasses
 import json
 import pathlib
+import re
 import shlex
 
 import pytest
 
 from diffusion_t5x.experiments import __main__ as experiments
-from diffusion_t5x.experiments import experiment_graph, report
+from diffusion_t5x.experiments import report, stages
 from diffusion_t5x.runtime.files import write_atomically
 
 METHODS = ("autoregressive", "diffusion", "ar2diff_0", "ar2diff_N")
@@ -37,7 +38,7 @@ def _values(argv):
 
 
 class FakeCommands:
-    """Writes what the commands write; dies at the stage that it is told to die at."""
+    """Writes what the commands write; is killed at the stage `die_at`, counted from 1."""
 
     def __init__(self, die_at=None):
         self.calls = []
@@ -56,7 +57,10 @@ class FakeCommands:
     def train(self, argv):
         values = _values(argv)
         self._count(values["MODEL_DIR"])
-        lines = [{"step": step, "split": "train", "seconds": float(step)} for step in (10, 20)]
+        lines = [
+            {"step": step, "split": "train", "seconds": float(step), "loss": 2.5}
+            for step in (10, 20)
+        ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(pathlib.Path(values["MODEL_DIR"]) / "metrics.jsonl", text)
 
@@ -73,7 +77,9 @@ class FakeCommands:
             "decode_seconds_per_example": 0.5,
         }
         row = {"step": 10, "task": name, "metrics": metrics}
-        results = {"rows": [row], "best": {"step": 10}}
+        best = {"step": 10, "task": name, "metric": "exact_match", "value": exact}
+        results = {"rows": [row], "best": best if "BEST_METRIC" in values else None}
+        print("a table of results")
         write_atomically(output / "results.json", json.dumps(results))
         record = {"inputs": "in", "target": "dans", "prediction": output.parent.name}
         text = (json.dumps(record) + "\n") * report.NUM_SAMPLES
@@ -96,7 +102,7 @@ def test_every_stage_runs_once_even_when_killed_in_between(tmp_path, fake):
         experiments.Run("families", None, tmp_path).run()
     first, fake.calls, fake.die_at = fake.calls, [], None
     experiments.Run("families", None, tmp_path).run()
-    # The stage that was killed is given the same command again, to go on where it was.
+    # The stage that was killed gets the same command again, which resumes it.
     assert fake.calls[0] == first[-1]
     together = first[:-1] + fake.calls
     assert len(together) == len(set(together)) == 2 * (PRETRAININGS + 3 * len(METHODS) * 3)
@@ -108,13 +114,161 @@ def test_every_stage_runs_once_even_when_killed_in_between(tmp_path, fake):
 def test_a_directory_of_other_settings_is_refused_before_anything_is_mixed(tmp_path, fake):
     experiments.Run("demo", None, tmp_path).run()
     other = experiments.Run("demo", None, tmp_path, ["--gin.BATCH_SIZE=8"])
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="is of a stage with other settings"):
         other.run()
 
 
-def test_gin_flags_reach_every_stage_after_its_own_bindings(tmp_path):
-    run = experiments.Run("demo", None, tmp_path, ["--gin.BATCH_SIZE=8"])
-    assert all(stage.argv(tmp_path)[-1] == "--gin.BATCH_SIZE=8" for stage in run.stages)
+def test_a_stage_whose_note_is_damaged_is_named_and_run_once_more(tmp_path, fake, capsys):
+    run = experiments.Run("demo", None, tmp_path)
+    run.run()
+    fake.calls = []
+    note = run.stages_dir / run.stages[0].name / "stage.json"
+    note.write_text(note.read_text()[:20])
+    run.run()
+    assert len(fake.calls) == 1
+    assert f"{note} is damaged" in capsys.readouterr().out
+
+
+def test_notes_of_earlier_versions_are_recognised(tmp_path, fake):
+    run = experiments.Run("demo", None, tmp_path)
+    run.run()
+    for stage in run.stages:
+        note = run.stages_dir / stage.name / "stage.json"
+        assert json.loads(note.read_text()) == {"argv": run.argv(stage), "finished": True}
+
+
+def test_gin_flags_and_search_paths_reach_every_stage_after_its_own_bindings(tmp_path):
+    run = experiments.Run("demo", None, tmp_path, ["--gin.BATCH_SIZE=8"], ["a", "b"])
+    last = ["--gin_search_paths=a,b", "--gin.BATCH_SIZE=8"]
+    assert all(stage.argv()[-2:] == last for stage in run.stages)
+
+
+def test_a_stage_is_one_line_in_words_and_commands_go_to_a_file(tmp_path, fake, capsys):
+    run = experiments.Run("demo", None, tmp_path)
+    run.run()
+    lines = capsys.readouterr().out.splitlines()[: len(run.stages)]
+    assert lines[:4] == [
+        "[1/15] pretrain autoregressive: step 20, loss 2.5, 0 s",
+        "[2/15] fine-tune autoregressive on embedded_translation_en_fr: step 20, loss 2.5, 0 s",
+        "[3/15] choose a checkpoint of autoregressive on embedded_translation_en_fr: step 10, "
+        "exact_match 0.99, 0 s",
+        "[4/15] test autoregressive on embedded_translation_en_fr: exact_match 0.99, bleu 99, "
+        "f1 99, pass_at_1 99, 0 s",
+    ]
+    commands = (tmp_path / "demo" / "commands.sh").read_text()
+    assert all(shlex.join(run.argv(stage)) in commands for stage in run.stages)
+    assert "{best}" not in run.argv(run.stages[-1])[-1]
+    output = run.stages_dir / run.stages[3].name / "output.txt"
+    assert output.read_text() == "a table of results\n"
+    run.run()
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == "[1/15] pretrain autoregressive: step 20, loss 2.5, finished before"
+
+
+def test_commands_and_their_output_are_shown_on_request(tmp_path, fake, capsys):
+    experiments.main(["--run", "demo", "--root", str(tmp_path), "--commands"])
+    out = capsys.readouterr().out
+    assert out.count("\n$ python -m diffusion_t5x.") == 15
+    assert out.count("a table of results") == 8
+
+
+def test_a_stage_that_fails_names_the_file_of_its_output(tmp_path, fake, capsys):
+    fake.die_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        experiments.Run("demo", None, tmp_path).run()
+    assert "stopped; its output is in" in capsys.readouterr().err
+
+
+MINE = """
+include 'experiments/common.gin'
+from __gin__ import dynamic_registration
+from diffusion_t5x.experiments import experiment_graph
+
+experiment_graph.Experiment:
+  title = 'Mine beside diffusion'
+  tasks = ('translation',)
+  methods = (
+      @autoregressive/experiment_graph.Method(),
+      @mine/experiment_graph.Method(),
+      @ar2mine/experiment_graph.Method(),
+  )
+  scale = 'laptop'
+  trajectory = 'Wednesday'
+mine/experiment_graph.Method:
+  name = 'mine'
+  label = 'my method'
+  objective = 'masked.gin'
+  learning_rate = 0.01
+  finetune_steps = 70
+  checkpoint_period = 35
+  bindings = {'MASKS': 3}
+  decoding = {'NUM_STEPS': 4}
+ar2mine/experiment_graph.Method:
+  name = 'ar2mine'
+  objective = 'masked.gin'
+  start = @autoregressive/experiment_graph.Method()
+  adapt_steps = 40
+"""
+
+
+def test_a_method_of_a_users_own_takes_one_gin_file_and_one_objective(tmp_path, fake, capsys):
+    (tmp_path / "mine.gin").write_text(MINE)
+    root = tmp_path / "runs"
+    argv = ["--run", str(tmp_path / "mine.gin"), "--root", str(root), "--gin_search_paths=objs"]
+    experiments.main(argv)
+    run = experiments.Run(str(tmp_path / "mine.gin"), "laptop", root, (), ("objs",))
+    by_name = {stage.name.partition("seed_0/")[2]: stage for stage in run.stages}
+    task = "embedded_translation_en_fr"
+    own = by_name[f"{task}/mine/train"]
+    assert "masked.gin" in own.files
+    scheduler = "optimizers.create_learning_rate_scheduler"
+    assert own.bindings[f"{scheduler}.base_learning_rate"] == 0.01
+    assert (own.steps, own.bindings["CHECKPOINT_PERIOD"], own.bindings["MASKS"]) == (70, 35, 3)
+    assert own.after[0].endswith("/pretrain_mine")
+    test = by_name[f"{task}/mine/test"].bindings
+    assert (test["MASKS"], test["NUM_STEPS"]) == (3, 4)
+    # What a method leaves open, the scale gives by the kind of decoding.
+    adapted = by_name[f"{task}/ar2mine/train"]
+    assert (adapted.steps, adapted.bindings[f"{scheduler}.step_offset"]) == (2800, 540)
+    assert by_name["adapt_ar2mine"].steps == 40
+    assert by_name["adapt_ar2mine"].after[0].endswith("/pretrain_autoregressive")
+    results = json.loads((root / "mine" / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["autoregressive", "my method", "ar2mine"]
+    out = capsys.readouterr().out
+    assert "test my method on embedded_translation_en_fr" in out
+    assert re.search("my method: +'mine'", out)  # a decoded sample
+    assert "embedded_translation_en_fr/ar2mine/train/checkpoint_10" in out
+
+
+def test_methods_that_do_not_go_together_are_refused(tmp_path):
+    diffusion = experiments.load("demo", None)[0].methods[1]
+    run = experiments.Run("demo", None, tmp_path)
+
+    def make(*methods):
+        other = dataclasses.replace(run.experiment, methods=methods)
+        return stages.make(other, run.scale, tmp_path)
+
+    other = dataclasses.replace(diffusion, label="other", objective="other.gin")
+    with pytest.raises(ValueError, match=r"'diffusion' needs a stage .*n' of other settings"):
+        make(diffusion, other)
+    with pytest.raises(ValueError, match="several methods named 'diffusion'"):
+        make(diffusion, diffusion)
+    with pytest.raises(ValueError, match="has 'diffusion'; expected a method's record"):
+        make("diffusion")
+    with pytest.raises(ValueError, match="adapt_steps = 5, but no start"):
+        dataclasses.replace(diffusion, adapt_steps=5)
+    with pytest.raises(ValueError, match="kind = 'difusion' is unknown; did you mean 'diffusion'"):
+        make(dataclasses.replace(diffusion, kind="difusion"))
+
+
+def test_the_old_name_of_the_binding_that_loads_an_experiment_gives_the_new_one(tmp_path):
+    (tmp_path / "old.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from diffusion_t5x.experiments import experiment_graph\n"
+        "experiment_graph.configured.experiment = @experiment_graph.Experiment()\n"
+    )
+    with pytest.raises(ValueError, match=r"is now experiment_graph\.load"):
+        experiments.load(str(tmp_path / "old.gin"), None)
 
 
 def test_the_demo_is_a_part_of_the_larger_comparison(tmp_path):
@@ -160,7 +314,7 @@ def test_a_plan_lists_each_stage_after_those_it_needs_with_a_command_line(name, 
     assert len(commands) == len(run.stages)
     for line, stage in zip(commands, run.stages, strict=True):
         assert shlex.split(line)[2] == f"diffusion_t5x.{stage.command}"
-        assert shlex.split(line)[3:] == stage.argv(run.stages_dir)
+        assert shlex.split(line)[3:] == run.argv(stage)
 
 
 def test_the_papers_settings_are_the_papers():
@@ -225,16 +379,14 @@ def test_results_hold_a_row_per_method_and_count_the_whole_chain(tmp_path, fake,
 
 
 def test_what_is_unknown_is_refused_with_the_nearest_name(tmp_path):
-    with pytest.raises(ValueError, match="'tabel2' is unknown; did you mean 'table2'"):
+    with pytest.raises(ValueError, match="experiment = 'tabel2' is unknown; did you mean 'table2'"):
         experiments.Run("tabel2", None, tmp_path)
-    with pytest.raises(ValueError, match="'embeded' is unknown; did you mean 'embedded'"):
+    with pytest.raises(ValueError, match="scale = 'embeded' is unknown; did you mean 'embedded'"):
         experiments.Run("table2", "embeded", tmp_path)
-    with pytest.raises(ValueError, match="method 'ar2dif_0' is unknown"):
-        experiment_graph.start_of("ar2dif_0")
-    run = experiments.Run("table2", "embedded", tmp_path)
-    other = dataclasses.replace(run.experiment, methods=("ar2diff_1K",))
-    with pytest.raises(ValueError, match=r"'1K' is unknown; .*Known: 10K, 100K"):
-        experiment_graph.stages(other, run.scale, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.gin was not found"):
+        experiments.Run("nowhere.gin", None, tmp_path)
+    with pytest.raises(ValueError, match=r"adapt_steps = 'N' is unknown; .*Known: 10K, 100K"):
+        experiments.Run("demo", "embedded", tmp_path)
 
 
 def test_the_command_lists_plans_and_refuses_other_flags(tmp_path, capsys):

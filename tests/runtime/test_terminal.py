@@ -1,6 +1,7 @@
-"""Progress: lines now and then where there is no terminal, a bar where there is one."""
+"""Progress as plain lines or as bars on a terminal, and tables as people read them."""
 
 import io
+import math
 import sys
 
 import jax
@@ -47,7 +48,7 @@ def test_the_rate_counts_only_what_was_done_here(clock, capsys):
         bar.update(50)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == lines[1]
-    assert lines[0].startswith("training: 950/1000 steps, 2.5 steps/s")
+    assert lines[0].startswith("training: 950/1000 steps, 2.5 steps/s, 0:00:20 left")
 
 
 def test_numbers_stay_beside_the_count_until_there_are_new_ones(clock, capsys):
@@ -92,10 +93,9 @@ class _Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_other_processes_than_the_first_are_silent(clock, capsys, monkeypatch, terminal):
+@pytest.mark.parametrize("stream", [io.StringIO(), _Terminal()], ids=["file", "terminal"])
+def test_other_processes_than_the_first_are_silent(clock, monkeypatch, stream):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    stream = _Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with terminal.Progress(5, "training", "steps") as bar:
         clock.now += 60.0
@@ -103,11 +103,17 @@ def test_other_processes_than_the_first_are_silent(clock, capsys, monkeypatch, t
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar_with_count_rate_and_numbers(clock, monkeypatch):
+def _terminal_of(monkeypatch):
+    """Makes standard error a terminal."""
     stream = _Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
+    return stream
+
+
+def test_a_terminal_gets_a_bar_with_count_rate_and_numbers(clock, monkeypatch):
+    stream = _terminal_of(monkeypatch)
     with terminal.Progress(100, "training", "steps", initial=10) as bar:
         clock.now += 4.0
         bar.update(20, loss=0.25)
@@ -116,3 +122,45 @@ def test_a_terminal_gets_a_bar_with_count_rate_and_numbers(clock, monkeypatch):
         assert part in text
     # The plain line is the bar's stand-in and never comes with it.
     assert "training: 30/100 steps" not in text
+
+
+def test_bars_inside_one_another_share_the_display_and_it_ends_with_the_last(clock, monkeypatch):
+    stream = _terminal_of(monkeypatch)
+    with terminal.Progress(3, "evaluating", "checkpoints") as outer:
+        for number in range(2):
+            with terminal.Progress(5, f"predict {number}", "examples") as inner:
+                inner.update(5)
+            assert [task.description for task in terminal._bars.tasks] == ["evaluating"]
+        outer.update(2)
+    assert terminal._bars is None
+    assert "predict 1" in stream.getvalue()
+    assert "2/3" in stream.getvalue()
+
+
+def test_a_title_stands_before_the_progress_inside_it(clock, capsys):
+    with terminal.titled("[2/15] fine-tune"), terminal.Progress(1, "training", "steps") as bar:
+        bar.update()
+    with terminal.Progress(1, "training", "steps") as bar:
+        bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("[2/15] fine-tune: training: 1/1 steps")
+    assert lines[1].startswith("training: 1/1 steps")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"), (0, "0"), (12345, "12,345"), (12345.0, "12,345"), (0.123456, "0.1235"),
+        (-1.5, "-1.5"), (1234.5678, "1235"), (1e-7, "1e-07"), ("text", "text"), (math.nan, "nan"),
+        (math.inf, "inf"), (True, "1"),
+    ],
+)  # fmt: skip
+def test_numbers_have_four_digits_and_integers_are_whole(value, text):
+    assert terminal.format_value(value) == text
+
+
+def test_a_table_without_a_terminal_is_markdown_as_it_stands(capsys):
+    # Brackets would be colours to rich.
+    terminal.print_table(["name", "[bold]"], [["[red]a[/red]", 0.5]])
+    expected = terminal.markdown(["name", "[bold]"], [["[red]a[/red]", 0.5]])
+    assert capsys.readouterr().out.split() == expected.split()

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import sacrebleu
+import seqio
 
 from tasks import code_execution, metrics
 
@@ -153,7 +154,7 @@ def test_code_is_judged_by_running_it():
     other = "def double(x):\n    return x + x"
     wrong = "def double(x):\n    return x ** 2"
     target = {"tests": ["assert double(2) == 4", "assert double(3) == 6"], "code": code}
-    assert metrics.code_passes([target] * 4, [code, other, wrong, "def"]) == {
+    assert metrics.CodeMetric()([target] * 4, [code, other, wrong, "def"]) == {
         "exact_match": 0.25,
         "pass_at_1": 0.5,
     }
@@ -162,13 +163,13 @@ def test_code_is_judged_by_running_it():
 def test_several_samples_give_pass_at_several_k():
     target = {"tests": ["assert x == 1"], "code": "x = 1"}
     samples = [["x = 2", "x = 1"], ["x = 2", "x = 3"]]
-    scores = metrics.code_passes([target] * 2, samples, ks=(1, 2, 3))
+    scores = metrics.CodeMetric((1, 2, 3))([target] * 2, samples)
     # One of two samples passes for the first problem; the best one comes last.
     assert scores == {"exact_match": 0.5, "pass_at_1": 0.25, "pass_at_2": 0.5}
 
 
 @pytest.mark.parametrize(
-    "metric", [metrics.exact_match, metrics.bleu, metrics.squad, metrics.code_passes]
+    "metric", [metrics.exact_match, metrics.bleu, metrics.squad, metrics.CodeMetric()]
 )
 def test_lengths_that_differ_and_nothing_at_all_are_refused(metric):
     with pytest.raises(ValueError, match="2 targets, but 1 predictions"):
@@ -184,36 +185,48 @@ def test_a_metric_of_one_text_refuses_several(metric):
 
 
 def test_programs_judged_ahead_are_not_run_again_and_equal_ones_once(monkeypatch):
-    ran = []
+    ran, metric = [], metrics.CodeMetric()
     original = code_execution.run_all
     monkeypatch.setattr(
         code_execution, "run_all", lambda jobs: ran.extend(p for p, _ in jobs) or original(jobs)
     )
     targets = [{"tests": ["assert x == 1"], "code": ""}, {"tests": ["assert x == 2"], "code": ""}]
     some = [["x = 1", "x = 2"], ["x = 1", "x = 1"]]
-    first = metrics.code_passes.judge(targets, some)
+    first = metric.judge(targets, some)
     assert first["passed"] == [[True, False], [False, False]]
     assert sorted(ran) == ["x = 1", "x = 1", "x = 2"]  # the same text under other assertions
-    scores = metrics.code_passes(targets, [[*some[0], "x = 3"], [*some[1], "x = 2"]])
+    scores = metric(targets, [[*some[0], "x = 3"], [*some[1], "x = 2"]])
     assert sorted(ran[3:]) == ["x = 2", "x = 3"]
     assert scores["pass_at_1"] == pytest.approx(1 / 3)
     assert "pass_at_10" not in scores
     # In a later process what was judged is taken back, unless limits have changed since.
     ran.clear()
-    metrics.code_passes.remember(targets, some, first)
-    assert metrics.code_passes(targets, some)["pass_at_1"] == 0.25
+    metric.judge(targets, some, first)
+    assert metric(targets, some)["pass_at_1"] == 0.25
     assert ran == []
     other = {**first, "limits": first["limits"].replace("5", "6")}
-    metrics.code_passes.remember(targets, some, other)
-    metrics.code_passes(targets, some)
+    metric.judge(targets, some, other)
+    metric(targets, some)
     assert len(ran) == 3
 
 
-def test_pass_at_1_10_and_80_are_told_where_there_are_as_many_samples():
+def test_pass_at_1_10_and_80_are_reported_for_as_many_samples():
     target = {"tests": ["assert x == 1"], "code": "x = 1"}
     samples = ["x = 1"] * 20 + ["x = 2"] * 60
-    scores = metrics.code_passes([target], [samples])
+    scores = metrics.CodeMetric()([target], [samples])
     at_10 = 1 - math.comb(60, 10) / math.comb(80, 10)
     assert scores == pytest.approx(
         {"exact_match": 0, "pass_at_1": 0.25, "pass_at_10": at_10, "pass_at_80": 1}
     )
+
+
+def test_the_code_tasks_metrics_judge_ahead_and_the_old_name_gives_the_new_one():
+    import tasks  # noqa: F401
+    from diffusion_t5x.evaluation.candidate_chunks import JudgingMetric
+
+    for name in ("embedded_code", "mbpp", "human_eval"):
+        [metric] = seqio.TaskRegistry.get(name).predict_metric_fns
+        assert isinstance(metric, JudgingMetric)
+    assert not isinstance(metrics.exact_match, JudgingMetric)
+    with pytest.raises(AttributeError, match="CodeMetric"):
+        metrics.code_passes  # noqa: B018
