@@ -12,8 +12,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data.data_shards import DataLayout
-from diffusion_t5x.data.shard_seeds import with_shard_seed
+from diffusion_t5x.data.data_shards import DataLayout, with_shard_seed
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
