@@ -307,10 +307,10 @@ def test_compiled_programs_are_kept_for_the_next_start_where_jax_or_the_cache_sa
     try:
         monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path / "ours"))
         jax.config.update("jax_compilation_cache_dir", None)
-        flags.parse(parser, [])
+        flags.start(parser, [])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours" / "xla")
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
-        flags.parse(parser, [])
+        flags.start(parser, [])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
