@@ -30,7 +30,7 @@ MODULES = {
     "data.local_files": "data.files.local_files",
     "data.shard_seeds": "data.data_shards",
     "data.sources": "data.embedded.sources",
-    "data.text_readers": "data.files.text_readers",
+    "data.text_readers": "data.files.readers",
     "decoding.blocks": "decoding.block_decoding",
     "disk_space": "runtime.disk_space",
     "drawing": "objectives.logits",

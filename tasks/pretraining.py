@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from diffusion_t5x.data import language_mixture, preprocessors
 from diffusion_t5x.data.embedded import sources
-from diffusion_t5x.data.files import text_readers
+from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks.features import register
@@ -41,7 +41,7 @@ def mc4_name(language: str) -> str:
 def _documents(name: str, field: str, **kwargs) -> LocalFilesDataSource:
     return LocalFilesDataSource(
         name,
-        lambda settings: text_readers.Documents(settings.text_field or field, settings.documents),
+        lambda settings: readers.Documents(settings.text_field or field, settings.documents),
         **kwargs,
     )
 

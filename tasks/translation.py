@@ -8,7 +8,7 @@ import seqio
 
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.embedded.translation import parse_locale
-from diffusion_t5x.data.files import text_readers
+from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFiles, LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics
@@ -18,8 +18,8 @@ WMT14_TFDS = "wmt14_translate/fr-en:1.0.0"
 WMT14_LANGUAGES = ("en", "fr")
 
 
-def _wmt14_reader(settings: LocalFiles) -> text_readers.ParallelText:
-    return text_readers.ParallelText(
+def _wmt14_reader(settings: LocalFiles) -> readers.ParallelText:
+    return readers.ParallelText(
         languages=WMT14_LANGUAGES, columns=tuple(settings.columns or WMT14_LANGUAGES)
     )
 
