@@ -71,13 +71,6 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int) and value > 0
 
 
-def task_names(mixture_or_task_name: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns one name or several as a tuple."""
-    if isinstance(mixture_or_task_name, str):
-        return (mixture_or_task_name,)
-    return tuple(mixture_or_task_name)
-
-
 def import_task_module(module: str | None) -> None:
     """Imports the module that registers tasks.
 
