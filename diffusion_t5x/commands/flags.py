@@ -79,7 +79,7 @@ def run(
     if chosen:
         from diffusion_t5x.training import topologies
 
-        topologies.devices(chosen)  # before JAX initialises the devices of this machine
+        topologies.devices(chosen)  # before JAX looks for devices of its own
         configure(args, ["settings/topology.gin"], [f"TOPOLOGY={chosen!r}"])
     else:
         configure(args)
