@@ -1,4 +1,4 @@
-"""Errors that name the new place of modules, gin files and gin names that have moved."""
+"""Errors that name the new place of modules, gin files and names that have moved."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ REPLACED = {
     "speed": "benchmarks.figure3",
     "speed_experiment": "benchmarks.figure3",
 }
-# Old gin file -> new gin file.
+# Old gin file -> new gin file, or the command that replaces it.
 GIN_FILES = {
+    "experiments/figure3.gin": "python -m benchmarks.figure3",
+    "runs/speed.gin": "python -m benchmarks.figure3",
     "settings/laptop.gin": "scales/laptop_settings.gin",
     "settings/paper.gin": "scales/paper_settings.gin",
     "settings/topology.gin": "hardware/topology.gin",
@@ -80,6 +82,8 @@ GIN_FILES = {
 }
 # Name that gin files bound -> the name that they bind now.
 GIN_NAMES = {"train_step.Trainer": "trainer.Trainer"}
+# Setting and old value -> what replaces it.
+VALUES = {("experiment", "figure3"): "python -m benchmarks.figure3"}
 
 
 class MovedModules:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+from diffusion_t5x import moved
+
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.5) -> str | None:
     """Returns the known name that most resembles `name`, or None if none does.
@@ -41,7 +43,11 @@ def check_known(name: str, known: Collection[str], setting: str) -> None:
       setting: The name of the setting that the user typed, such as 'remat' or 'objective'.
 
     Raises:
-      ValueError: naming the setting, its value, the nearest known name and all of them.
+      ValueError: naming the setting, its value, the nearest known name and all of them, or what
+        replaces the value.
     """
-    if name not in known:
-        raise ValueError(f"{setting} = {name!r} is unknown; {did_you_mean(name, known)}")
+    if name in known:
+        return
+    if replacement := moved.VALUES.get((setting, name)):
+        raise ValueError(f"{setting} {name!r} is gone; {replacement} replaces it.")
+    raise ValueError(f"{setting} = {name!r} is unknown; {did_you_mean(name, known)}")
