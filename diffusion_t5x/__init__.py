@@ -1,3 +1,7 @@
 """A JAX-native training framework that extends T5X with text diffusion."""
 
+from diffusion_t5x import moved
+
 __version__ = "0.1.0"
+
+moved.install()

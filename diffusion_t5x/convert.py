@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--partial", action="store_true", help="take what fits; the rest starts afresh")
     add("--dtype", choices=("float32", "bfloat16"), help="of parameters; default: as they are")
-    args = flags.parse(parser, argv)
+    args = flags.start(parser, argv)
     model = None
     if args.gin_file:
         import gin

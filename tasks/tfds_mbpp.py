@@ -1,7 +1,7 @@
-"""MBPP as a TFDS builder, which TFDS has none of: importing this module makes `mbpp` known to it.
+"""MBPP as a TFDS builder, which TFDS lacks; importing this module registers `mbpp` with TFDS.
 
 `tfds.load("mbpp")` and `tfds build` then work as for any other data set. Nothing is downloaded
-before it is read.
+until it is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _URL = (
 
 
 class Mbpp(tfds.core.GeneratorBasedBuilder):
-    """Mostly Basic Python Problems: description, reference program and assertions."""
+    """Mostly Basic Python Problems: descriptions, reference programs and assertions."""
 
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="full", description="All problems.", version=VERSION)

@@ -1,14 +1,16 @@
-"""Translation: WMT14, and CLDR's dates, durations, amounts, units and names between any locales."""
+"""Translation: WMT14, and dates, durations, amounts, units and names of CLDR in any locales."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import seqio
 
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.embedded.translation import parse_locale
-from diffusion_t5x.data.files import text_readers
+from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFiles, LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
 from tasks import metrics
@@ -18,14 +20,20 @@ WMT14_TFDS = "wmt14_translate/fr-en:1.0.0"
 WMT14_LANGUAGES = ("en", "fr")
 
 
-def _wmt14_reader(settings: LocalFiles) -> text_readers.ParallelText:
-    return text_readers.ParallelText(
+def _wmt14_reader(settings: LocalFiles) -> readers.ParallelText:
+    return readers.ParallelText(
         languages=WMT14_LANGUAGES, columns=tuple(settings.columns or WMT14_LANGUAGES)
     )
 
 
-def _register(name: str, source: seqio.DataSource, inputs: str, targets: str, metric_fns) -> str:
-    """A task that translates one field of a source into another."""
+def _register(
+    name: str,
+    source: seqio.DataSource,
+    inputs: str,
+    targets: str,
+    metric_fns: Sequence[Callable[..., Any]],
+) -> str:
+    """Registers a task that translates one field of a source into another."""
     rekey = functools.partial(
         seqio.preprocessors.rekey, key_map={"inputs": inputs, "targets": targets}
     )
@@ -33,7 +41,11 @@ def _register(name: str, source: seqio.DataSource, inputs: str, targets: str, me
 
 
 def register_translation(source_locale: str, target_locale: str) -> str:
-    """Registers `embedded_translation_{source}_{target}` once, and returns its name.
+    """Registers `embedded_translation_{source}_{target}`, and returns its name.
+
+    Args:
+      source_locale: The CLDR name of the source locale, e.g. 'en'.
+      target_locale: The CLDR name of the target locale, e.g. 'fr'.
 
     Raises:
       ValueError: if CLDR lacks one of the locales.

@@ -1,4 +1,4 @@
-"""What `train`, `eval` and `infer` share: T5X's flags, gin, and the processes of a pod slice."""
+"""T5X's command-line flags, and the start of a command: TensorFlow, compilation cache, pod, gin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ GIN_FLAG = "--gin."
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that T5X's commands have, under the same names, and `--dry_run`."""
+    """Returns a parser of the flags of T5X's commands, under the same names, and `--dry_run`.
+
+    Args:
+      description: The first lines of `--help`.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         allow_abbrev=False,
@@ -30,9 +34,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--distributed",
         action="store_true",
-        help="join the processes of this pod, GKE or Slurm job",
+        help="join the processes of this TPU pod, GKE job or Slurm job",
     )
-    add("--coordinator_address", help="host:port of process 0, where several processes run")
+    add("--coordinator_address", help="host:port of process 0, for runs of several processes")
     add("--process_count", type=int, help="number of processes")
     add("--process_index", type=int, help="index of this process")
     add("--dry_run", action="store_true", help="build and compile everything, then stop")
@@ -40,7 +44,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-    """Turns each `--gin.NAME=VALUE` into `--gin_bindings=NAME=VALUE`."""
+    """Rewrites each `--gin.NAME=VALUE` as `--gin_bindings=NAME=VALUE`."""
     return [
         f"--gin_bindings={arg[len(GIN_FLAG) :]}" if arg.startswith(GIN_FLAG) else arg
         for arg in argv
@@ -50,28 +54,28 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 def run(
     function: str, description: str, argv: Sequence[str] | None = None, *, topology: bool = False
 ) -> Any:
-    """Parses flags and gin files, then calls the gin-configured `function`.
+    """Starts a command, parses its gin files, and calls the gin-configured `function`.
 
     Args:
-      function: dotted path of the function to call, e.g. 'diffusion_t5x.training.loop.train'.
-      description: first lines of `--help`.
-      argv: the arguments after the program's name; None for this process's.
-      topology: whether a dry run may be for devices that are not there, `--topology`.
+      function: The dotted path of the function, e.g. 'diffusion_t5x.training.loop.train'.
+      description: The first lines of `--help`.
+      argv: The arguments after the program's name; None for this process's.
+      topology: True if the command has `--topology`, a dry run for absent devices.
 
     Returns:
-      What the function returns.
+      The function's result.
 
     Raises:
-      SystemExit: for flags that are wrong.
+      SystemExit: if a flag is wrong.
     """
     parser = make_parser(description)
     if topology:
         text = "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, instead"
         parser.add_argument("--topology", help=text)
-    args = parse(parser, argv)
+    args = start(parser, argv)
     chosen = getattr(args, "topology", None)
     if chosen and not args.dry_run:
-        parser.error(f"--topology={chosen} is for --dry_run: those devices are not there.")
+        parser.error(f"--topology={chosen} is for --dry_run, which needs no devices.")
     if chosen:
         from diffusion_t5x.training import topologies
 
@@ -86,19 +90,36 @@ def run(
     return configured(dry_run=True) if args.dry_run else configured()
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses `argv`, or this process's arguments, and joins the processes that they tell of."""
+def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses flags, then imports TensorFlow, sets the compilation cache and joins the pod.
+
+    Args:
+      parser: A parser from `make_parser`, perhaps with further flags.
+      argv: The arguments after the program's name; None for this process's.
+
+    Returns:
+      The values of the flags.
+
+    Raises:
+      SystemExit: if a flag is wrong.
+    """
     args = parser.parse_args(rewrite_gin_flags(sys.argv[1:] if argv is None else argv))
     _import_tensorflow()
-    _keep_compiled_programs()
-    _initialize_processes(args)
+    _set_compilation_cache()
+    _join_processes(args)
     return args
 
 
 def configure(
     args: argparse.Namespace, files: Sequence[str] = (), bindings: Sequence[str] = ()
 ) -> None:
-    """Parses gin files and bindings, `files` and `bindings` before those of the command line."""
+    """Parses gin files and bindings, and passes the data flags to SeqIO.
+
+    Args:
+      args: The values of the flags.
+      files: Gin files to parse before those of the command line.
+      bindings: Bindings `NAME=VALUE` to parse before those of the command line.
+    """
     import gin
     from diffusion_t5x import gin_utils
 
@@ -109,43 +130,43 @@ def configure(
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow, which only reads data here: without an accelerator, without chatter.
+    """Imports TensorFlow, which only reads data here, without its GPUs.
 
-    What its libraries print while they load, before any setting can quiet them, is let go of.
+    Discards what TensorFlow prints while it loads, before its log level can be set.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
     sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 2)
         try:
             import tensorflow as tf
 
             tf.config.set_visible_devices([], "GPU")
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
-def _keep_compiled_programs() -> None:
-    """Compiles a program once per machine and version of it, not once per start.
+def _set_compilation_cache() -> None:
+    """Keeps compiled functions on disk, so that a restart does not compile them again.
 
-    The directory is JAX's own setting (`JAX_COMPILATION_CACHE_DIR`, which may name a bucket that
-    all hosts of a pod share), else `xla` in this project's file_cache.
+    JAX's own setting (`JAX_COMPILATION_CACHE_DIR`, which may name a bucket that all hosts of a pod
+    share) has precedence over `xla` in this project's cache.
     """
     import jax
 
     from diffusion_t5x.data.embedded import file_cache
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(file_cache.cache_dir() / "xla"))
 
 
-def _initialize_processes(args: argparse.Namespace) -> None:
-    """Joins the processes of a multi-process run, where flags say so.
+def _join_processes(args: argparse.Namespace) -> None:
+    """Joins the processes of a multi-process run if the flags ask for it.
 
-    What the flags leave out JAX finds in the environment of a TPU pod, of GKE, Slurm or MPI.
+    JAX reads what the flags leave out from the environment of a TPU pod, GKE, Slurm or MPI.
     """
     if args.coordinator_address is None and not args.distributed:
         return
@@ -155,7 +176,7 @@ def _initialize_processes(args: argparse.Namespace) -> None:
 
 
 def _configure_seqio(args: argparse.Namespace) -> None:
-    """Hands the data flags on to SeqIO."""
+    """Passes the data flags to SeqIO."""
     cache_dirs = [path for path in args.seqio_additional_cache_dirs.split(",") if path]
     if not cache_dirs and not args.tfds_data_dir:
         return

@@ -1,4 +1,4 @@
-"""Several processes on this machine that form one run, as the hosts of a pod slice do."""
+"""Several processes on this machine that form one run, as the hosts of a TPU slice do."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import IO
+from collections.abc import Sequence
+from concurrent import futures
+from typing import IO, cast
 
 from diffusion_t5x.runtime.exit_codes import RESTARTABLE
 
-GRACE_SECONDS = 60.0  # between asking processes to stop and stopping them
+GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Returns a port of this machine that is not in use."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def process_argv(command: Sequence[str], processes: int, index: int, port: int) -> list[str]:
-    """The command line of one process.
+    """Returns the command line of one process.
 
     Args:
-      command: what each process runs, `python -m diffusion_t5x.train ...`.
-      processes: how many there are.
-      index: which one this is.
-      port: that the first listens on.
+      command: The command line common to all processes, `python -m diffusion_t5x.train ...`.
+      processes: The number of processes.
+      index: The index of this process.
+      port: The port that process 0 listens on.
     """
     if processes == 1:
         return list(command)
@@ -44,7 +44,11 @@ def process_argv(command: Sequence[str], processes: int, index: int, port: int) 
 
 
 def process_environment(devices: int | None) -> dict[str, str]:
-    """This environment, with so many simulated CPU devices; None leaves the devices as they are."""
+    """Returns this environment with simulated CPU devices.
+
+    Args:
+      devices: The number of devices per process; None keeps the real devices.
+    """
     environment = dict(os.environ)
     if devices is not None:
         flags = environment.get("XLA_FLAGS", "")
@@ -59,94 +63,85 @@ def _copy_lines(source: IO[bytes], prefix: str) -> None:
         sys.stdout.flush()
 
 
-class Group:
-    """The processes of one attempt; all end when one of them fails."""
+def _signal(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
 
-    def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str]):
-        """Starts the processes, the output of each behind its index."""
-        self.processes = [
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for command in commands
-        ]
-        self._readers = [
-            threading.Thread(target=_copy_lines, args=(process.stdout, f"[{index}] "), daemon=True)
-            for index, process in enumerate(self.processes)
-        ]
-        for reader in self._readers:
-            reader.start()
 
-    def signal(self, number: int) -> None:
-        """Sends a signal to the processes that still run."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    return next((code for process in processes if (code := process.poll())), 0)
 
-    def wait(self) -> int:
-        """Waits for the end; the code of the first process that failed, or 0.
 
-        A process that fails leaves the others waiting for it, so they are stopped: asked first,
-        since they may still be saving, and killed after `GRACE_SECONDS`.
-        """
-        failed, deadline = 0, None
-        while any(process.poll() is None for process in self.processes):
-            codes = [process.poll() for process in self.processes]
-            if deadline is None and any(codes):
-                failed = next(code for code in codes if code)
-                self.signal(signal.SIGTERM)
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                self.signal(signal.SIGKILL)
-            time.sleep(0.05)
-        for reader in self._readers:
-            reader.join()
-        return failed or next((p.returncode for p in self.processes if p.returncode), 0)
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all processes, and returns the exit code of the first that failed, or 0.
+
+    The others would wait for a process that failed. They get SIGTERM, since they may still be
+    saving, and SIGKILL after `GRACE_SECONDS`.
+    """
+    failed, deadline = 0, float("inf")
+    while any(process.poll() is None for process in processes):
+        failed = failed or _first_failure(processes)
+        if failed and deadline == float("inf"):
+            _signal(processes, signal.SIGTERM)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            _signal(processes, signal.SIGKILL)
+        time.sleep(0.05)
+    return failed or _first_failure(processes)
 
 
 def run(command: Sequence[str], processes: int, devices: int | None, max_restarts: int) -> int:
-    """Runs the command in so many processes, again each time that it was preempted or hung.
+    """Runs a command in several processes, and restarts them after preemption or a hang.
 
-    SIGTERM and interrupts to this process are handed on, and then nothing is started again.
+    The output of each process is printed behind its index. SIGTERM and SIGINT end the processes,
+    which are then not restarted.
 
     Args:
-      command: what each process runs.
-      processes: how many.
-      devices: simulated CPU devices of each; None for the devices that there are.
-      max_restarts: restarts after preemption or a hang.
+      command: The command line common to all processes.
+      processes: The number of processes.
+      devices: Simulated CPU devices per process; None keeps the real devices.
+      max_restarts: The maximum number of restarts.
 
     Returns:
-      An exit code: 0, or that of the first process that failed.
+      The exit code of the first process that failed, or 0.
     """
+    running: list[subprocess.Popen[bytes]] = []
     stopping = False
-    group: Group | None = None
 
     def stop(number: int, frame: object) -> None:
         nonlocal stopping
         stopping = True
-        if group is not None:
-            group.signal(signal.SIGTERM)
+        _signal(running, signal.SIGTERM)
+
+    def attempt() -> int:
+        port, environment = free_port(), process_environment(devices)
+        running.clear()
+        with futures.ThreadPoolExecutor(processes) as readers:
+            for index in range(processes):
+                process = subprocess.Popen(
+                    process_argv(command, processes, index, port),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                running.append(process)
+                readers.submit(_copy_lines, cast(IO[bytes], process.stdout), f"[{index}] ")
+            if stopping:  # a signal may have come before the last process was in the list
+                _signal(running, signal.SIGTERM)
+            return _wait(running)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for attempt in range(max_restarts + 1):
-            port = free_port()
-            commands = [process_argv(command, processes, i, port) for i in range(processes)]
-            group = Group(commands, process_environment(devices))
-            if stopping:
-                group.signal(signal.SIGTERM)
-            code = group.wait()
-            if code not in RESTARTABLE or stopping or attempt == max_restarts:
-                return code
-            print(
-                f"{RESTARTABLE[code]}; restart {attempt + 1} of at most {max_restarts}", flush=True
-            )
-        raise AssertionError("the last attempt returns")
+        code = attempt()
+        for restart in range(1, max_restarts + 1):
+            if code not in RESTARTABLE or stopping:
+                break
+            print(f"{RESTARTABLE[code]}; restart {restart} of at most {max_restarts}", flush=True)
+            code = attempt()
+        return code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

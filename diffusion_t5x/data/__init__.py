@@ -1,1 +1,7 @@
-"""Data: what SeqIO lacks, and the embedded text."""
+"""Data: from SeqIO tasks, mixtures and sources to batches of a process.
+
+`datasets` reads tasks, `data_shards` divides batches, `feature_converters` and `preprocessors` add
+what SeqIO lacks, `vocabularies` and `detokenize` translate between text and tokens. Two annexes
+bring text: `embedded` needs no download, `files` reads users' own. Runtime, training, evaluation
+and tasks import this room; it imports no other room. Task names, networks and JAX never enter.
+"""

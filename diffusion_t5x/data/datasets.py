@@ -1,9 +1,8 @@
-"""From a SeqIO task or mixture to batches: a process's share, resumable at the exact example."""
+"""Batches of SeqIO tasks and mixtures: each process's rows, resumable at the exact example."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data.data_shards import DataLayout
-from diffusion_t5x.data.shard_seeds import with_shard_seed
+from diffusion_t5x.data.data_shards import DataLayout, with_shard_seed
+from diffusion_t5x.names import check_known, nearest
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -21,24 +20,24 @@ FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Which examples to read, and how (the fields and meanings of T5X's `DatasetConfig`).
+    """The examples to read, and how to batch them; the fields are those of T5X's `DatasetConfig`.
 
     Attributes:
-      mixture_or_task_name: a registered SeqIO task or mixture; commands that evaluate also take
-        a tuple of names.
-      task_feature_lengths: maximum tokens per task feature, e.g. `{'inputs': 64, 'targets': 32}`;
-        None, where evaluating, for the longest of the split.
-      split: name of the split, e.g. 'train'.
-      batch_size: examples per global batch, over all processes.
-      shuffle: whether to shuffle examples.
-      seed: of shuffling and of random preprocessors; None takes the run's `random_seed`.
-      use_cached: read SeqIO's offline cache instead of preprocessing on the fly.
-      pack: pack several examples into one row, where the objective allows it.
-      use_custom_packing_ops: SeqIO's compiled packing.
-      module: Python module to import first, which registers the task.
+      mixture_or_task_name: The name of a registered SeqIO task or mixture; for commands that
+        evaluate, also a tuple of names.
+      task_feature_lengths: Maximum tokens per task feature, e.g. `{'inputs': 64, 'targets': 32}`;
+        for commands that evaluate, None takes the longest of the split.
+      split: The name of the split, e.g. 'train'.
+      batch_size: Examples per global batch, over all processes.
+      shuffle: Shuffles the examples if True.
+      seed: The seed of shuffling and of random preprocessors; None takes the run's `random_seed`.
+      use_cached: Reads SeqIO's offline cache, instead of preprocessing on the fly, if True.
+      pack: Packs several examples into one row if True, which the objective must allow.
+      use_custom_packing_ops: Uses SeqIO's compiled packing if True.
+      module: The Python module that registers the task, imported first; None imports nothing.
 
     Raises:
-      ValueError: if a size or a length is no positive whole number.
+      ValueError: if a size or a length is not a positive integer.
     """
 
     mixture_or_task_name: str | tuple[str, ...]
@@ -52,7 +51,7 @@ class DatasetConfig:
     use_custom_packing_ops: bool = False
     module: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _is_positive(self.batch_size):
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size!r}; expected a positive whole number, a multiple "
@@ -73,10 +72,15 @@ def _is_positive(value: object) -> bool:
 
 
 def import_task_module(module: str | None) -> None:
-    """Imports the module that registers tasks, after gin is parsed so that its bindings apply.
+    """Imports the module that registers tasks.
+
+    Call it after gin is parsed, so that the vocabulary of the tasks is the configured one.
+
+    Args:
+      module: The name of the module; None or '' imports nothing.
 
     Raises:
-      ModuleNotFoundError: if there is no such module; the message names the setting.
+      ModuleNotFoundError: if the module does not exist; the message names the setting.
     """
     if not module:
         return
@@ -93,16 +97,16 @@ def import_task_module(module: str | None) -> None:
 
 
 def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
-    """The registered task or mixture.
+    """Returns a registered task or mixture.
 
     Raises:
-      ValueError: if `name` is not registered; the message offers the nearest names.
+      ValueError: if `name` is not registered; the message offers the nearest name.
     """
     known = sorted(set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names()))
     if name in known:
         return seqio.get_mixture_or_task(name)
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {known}."
+    near = nearest(name, known)  # `tasks` registers hundreds: all of them only if none is near
+    hint = f"did you mean {near!r}?" if near else f"known: {known}."
     raise ValueError(
         f"MIXTURE_OR_TASK_NAME = {name!r} is not a registered task or mixture; {hint} "
         "MIXTURE_OR_TASK_MODULE names the module that registers it."
@@ -110,32 +114,30 @@ def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
 
 
 def find_task(cfg: DatasetConfig, converter: seqio.FeatureConverter) -> seqio.Task | seqio.Mixture:
-    """The task or mixture of `cfg`, whose split and lengths are there.
+    """Returns the task or mixture of `cfg`, after checking its split and lengths.
+
+    Args:
+      cfg: The examples to read.
+      converter: The feature converter, whose task features need lengths.
 
     Raises:
-      ValueError: for an unknown task or split, or lengths that lack one of the task's features.
+      ValueError: if the task or the split is unknown, or a task feature has no length.
     """
     import_task_module(cfg.module)
     if not isinstance(cfg.mixture_or_task_name, str):
         raise ValueError(
-            f"MIXTURE_OR_TASK_NAME = {cfg.mixture_or_task_name!r}; expected one name, of a task or "
-            "of a mixture that joins several."
+            f"MIXTURE_OR_TASK_NAME = {cfg.mixture_or_task_name!r}; expected one name: of a task, "
+            "or of a mixture of several."
         )
     task = get_mixture_or_task(cfg.mixture_or_task_name)
-    if cfg.split not in task.splits:
-        near = difflib.get_close_matches(cfg.split, task.splits, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"split = {cfg.split!r} is not a split of {task.name!r}; {hint}"
-            f"Known: {', '.join(sorted(task.splits))}."
-        )
+    check_known(cfg.split, sorted(task.splits), f"{task.name!r}: split")
     given = set(cfg.task_feature_lengths or {})
     if missing := sorted(set(converter.TASK_FEATURES) - given):
-        near = difflib.get_close_matches(missing[0], given - set(converter.TASK_FEATURES), n=1)
-        hint = f"; did you mean {missing[0]!r} by {near[0]!r}?" if near else "."
+        near = nearest(missing[0], given - set(converter.TASK_FEATURES))
+        hint = f"; did you mean {missing[0]!r} by {near!r}?" if near else "."
         raise ValueError(
-            f"TASK_FEATURE_LENGTHS = {cfg.task_feature_lengths} lacks {', '.join(missing)}, of "
-            f"task {task.name!r}{hint}"
+            f"TASK_FEATURE_LENGTHS = {cfg.task_feature_lengths} lacks {', '.join(missing)}, which "
+            f"task {task.name!r} needs{hint}"
         )
     return task
 
@@ -149,21 +151,21 @@ def get_dataset(
     num_epochs: int | None = 1,
     seed: int | None = None,
 ) -> tf.data.Dataset:
-    """Converted, unbatched examples of one shard.
+    """Reads the converted, unbatched examples of one data shard.
 
     Args:
-      cfg: what to read.
-      feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
-      shard_index: this shard, in [0, num_shards).
-      num_shards: number of shards the examples are dealt to; each draws its own random numbers.
-      num_epochs: passes over the data; None repeats for ever.
-      seed: used where `cfg.seed` is None.
+      cfg: The examples to read.
+      feature_converter_cls: The model's `FEATURE_CONVERTER_CLS`.
+      shard_index: The index of the data shard, in [0, num_shards).
+      num_shards: The number of data shards; each draws its own random numbers.
+      num_epochs: Passes over the data; None repeats them without end.
+      seed: The seed if `cfg.seed` is None.
 
     Returns:
       A dataset of model features, each `[length]`.
 
     Raises:
-      ValueError: for an unknown task or split, or lengths that lack one of the task's features.
+      ValueError: if the task or the split is unknown, or a task feature has no length.
     """
     converter = feature_converter_cls(
         pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
@@ -186,19 +188,19 @@ def get_dataset(
 class DatasetIterator:
     """An endless iterator of numpy batches whose position can be saved and restored exactly.
 
-    A batch is a process's rows of a global batch, shard by shard.
+    A batch is a process's rows of a global batch, data shard by data shard.
 
     Attributes:
-      num_shards: data shards, over all processes.
-      element_spec: name -> (shape, dtype) of this process's batches.
+      num_shards: The number of data shards, over all processes.
+      element_spec: Name -> (shape, dtype) of this process's batches.
     """
 
     def __init__(self, datasets: Sequence[tf.data.Dataset], layout: DataLayout):
         """Starts reading.
 
         Args:
-          datasets: endless, of batches of the shards that `layout` says this process reads.
-          layout: how the data is dealt.
+          datasets: Endless datasets of batches, one for each shard that this process reads.
+          layout: The division of the data among shards and processes.
         """
         self._layout = layout
         self._iterators = dict(zip(layout.shards, map(iter, datasets), strict=True))
@@ -217,10 +219,10 @@ class DatasetIterator:
         return self
 
     def __next__(self) -> Batch:
-        parts = [self._next_of(shard) for shard in self._iterators]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        shards = [self._next_of(shard) for shard in self._iterators]
+        if len(shards) == 1:
+            return shards[0]
+        return {name: np.concatenate([batch[name] for batch in shards]) for name in shards[0]}
 
     def _next_of(self, shard: int) -> Batch:
         try:
@@ -228,7 +230,7 @@ class DatasetIterator:
         except StopIteration:
             raise ValueError(
                 f"data shard {shard} of {self.num_shards} has no example; expected a split with at "
-                "least one example for each data-parallel part of the mesh."
+                "least one example for each data-parallel shard of the mesh."
             ) from None
         return {name: value.numpy() for name, value in batch.items()}
 
@@ -236,18 +238,25 @@ class DatasetIterator:
         return f"{os.fspath(path)}-{shard:05}-of-{self.num_shards:05}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the positions of the next batch to files that begin with `path`, one per shard.
+        """Writes the positions of the next batch, one file per data shard.
 
-        Where several processes read a shard, one of them writes it.
+        If several processes read a shard, one of them writes its position.
+
+        Args:
+          path: The beginning of the files' names.
         """
         for shard in self._layout.saved:
             self._checkpoints[shard].write(self._file(path, shard))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Goes on where `save(path)` was called, by however many processes.
+        """Resumes at the batch before which `save(path)` was called, by any number of processes.
+
+        Args:
+          path: The beginning of the files' names.
 
         Raises:
-          tf.errors.NotFoundError: if nothing was saved at `path`, or for another number of shards.
+          tf.errors.NotFoundError: if no position was saved at `path`, or if it was saved for
+            another number of data shards.
         """
         for shard, checkpoint in self._checkpoints.items():
             checkpoint.read(self._file(path, shard)).assert_consumed()
@@ -260,21 +269,24 @@ def get_training_iterator(
     layout: DataLayout | None = None,
     seed: int = 0,
 ) -> DatasetIterator:
-    """Endless batches of this process's rows, `[rows, length]`.
+    """Returns an endless iterator of this process's rows of training batches.
 
     Args:
-      cfg: what to read.
-      feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
-      layout: how global batches of `cfg.batch_size` are dealt; None for one shard, one process.
-      seed: used where `cfg.seed` is None.
+      cfg: The examples to read.
+      feature_converter_cls: The model's `FEATURE_CONVERTER_CLS`.
+      layout: The division of global batches of `cfg.batch_size`; None for one shard, one process.
+      seed: The seed if `cfg.seed` is None.
+
+    Returns:
+      An iterator of batches, name -> `[rows, length]`.
 
     Raises:
-      ValueError: as `get_dataset` does; from the first batch, if a shard has no example.
+      ValueError: as `get_dataset` does; at the first batch, if a data shard has no example.
     """
     layout = layout or DataLayout(cfg.batch_size)
     options = tf.data.Options()
     options.deterministic = True
-    # A task is a chain of small maps: joined, they cost the host much less.
+    # A task is a chain of small maps; fused, they cost much less host time.
     options.experimental_optimization.map_fusion = True
     options.experimental_optimization.filter_fusion = True
     options.experimental_optimization.map_and_batch_fusion = True
@@ -296,7 +308,7 @@ def get_training_iterator(
 
 
 def pad_batch(batch: Batch, batch_size: int) -> Batch:
-    """Fills a batch up to `batch_size` rows with rows of zeros, whose loss weights are zero."""
+    """Pads a batch to `batch_size` rows with rows of zeros, whose loss weights are zero."""
     missing = batch_size - len(next(iter(batch.values())))
     return {
         name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
@@ -312,18 +324,21 @@ def get_eval_batches(
     num_batches: int | None = None,
     seed: int = 0,
 ) -> Iterator[Batch]:
-    """One pass over a split: this process's rows of full global batches, in the data's order.
+    """Yields this process's rows of one pass over a split, in the order of the data.
 
-    The last batch is filled with rows of zeros. Every process reads the split and takes its rows of
-    each batch after conversion, so no row is seen twice or lost, and all processes get as many
-    batches, whatever the number of source files and of texts packed into a row.
+    The last batch is padded with rows of zeros. Every process reads the whole split and takes its
+    rows of each batch after conversion. So no row is repeated or lost, and all processes get the
+    same number of batches, whatever the number of source files and of texts packed into a row.
 
     Args:
-      cfg: what to read.
-      feature_converter_cls: the model's `FEATURE_CONVERTER_CLS`.
-      layout: how global batches of `cfg.batch_size` are dealt; None for one shard, one process.
-      num_batches: at most so many batches; None for the whole split.
-      seed: used where `cfg.seed` is None.
+      cfg: The examples to read.
+      feature_converter_cls: The model's `FEATURE_CONVERTER_CLS`.
+      layout: The division of global batches of `cfg.batch_size`; None for one shard, one process.
+      num_batches: The maximum number of batches; None for the whole split.
+      seed: The seed if `cfg.seed` is None.
+
+    Yields:
+      Batches, name -> `[rows, length]`.
 
     Raises:
       ValueError: as `get_dataset` does.

@@ -1,4 +1,4 @@
-"""Feature converters: what SeqIO's own lack for canvases whose padding is learned."""
+"""A SeqIO feature converter for canvases whose padding is learned."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ EncDecFeatureConverter = seqio.EncDecFeatureConverter
 
 
 class CanvasFeatureConverter(seqio.EncDecFeatureConverter):
-    """Pads every target to the canvas length and counts the padding in the loss.
+    """A converter that pads targets to the canvas length and counts the padding in the loss.
 
-    Same features and lengths as `seqio.EncDecFeatureConverter`, except that
-    `decoder_loss_weights` is 1 at every position of the canvas, padding included, because
-    padding is how a model without a length predictor learns where the text ends (arXiv
-    2401.17181, section 3). How much padding counts is then the objective's `padding_weight`.
+    Features and lengths are those of `seqio.EncDecFeatureConverter`, except that
+    `decoder_loss_weights` is 1 at every position of the canvas, padding included: padding is how a
+    model without a length predictor learns where the text ends (arXiv 2401.17181, section 4.1).
+    The objective's `padding_weight` then scales the padding.
 
     Raises:
-      ValueError: if packing is asked for: a canvas holds one text, whose end is learned.
+      ValueError: if `pack` is True: a canvas holds one text, whose end is learned.
     """
 
     def __init__(self, pack: bool = False, **kwargs):
         if pack:
             raise ValueError(
                 "pack = True, but this objective denoises padded canvases and needs pack = False: "
-                "the padding after a text is part of what is learned."
+                "it learns the padding after a text."
             )
         super().__init__(pack=False, **kwargs)
 

@@ -1,4 +1,4 @@
-"""SeqIO preprocessors for pretraining: prefix LM and span corruption of documents."""
+"""SeqIO preprocessors for pretraining on documents: prefix LM and span corruption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Features = Mapping[str, tf.Tensor]
 
 
 def chunk(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
-    """Cuts 'targets' `[n]` into consecutive pieces of at most `length` tokens, none under 2."""
+    """Cuts 'targets' `[n]` into consecutive pieces of 2 to `length` tokens."""
 
     def pieces(features: Features) -> tf.data.Dataset:
         tokens = features["targets"]
@@ -24,24 +24,28 @@ def chunk(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
 
 
 def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
-    """Splits documents in two: 'inputs' is the prefix, 'targets' what follows it.
+    """Splits documents into a prefix, 'inputs', and its continuation, 'targets'.
 
-    Long documents are cut to pieces of at most inputs + targets tokens (one of the targets' is
-    left for the end-of-text token); each is split at a random position that leaves at least one
-    token on either side and fits both lengths.
+    Long documents are cut into pieces that fit both lengths, with one token of the targets reserved
+    for the end-of-text token. Each piece is split at a random position with at least one token on
+    either side.
 
     Args:
-      dataset: of `{'targets': tokens [n]}`.
-      sequence_length: maximum tokens of 'inputs' and 'targets'.
+      dataset: Examples `{'targets': tokens [n]}`.
+      sequence_length: Maximum tokens of 'inputs' and 'targets'.
+
+    Returns:
+      Examples `{'inputs': tokens, 'targets': tokens}`.
 
     Raises:
-      ValueError: if the lengths leave no room for a token on either side.
+      ValueError: if the lengths have no room for a token on either side.
     """
     inputs_length, targets_length = sequence_length["inputs"], sequence_length["targets"] - 1
     if min(inputs_length, targets_length) < 1:
         raise ValueError(
-            f"TASK_FEATURE_LENGTHS = {sequence_length} has no room for a prefix and what follows "
-            "it; expected at least 1 token of inputs and 2 of targets (one ends the text)."
+            f"TASK_FEATURE_LENGTHS = {sequence_length} has no room for a prefix and its "
+            "continuation; expected at least 1 token of inputs and 2 of targets (one ends the "
+            "text)."
         )
 
     @seqio.map_over_dataset(num_seeds=1)
@@ -59,7 +63,16 @@ def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> t
 def span_corruption_lengths(
     num_tokens: int, noise_density: float, mean_span_length: float
 ) -> tuple[int, int]:
-    """Tokens of 'inputs' and 'targets' (end-of-text included) that `num_tokens` turn into."""
+    """Returns the numbers of tokens of 'inputs' and 'targets' after span corruption.
+
+    Args:
+      num_tokens: Tokens of the document.
+      noise_density: The fraction of tokens in corrupted spans.
+      mean_span_length: Tokens per span, on average.
+
+    Returns:
+      The length of 'inputs', and that of 'targets' including the end-of-text token.
+    """
     num_noise, num_spans = _noise_sizes(num_tokens, noise_density, mean_span_length)
     return num_tokens - num_noise + num_spans, num_noise + num_spans + 1
 
@@ -70,10 +83,10 @@ def _noise_sizes(size: int, noise_density: float, mean_span_length: float) -> tu
     return num_noise, num_spans
 
 
-def _random_lengths(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """`[parts]` positive integers that sum to `total`, each such division equally likely."""
-    cuts = tf.random.experimental.stateless_shuffle(tf.range(1, total), seed)[: parts - 1]
-    edges = tf.concat([[0], tf.sort(cuts), [total]], axis=0)
+def _random_lengths(total: tf.Tensor, count: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draws positive integers `[count]` that sum to `total`, each such division equally likely."""
+    cuts = tf.random.experimental.stateless_shuffle(tf.range(1, total), seed)[: count - 1]
+    edges = tf.concat([[0], tf.sort(cuts), [total]], axis=0)  # [count + 1]
     return edges[1:] - edges[:-1]
 
 
@@ -84,20 +97,25 @@ def span_corruption(
     noise_density: float = 0.15,
     mean_span_length: float = 3.0,
 ) -> tf.data.Dataset:
-    """T5's span corruption (Raffel et al. 2020, section 3.1.4), without end-of-text tokens.
+    """Replaces random spans by sentinels, as T5's span corruption (Raffel et al. 2020, 3.1.4).
 
-    Random spans are replaced in 'inputs' by the vocabulary's sentinels, see
-    `vocabularies.sentinel_ids`; 'targets' repeats each followed by the tokens that it stands for.
+    'inputs' has a sentinel of the vocabulary in place of each span, see
+    `vocabularies.sentinel_ids`; 'targets' has each sentinel and the tokens that it replaced. The
+    end-of-text tokens are not added here.
 
     Args:
-      dataset: of `{'targets': tokens [n]}`.
-      sequence_length: maximum tokens of 'inputs' and 'targets'; documents are cut so as to fit.
-      output_features: whose vocabulary has the sentinels.
-      noise_density: fraction of tokens in spans.
-      mean_span_length: tokens per span, on average.
+      dataset: Examples `{'targets': tokens [n]}`.
+      sequence_length: Maximum tokens of 'inputs' and 'targets'; documents are cut to fit both.
+      output_features: The features of the task; the sentinels are those of the vocabulary of
+        'targets'.
+      noise_density: The fraction of tokens in corrupted spans.
+      mean_span_length: Tokens per span, on average.
+
+    Returns:
+      Examples `{'inputs': tokens, 'targets': tokens}`.
 
     Raises:
-      ValueError: if the lengths leave no room, or need more sentinels than there are.
+      ValueError: if the lengths have no room for a span, or need more sentinels than there are.
     """
     all_sentinels = sentinel_ids(output_features["targets"].vocabulary)
     fits = [
@@ -137,6 +155,7 @@ def span_corruption(
             ],
             axis=1,
         )
+        # lengths [spans, 2] -> is_noise [size]
         is_noise = tf.repeat(tf.tile([False, True], [spans]), tf.reshape(lengths, [-1]))
         sentinels = tf.constant(all_sentinels, tf.int32)[:spans]
         return {
@@ -148,14 +167,14 @@ def span_corruption(
 
 
 def _replace_spans(tokens: tf.Tensor, dropped: tf.Tensor, sentinels: tf.Tensor) -> tf.Tensor:
-    """Drops tokens; the i-th sentinel stands for the i-th span of dropped ones.
+    """Replaces the i-th span of dropped tokens by the i-th sentinel.
 
     Args:
-      tokens: `[n]`.
-      dropped: `[n]` bool.
-      sentinels: one per span.
+      tokens: Tokens, `[n]`.
+      dropped: True for the tokens to drop, `[n]`.
+      sentinels: The sentinels, one per span.
     """
-    starts = dropped & ~tf.concat([[False], dropped[:-1]], axis=0)
-    span = tf.maximum(tf.cumsum(tf.cast(starts, tf.int32)) - 1, 0)
+    starts = dropped & ~tf.concat([[False], dropped[:-1]], axis=0)  # [n]
+    span = tf.maximum(tf.cumsum(tf.cast(starts, tf.int32)) - 1, 0)  # [n], the index of the span
     replaced = tf.where(starts, tf.gather(sentinels, span), tf.cast(tokens, tf.int32))
     return tf.boolean_mask(replaced, ~dropped | starts)

@@ -1,4 +1,4 @@
-"""TFDS data sets as SeqIO sources that prepare themselves."""
+"""TFDS data sets as SeqIO data sources that prepare themselves."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import tensorflow as tf
 
 
 class TfdsDataSource(seqio.TfdsDataSource):
-    """SeqIO's, which asks a data set for its shards before it is there; this one prepares it first.
+    """A `seqio.TfdsDataSource` that prepares its data set before it reads it.
 
-    Nothing is looked up, read or downloaded before a split is asked for.
+    Nothing is looked up, read or downloaded until a split is read.
     """
 
     def _prepare(self) -> None:
-        """Downloads and prepares the data set unless it is there.
+        """Downloads and prepares the data set unless it is prepared already.
 
         Raises:
-          RuntimeError: if that fails; the message says where it was looked for.
+          RuntimeError: if that fails; the message names the directory of the data set.
         """
         builder = self.tfds_dataset.builder
         if builder.is_prepared():
@@ -34,16 +34,16 @@ class TfdsDataSource(seqio.TfdsDataSource):
             ) from error
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """The files of a split."""
+        """Lists the files of a split."""
         self._prepare()
         return super().list_shards(split)
 
     def num_input_examples(self, split: str) -> int | None:
-        """Examples of a split."""
+        """Returns the number of examples of a split."""
         self._prepare()
         return super().num_input_examples(split)
 
     def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
-        """See `seqio.DataSource`."""
+        """Returns the examples of a split; see `seqio.DataSource`."""
         self._prepare()
         return super().get_dataset(*args, **kwargs)

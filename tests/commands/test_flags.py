@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -267,6 +269,17 @@ def test_help_shows_every_flag_of_t5x(command, capsys):
         assert f"--{flag}" in text
 
 
+def test_help_and_gin_utils_need_neither_jax_nor_tensorflow():
+    text = (
+        "import contextlib, sys\n"
+        "from diffusion_t5x import gin_utils, train\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    train.main(['--help'])\n"
+        "sys.exit(bool({'jax', 'flax', 'tensorflow'} & set(sys.modules)))\n"
+    )
+    subprocess.run([sys.executable, "-c", text], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_gin_flags_become_bindings_whatever_their_value():
     argv = ["--gin.A=1", "--gin_file=f.gin", "--gin.x.y=--gin.z", "--gin_bindings=B = 2"]
     assert flags.rewrite_gin_flags(argv) == [
@@ -299,7 +312,7 @@ def test_flags_of_processes_and_data_reach_jax_and_seqio(pretrained, tmp_path, m
     assert calls == {"processes": ("host:1234", 2, 1), "caches": ["/one", "/two"], "tfds": "/three"}
 
 
-def test_compiled_programs_are_kept_for_the_next_start_where_jax_or_the_cache_says(
+def test_compiled_functions_are_kept_for_the_next_start_where_jax_or_the_cache_says(
     tmp_path, monkeypatch
 ):
     before = jax.config.jax_compilation_cache_dir
@@ -307,10 +320,10 @@ def test_compiled_programs_are_kept_for_the_next_start_where_jax_or_the_cache_sa
     try:
         monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path / "ours"))
         jax.config.update("jax_compilation_cache_dir", None)
-        flags.parse(parser, [])
+        flags.start(parser, [])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours" / "xla")
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
-        flags.parse(parser, [])
+        flags.start(parser, [])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -47,7 +47,7 @@ def test_the_shell_loop_of_the_workers_restarts_what_is_preempted_and_nothing_el
     count = tmp_path / "count"
     for code, attempts in ((PREEMPTED, 4), (HUNG, 4), (0, 1), (3, 1), (DISK_FULL, 1)):
         count.write_text("")
-        line = launch._until_done(f"sh -c 'echo >> {count}; exit {code}'", 3)
+        line = launch._restarting(f"sh -c 'echo >> {count}; exit {code}'", 3)
         assert subprocess.run(["bash", "-c", line], check=False).returncode == code
         assert len(count.read_text().splitlines()) == attempts
 

@@ -200,31 +200,6 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
             vocabularies.get_vocabulary(str(path))
 
 
-def test_training_on_the_same_text_gives_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(vocabularies, "LINES", dict.fromkeys(vocabularies.LINES, 400))
-    monkeypatch.setattr(vocabularies, "EMBEDDED_PIECES", 450)
-    models = []
-    for name in ("one", "two"):
-        vocabularies._train_sentencepiece(tmp_path / name)
-        models.append((tmp_path / name).read_bytes())
-    assert models[0] == models[1]
-    # SentencePiece notes where its rules were, which would tell machines apart.
-    assert str(tmp_path).encode() not in models[0]
-
-
-def test_the_embedded_model_is_trained_on_training_splits_alone(monkeypatch):
-    read = []
-
-    def spy(path):
-        read.append(path)
-        return [{"text": "line"}]
-
-    monkeypatch.setattr(file_cache, "read_jsonl", spy)
-    vocabularies._training_lines()
-    assert len(read) == 5
-    assert all(path.endswith("-train.jsonl") for path in read)
-
-
 @pytest.mark.parametrize(
     "name,hint",
     [("embeded", "did you mean 'embedded'"), ("byte", "did you mean 'bytes'"), ("/no/file", "")],

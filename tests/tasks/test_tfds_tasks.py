@@ -277,7 +277,7 @@ def test_four_fifths_of_pretraining_are_mc4_and_the_rest_python(objective, monke
 
 
 def test_the_stack_says_what_to_set_where_it_is_not():
-    with pytest.raises(ValueError, match=r"'the_stack' is in no TFDS; set LOCAL_FILES = \{'the_st"):
+    with pytest.raises(ValueError, match=r"TFDS lacks 'the_stack'; set LOCAL_FILES = \{'the_st"):
         seqio.get_mixture_or_task("the_stack_prefix_lm").get_dataset(LENGTHS, "train")
 
 

@@ -87,15 +87,15 @@ def compilation_is_an_error(monkeypatch):
 # What is typed wrong -> the error, and what its message says.
 MISTAKES = {
     "a gin file": (["--gin_file=models/tyny.gin"], FileNotFoundError,
-        ["--gin_file=models/tyny.gin", "did you mean models/tiny.gin?"]),
+        ["--gin_file=models/tyny.gin", "did you mean 'models/tiny.gin'?"]),
     "a macro": (["--gin.TRAIN_STPES=2"], ValueError,
         ["--gin.TRAIN_STPES=2", "did you mean 'TRAIN_STEPS'?"]),
     "a macro in a file": (["--gin_file={tmp}/mine.gin"], ValueError,
         ["mine.gin sets 'BATCH_SIZ', which nothing reads; did you mean 'BATCH_SIZE'?"]),
     "a parameter": (["--gin.trainer.train.total_stepz=2"], ValueError,
-        ["trainer.train.total_stepz", "Did you mean 'total_steps'?"]),
+        ["trainer.train.total_stepz", "did you mean 'total_steps'?"]),
     "a function": (["--gin.trianer.train.total_steps=2"], ValueError,
-        ["'trianer.train'", "Did you mean 'trainer.train'?"]),
+        ["'trianer.train'", "did you mean 'trainer.train'?"]),
     "a task": (["--gin.MIXTURE_OR_TASK_NAME=toy_coppy"], ValueError,
         ["MIXTURE_OR_TASK_NAME = 'toy_coppy'", "did you mean 'toy_copy'"]),
     "a module of tasks": (["--gin.MIXTURE_OR_TASK_MODULE=no_module"], ModuleNotFoundError,
@@ -114,7 +114,7 @@ MISTAKES = {
     "a batch in quotes": (["--gin.BATCH_SIZE='8'"], ValueError, ["BATCH_SIZE = '8'"]),
     "partitions": (["--gin.partitioning.PjitPartitioner.num_partitions=64"], ValueError,
         ["num_partitions = 64", "expected one of"]),
-    "microbatches": (["--gin.train_step.Trainer.num_microbatches=3"], ValueError,
+    "microbatches": (["--gin.trainer.Trainer.num_microbatches=3"], ValueError,
         ["num_microbatches = 3", "BATCH_SIZE = 8", "[1, 2, 4, 8]"]),
     "too few embeddings": (["--gin.VOCAB_SIZE=100"], ValueError,
         ["vocab_size = 100", "259 tokens", "set VOCAB_SIZE to at least"]),
@@ -160,7 +160,7 @@ OF_CHECKPOINTS = {
 def _refused(tmp_path, model_dir, flags, error, texts, dry_run, run=""):
     (tmp_path / "mine.gin").write_text("BATCH_SIZ = 4\n")
     (tmp_path / "adamw.gin").write_text(
-        "from __gin__ import dynamic_registration\nfrom diffusion_t5x import optimizers\n"
+        "from __gin__ import dynamic_registration\nfrom diffusion_t5x.training import optimizers\n"
         "OPTIMIZER = @optimizers.adamw()\n"
     )
     flags = [flag.replace("{tmp}", str(tmp_path)).replace("{run}", str(run)) for flag in flags]

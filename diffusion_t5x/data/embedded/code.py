@@ -1,8 +1,8 @@
-"""Small Python functions with assertions, composed from parts whose meaning is known.
+"""Programming problems with assertions, composed from parts with reference implementations.
 
 A problem reads like MBPP's: a description and one assertion in, a function out, which must also
-pass assertions that were not shown. What a function should return is computed by the reference
-callables below; no generated text is run here.
+pass assertions that were not shown. The expected results come from the reference callables below;
+no generated text is run here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Part(NamedTuple):
-    """A piece of a function: its name, its description, its code, and what that computes."""
+    """A component of a function: its name, its description, its code and its reference."""
 
     name: str
     words: str
@@ -21,7 +21,7 @@ class Part(NamedTuple):
     reference: Callable[[Any], Any]
 
 
-# What is done to each element; the code is an expression of x.
+# Functions of an element; the code is an expression of x.
 MAPS = (
     Part("squares", "the squares", "x * x", lambda x: x * x),
     Part("cubes", "the cubes", "x ** 3", lambda x: x**3),
@@ -41,7 +41,7 @@ MAPS = (
     ),
 )
 
-# Which elements count; the code is the end of a comprehension over x.
+# Conditions on elements; the code is the end of a comprehension over x.
 FILTERS = (
     Part("all", "all numbers", "", lambda x: True),
     Part("even", "the even numbers", " if x % 2 == 0", lambda x: x % 2 == 0),
@@ -58,7 +58,8 @@ FILTERS = (
     ),
 )
 
-# What becomes of them; the code surrounds a comprehension, bare where it is the only argument.
+# Functions of all results; the code takes a comprehension, in parentheses unless it is the only
+# argument.
 REDUCTIONS = (
     Part("sum", "the sum of", "sum({})", sum),
     Part("count", "how many different", "len(set({}))", lambda xs: len(set(xs))),
@@ -73,7 +74,7 @@ ARGUMENTS = ([3, -2, 8, 5], [1, 2, 3, 4, 5, 6], [-7, 0, 9, 4, -4])
 
 
 def generate() -> Iterator[dict[str, Any]]:
-    """Problems `{'text', 'code', 'tests'}`; every combination of parts once."""
+    """Yields problems `{'text', 'code', 'tests'}`, one for each combination of parts."""
     for reduce, each, keep in itertools.product(REDUCTIONS, MAPS, FILTERS):
         name = f"{reduce.name}_{each.name}_{keep.name}"
         expression = reduce.code.format(f"{each.code} for x in numbers{keep.code}")

@@ -1,4 +1,4 @@
-"""A cache on disk of what is generated once: atomic, safe with several processes at once."""
+"""A cache on disk for generated files, safe for several processes at once."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ GENERATOR_VERSION = 3
 
 
 def cache_dir() -> pathlib.Path:
-    """`$DIFFUSION_T5X_CACHE`, else `~/.cache/diffusion_t5x`."""
+    """Returns `$DIFFUSION_T5X_CACHE`, or `~/.cache/diffusion_t5x` if it is not set."""
     configured = os.environ.get(CACHE_VARIABLE)
     return pathlib.Path(configured or pathlib.Path.home() / ".cache" / "diffusion_t5x")
 
 
 def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """The path of a generated file, made by `write(path)` unless it is there already.
+    """Returns the path of a generated file, and generates it if it does not exist.
 
-    What is generated depends on the versions of Python, of CLDR and of the generator, so these
-    name its directory. A file appears whole or not at all.
+    Generated files depend on the versions of Python, of CLDR and of the generator, so the directory
+    is named after these. A file appears whole or not at all.
+
+    Args:
+      name: The file's name in the cache, perhaps with directories.
+      write: Generates the file at the path it is called with.
     """
     version = f"{platform.python_version()}/{babel.__version__}/{GENERATOR_VERSION}"
     digest = hashlib.blake2b(version.encode(), digest_size=6).hexdigest()
@@ -44,13 +48,13 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
 
 
 def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file."""
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON lines file."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]

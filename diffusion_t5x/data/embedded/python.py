@@ -1,4 +1,4 @@
-"""Documents and questions from the standard library's own source, which is parsed, never run."""
+"""Documents and questions from the source of the standard library, which is parsed, never run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,10 @@ MAX_SOURCE = 1_500
 
 
 def _library_files() -> list[pathlib.Path]:
-    """The standard library's modules, sorted; tests and vendored packages left out."""
+    """Returns the files of the standard library, sorted, without tests and vendored packages."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    skipped = {
-        "test",
-        "tests",
-        "site-packages",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "__pycache__",
-        "encodings",
-        "pydoc_data",
-    }
+    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo",
+               "__pycache__", "encodings", "pydoc_data"}  # fmt: skip
     return [
         path
         for path in sorted(root.rglob("*.py"))
@@ -41,14 +32,14 @@ Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
 
 
 def _definitions() -> Iterator[tuple[Node, list[str]]]:
-    """Every module, class and function of the library, with the lines of its file."""
+    """Yields every module, class and function of the library, and the lines of its file."""
     for path in _library_files():
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
-        # Not splitlines(): it also breaks at form feeds, where the parser counts no line.
+        # Not splitlines(), which also breaks at form feeds: the parser does not count lines there.
         lines = source.split("\n")
         for node in ast.walk(tree):
             if isinstance(node, Node):
@@ -60,7 +51,7 @@ def _clean(text: str) -> str:
 
 
 def generate_prose() -> Iterator[dict[str, str]]:
-    """Docstrings of the standard library, each once: `{'text'}`."""
+    """Yields the docstrings of the standard library, each once: `{'text'}`."""
     seen = set()
     for node, _ in _definitions():
         text = _clean(ast.get_docstring(node) or "")
@@ -70,12 +61,12 @@ def generate_prose() -> Iterator[dict[str, str]]:
 
 
 def generate_source() -> Iterator[dict[str, str]]:
-    """Functions of the standard library as source code, each once: `{'text'}`."""
+    """Yields the source of the functions of the standard library, each once: `{'text'}`."""
     seen = set()
     for node, lines in _definitions():
         if isinstance(node, ast.FunctionDef):
             text = _clean(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
-            # A string whose lines start at the margin keeps its function from being dedented.
+            # A function with a string whose lines start at the margin cannot be dedented.
             dedented = text.startswith("def ")
             if dedented and 40 <= len(text) <= MAX_SOURCE and text not in seen:
                 seen.add(text)
@@ -83,7 +74,7 @@ def generate_source() -> Iterator[dict[str, str]]:
 
 
 def _questions(node: ast.FunctionDef, summary: str) -> Iterator[tuple[str, str]]:
-    """Pairs of question and answer; every answer is a span of the context."""
+    """Yields pairs of question and answer about a function and its docstring's first line."""
     arguments, defaults = node.args.posonlyargs + node.args.args, node.args.defaults
     names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
     more = node.args.vararg or node.args.kwonlyargs or node.args.kwarg
@@ -102,10 +93,10 @@ def _questions(node: ast.FunctionDef, summary: str) -> Iterator[tuple[str, str]]
 
 
 def generate_questions() -> Iterator[dict[str, str]]:
-    """SQuAD-like examples `{'context', 'question', 'answer'}` about signatures and docstrings.
+    """Yields SQuAD-like examples `{'context', 'question', 'answer'}` about functions.
 
-    A context is a function's signature and the first line of its docstring; the answer is a span
-    of it. Functions whose contexts are equal appear once.
+    A context is a function's signature and the first line of its docstring; the answer is a span of
+    the context. Functions with equal contexts appear once.
     """
     seen = set()
     for node, _ in _definitions():

@@ -1,4 +1,4 @@
-"""The embedded text as SeqIO data sources: generated once, cached, split without overlap."""
+"""The embedded text as SeqIO data sources, generated once, in splits that do not overlap."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from diffusion_t5x.data.embedded import code, file_cache, python, translation
 
 Record = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
-# Of every thousand examples, how many are held out for validation, and as many for test.
+# The number of validation examples per thousand, and also of test examples.
 HELD_OUT = 50
 
 
 def split_of(key: str) -> str:
-    """The split that an example belongs to, decided by its own text alone.
+    """Returns the split of an example, which depends on its own text alone.
 
     Args:
-      key: what must not be seen in two splits, e.g. the source text of a translation.
+      key: The text that must not occur in two splits, e.g. the source of a translation.
     """
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 1000
     if number < HELD_OUT:
@@ -33,7 +33,13 @@ def split_of(key: str) -> str:
 def _by_split(
     name: str, generate: Callable[[], Iterator[Record]], key: Callable[[Record], str]
 ) -> dict[str, str]:
-    """Paths of the cached JSON lines of each split; the order of examples is shuffled by key."""
+    """Returns the path of each split's cached JSON lines, whose order is a hash's.
+
+    Args:
+      name: The name of the family, and the beginning of the files' names.
+      generate: Yields the records of all splits; called if a file is missing.
+      key: Returns the part of a record that must not occur in two splits.
+    """
 
     def shuffled(record: Record) -> bytes:
         return hashlib.blake2b(
@@ -58,7 +64,7 @@ def _by_split(
 
 
 def translation_files(source_locale: str, target_locale: str) -> dict[str, str]:
-    """Split -> file of `{'source', 'target'}`; a source text is in one split only."""
+    """Returns split -> file of `{'source', 'target'}`; a source text is in one split only."""
     return _by_split(
         f"translation-{source_locale}-{target_locale}",
         lambda: translation.generate(source_locale, target_locale),
@@ -67,30 +73,30 @@ def translation_files(source_locale: str, target_locale: str) -> dict[str, str]:
 
 
 def question_files() -> dict[str, str]:
-    """Split -> file of `{'context', 'question', 'answer'}`; a context is in one split only."""
+    """Returns split -> file of `{'context', 'question', 'answer'}`, each context in one split."""
     return _by_split("questions", python.generate_questions, lambda record: record["context"])
 
 
 def code_files() -> dict[str, str]:
-    """Split -> file of `{'text', 'code', 'tests'}`; a problem is in one split only."""
+    """Returns split -> file of `{'text', 'code', 'tests'}`; a problem is in one split only."""
     return _by_split("code", code.generate, lambda record: record["text"])
 
 
 def prose_files() -> dict[str, str]:
-    """Split -> file of `{'text'}`, docstrings of the standard library."""
+    """Returns split -> file of `{'text'}`, docstrings of the standard library."""
     return _by_split("prose", python.generate_prose, lambda record: record["text"])
 
 
 def source_files() -> dict[str, str]:
-    """Split -> file of `{'text'}`, functions of the standard library."""
+    """Returns split -> file of `{'text'}`, functions of the standard library."""
     return _by_split("source", python.generate_source, lambda record: record["text"])
 
 
 class EmbeddedDataSource(seqio.FunctionDataSource):
-    """Examples of a cached family, every field a string or a vector of strings.
+    """The examples of a cached family, whose fields are strings or vectors of strings.
 
     Attributes:
-      files: makes and names the files of the splits.
+      files: Generates the files if they are missing, and returns split -> path.
     """
 
     def __init__(self, files: Callable[[], Mapping[str, str]]):
@@ -100,7 +106,7 @@ class EmbeddedDataSource(seqio.FunctionDataSource):
     def _dataset(
         self, split: str, shuffle_files: bool = False, seed: int | None = None
     ) -> tf.data.Dataset:
-        del shuffle_files, seed  # One file a split; examples are shuffled later.
+        del shuffle_files, seed  # a split is one file; examples are shuffled later
         records = file_cache.read_jsonl(self.files()[split])
         columns = {name: [record[name] for record in records] for name in records[0]}
         lists = {name: values for name, values in columns.items() if isinstance(values[0], list)}

@@ -1,4 +1,4 @@
-"""Parallel text from CLDR: dates, durations, amounts, units and names in any two locales."""
+"""Parallel text from CLDR in any two locales: dates, durations, amounts, units and names."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ _KINDS: tuple[tuple[Callable[[random.Random], Render], int], ...] = (
 
 
 def parse_locale(name: str) -> Locale:
-    """The CLDR locale of that name.
+    """Returns the CLDR locale of a name.
 
     Raises:
       ValueError: if CLDR has no such locale.
@@ -127,13 +127,13 @@ def parse_locale(name: str) -> Locale:
 
 
 def generate(source_locale: str, target_locale: str) -> Iterator[dict[str, str]]:
-    """Pairs of texts `{'source', 'target'}`, each source once and with one meaning.
+    """Yields pairs of texts `{'source', 'target'}`, each source once.
 
-    Texts that read the same in the source locale but not in the target are left out.
+    Sources with more than one translation are left out.
 
     Args:
-      source_locale: CLDR name, e.g. 'en'.
-      target_locale: CLDR name, e.g. 'fr'.
+      source_locale: The CLDR name of the source locale, e.g. 'en'.
+      target_locale: The CLDR name of the target locale, e.g. 'fr'.
 
     Raises:
       ValueError: if a locale is unknown.

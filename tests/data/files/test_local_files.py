@@ -16,8 +16,7 @@ from diffusion_t5x.data.embedded import file_cache
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
 from diffusion_t5x.data.files import local_files
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
-from diffusion_t5x.data.files.readers import TEXT, TEXTS, JsonLines
-from diffusion_t5x.data.files.text_readers import Documents, ParallelText
+from diffusion_t5x.data.files.readers import TEXT, TEXTS, Documents, JsonLines, ParallelText
 
 NAME = "test_source"
 
@@ -207,7 +206,9 @@ def test_a_setting_may_be_of_one_source_alone(tmp_path):
     path.write_text("one\ntwo\n\nthree")
     _bind({"train": str(path)})
     source = _documents()
-    gin.bind_parameter(f"{NAME}/diffusion_t5x.data.local_files.LocalFiles.documents", "blank_line")
+    gin.bind_parameter(
+        f"{NAME}/diffusion_t5x.data.files.local_files.LocalFiles.documents", "blank_line"
+    )
     assert _texts(source) == ["one\ntwo", "three"]
     assert local_files.LocalFiles().documents == "line"
 
