@@ -114,7 +114,8 @@ def load(
     fast = _make_model([*files, FAST], bindings).decoder
     model = _make_model(files, bindings)
     _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
-    params = restore_params(path, abstract_params(model, PjitPartitioner(), INIT_SHAPES, {}))
+    abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})
+    params = restore_params(path, abstract, verify=False)
     lengths = {"inputs": task.inputs, "targets": task.targets}
     cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, batch_size, module="tasks")
     num_batches = -(-num_examples // batch_size)

@@ -1,14 +1,12 @@
-"""Checkpoints through Orbax: written in the background, whole or not at all, and checked on read.
+"""Saves checkpoints through Orbax, in the background and atomically, and selects which to restore.
 
 A run's directory holds `checkpoint_{step}/` with three items: `params`, `optimizer` (its state and
-the step) and `dataset` (the position in each data shard). Checkpoints of T5X are read as well,
-their parameters and step.
+the step) and `dataset` (the position of each data shard).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -19,6 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from diffusion_t5x import names
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import (
@@ -28,26 +27,30 @@ from diffusion_t5x.checkpointing.items import (
     DatasetHandler,
     SavesPosition,
 )
-from diffusion_t5x.checkpointing.reading import optimizer_item, read_train_state
+from diffusion_t5x.checkpointing.reading import optimizer_item
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime.train_state import TrainState
 
 PREFIX = "checkpoint"
+ITEMS = ("params", "optimizer", "dataset")
 _NAME = re.compile(rf"^{PREFIX}_(\d+)$")
+# Names of barriers, which must be the same in all processes.
+_METRICS_CHECKED = "checkpoint_metrics_checked"
+_DAMAGED_SET_ASIDE = "damaged_checkpoints_set_aside"
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpointConfig:
-    """When to save and what to keep.
+    """When a run saves checkpoints, and which it keeps.
 
     Attributes:
-      period: steps between checkpoints; there is always one at the end.
-      keep: how many to keep, the latest or the best; None for all.
-      keep_best_metric: keep the best `keep` by this metric, and the latest, e.g.
-        'training_eval/loss' or 'inference_eval/my_task/bleu'.
-      best_mode: whether the best is the 'min' or the 'max'.
-      save_dataset: save the position in the data, so that resuming goes on where it was.
-      checksums: keep a checksum of each file, by which damage is found before it is restored.
+      period: Number of steps between checkpoints; the last step is always saved.
+      keep: Number of checkpoints to keep, the latest or the best; None for all.
+      keep_best_metric: Metric by which the best `keep` are kept, beside the latest, such as
+        'training_eval/loss' or 'inference_eval/my_task/bleu'; None to keep the latest.
+      best_mode: 'min' or 'max', whichever value of the metric is best.
+      save_dataset: Whether to save the position in the data, for resuming there.
+      checksums: Whether to save a checksum of each file, to detect damage before restoring.
     """
 
     period: int = 1000
@@ -63,19 +66,19 @@ class SaveCheckpointConfig:
                 f"SaveCheckpointConfig: period = {self.period}, keep = {self.keep}; expected at "
                 "least 1 (keep may be None)."
             )
-        if self.best_mode not in ("min", "max"):
-            raise ValueError(f"best_mode = {self.best_mode!r}; expected 'min' or 'max'.")
+        names.check_known(self.best_mode, ("min", "max"), "best_mode")
 
 
 @dataclasses.dataclass(frozen=True)
 class RestoreCheckpointConfig:
-    """Where a run starts from, or which checkpoints are evaluated.
+    """The checkpoint that a run starts from, or the checkpoints to evaluate.
 
     Attributes:
-      path: a checkpoint, or the directory of a run; for evaluation also a tuple of them.
-      mode: 'specific' takes `path` itself, or the latest where it is a run's directory; 'latest'
-        the latest of the run; 'all' every checkpoint of the run (evaluation only).
-      params_only: take the parameters alone: training starts at step 0 with a fresh optimiser.
+      path: A checkpoint, or the directory of a run; for evaluation also a tuple of these.
+      mode: 'specific' selects the checkpoint at `path`, or the latest of a run; 'latest' the latest
+        of a run; 'all' every checkpoint of a run (evaluation only).
+      params_only: Whether to restore parameters alone: training starts at step 0 with a fresh
+        optimiser state.
     """
 
     path: str | tuple[str, ...]
@@ -83,17 +86,16 @@ class RestoreCheckpointConfig:
     params_only: bool = False
 
     def __post_init__(self):
-        if self.mode not in ("specific", "latest", "all"):
-            raise ValueError(f"mode = {self.mode!r}; expected 'specific', 'latest' or 'all'.")
+        names.check_known(self.mode, ("specific", "latest", "all"), "mode")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run saves and restores.
+    """What a run saves, and what it starts from.
 
     Attributes:
-      save: None to save nothing.
-      restore: None to start from fresh parameters.
+      save: When to save; None to save nothing.
+      restore: The checkpoint to start from; None for fresh parameters.
     """
 
     save: SaveCheckpointConfig | None = None
@@ -113,17 +115,16 @@ def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptio
         value = lambda metrics: metrics.get(metric, worst)  # noqa: E731
         best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
         policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
-    # Orbax writes the metrics down, and so knows them after a restart, where `best_fn` is set.
+    # Only with a `best_fn` does Orbax save the metrics, and so still knows them after a restart.
     return ocp.CheckpointManagerOptions(
         step_prefix=PREFIX, preservation_policy=policy, best_fn=value, create=True
     )
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's own, which keeps what went wrong in the background.
+    """Orbax's manager, which also keeps the error of a save that failed in the background.
 
-    Orbax tells of it only after all processes have met, and those where nothing went wrong come to
-    that meeting twenty minutes later.
+    Orbax itself reports it only at the next barrier, twenty minutes later on healthy hosts.
     """
 
     failure: BaseException | None = None
@@ -137,21 +138,20 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Saves and restores the train states of one run.
+    """The writer of one run's checkpoints.
 
     Attributes:
-      config: when to save and what to keep.
+      config: When to save, and what to keep.
     """
 
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
-        self._directory = epath.Path(directory).absolute()
+        path = epath.Path(directory).absolute()
         if jax.process_index() == 0:
-            integrity.forget_unreadable_metrics(self._directory)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("metrics of checkpoints are readable")
+            integrity.set_aside_unreadable_metrics(path)
+        multihost_utils.sync_global_devices(_METRICS_CHECKED)
         self._manager = _Manager(
-            self._directory,
+            path,
             options=_manager_options(config),
             item_handlers={
                 "params": ArraysHandler(config.checksums),
@@ -166,15 +166,19 @@ class Checkpointer:
         iterator: SavesPosition | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing `checkpoint_{state.step}`, unless it is there already.
+        """Starts writing `checkpoint_{state.step}`, unless it exists.
 
-        The arrays are copied before this returns, so the state may be donated afterwards. A state
-        whose `opt_state` is None is saved as parameters alone.
+        Arrays are copied before this returns, so the state may be donated afterwards.
+
+        Args:
+          state: The state to save; if its `opt_state` is None, parameters alone are saved.
+          iterator: The iterator whose position to save; None for none.
+          metrics: Metrics by which the best checkpoints are kept.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {"params": ArraysArgs(state.params)}
+        items: dict[str, ocp.args.CheckpointArgs] = {"params": ArraysArgs(state.params)}
         if state.opt_state is not None:
             items["optimizer"] = ArraysArgs(optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
@@ -182,131 +186,137 @@ class Checkpointer:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def check(self) -> None:
-        """Raises what went wrong in the background since; does not wait."""
+        """Raises the error of a save that failed in the background; does not wait."""
         if self._manager.failure is not None:
             raise self._manager.failure
 
-    def all_steps(self) -> list[int]:
-        """All steps there are, ascending."""
-        return sorted(self._manager.all_steps())
+    def set_aside(self, damaged: Sequence[str]) -> None:
+        """Renames damaged checkpoints of the run, so that their steps can be saved again.
 
-    def restore(
-        self, abstract_state: TrainState, iterator: SavesPosition | None = None
-    ) -> TrainState:
-        """The latest state, laid out as `abstract_state` says; `iterator` is moved to its place.
-
-        Checkpoints that turn out to be damaged are set aside, as `checkpoint_{step}.damaged`, and
-        the latest whole one is taken.
-
-        Raises:
-          FileNotFoundError: if there is none.
-          DamagedCheckpointError: if all are damaged; none is set aside then.
-          CheckpointMismatchError: if it does not fit.
+        Args:
+          damaged: Their paths, as `newest_undamaged` returns them.
         """
-        if not self.all_steps():
-            raise FileNotFoundError(f"{self._directory} has no checkpoint to go on from.")
-        found = list_checkpoints(str(self._directory))
-        whole, damaged = _newest_whole(found, ("params", "optimizer", "dataset"))
-        path = epath.Path(whole)
-        self._set_aside(damaged)
-        state = read_train_state(str(path), abstract_state)
-        if iterator is not None and self.config.save_dataset and (path / "dataset").exists():
-            DatasetHandler().restore(path / "dataset", DatasetArgs(iterator))
-        return state
-
-    def _set_aside(self, damaged: Sequence[str]) -> None:
         if not damaged:
             return
         if jax.process_index() == 0:
             for path in damaged:
                 print(f"{path} is kept as {integrity.set_aside(epath.Path(path))}.")
-        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        multihost_utils.sync_global_devices(_DAMAGED_SET_ASIDE)
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits and lets go of all resources; what failed in the background is not waited for."""
+        """Waits for pending saves and closes; does not wait after a background failure."""
         self.check()
         self._manager.close()
 
 
-def list_checkpoints(path: str) -> list[tuple[int, str]]:
-    """(step, path) of a checkpoint, or of all finished ones of a run, ascending.
+def find_checkpoints(path: str) -> list[tuple[int, str]]:
+    """Finds a checkpoint, or all finished checkpoints of a run.
 
-    Raises:
-      FileNotFoundError: if there is neither a checkpoint nor a run with one.
+    Args:
+      path: A checkpoint, ours or T5X's, or the directory of a run.
+
+    Returns:
+      (step, path) of each, ascending; an empty list if there is none.
     """
     directory = epath.Path(path)
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
         directory = directory.parent
-    if (match := _NAME.match(directory.name)) and _is_checkpoint(directory):
-        return [(int(match.group(1)), str(directory.absolute()))]
-    found = []
-    if directory.is_dir():
-        for child in directory.iterdir():
-            if match := _NAME.match(child.name):
-                found.append((int(match.group(1)), str(child.absolute())))
-    if not found:
-        beside = directory.parent.iterdir() if directory.parent.is_dir() else ()
-        near = difflib.get_close_matches(directory.name, [child.name for child in beside], n=1)
-        hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
-        raise FileNotFoundError(
-            f"{path} is neither a checkpoint nor a run with one; expected a directory such as "
-            f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000.{hint}"
-        )
-    return sorted(found)
+    if match := _NAME.match(directory.name):
+        t5x = t5x_checkpoints.is_t5x_checkpoint(str(directory))
+        if t5x or (directory / "params").exists():
+            return [(int(match.group(1)), str(directory.absolute()))]
+    children = directory.iterdir() if directory.is_dir() else ()
+    found = [(match, child) for child in children if (match := _NAME.match(child.name))]
+    return sorted((int(match.group(1)), str(child.absolute())) for match, child in found)
 
 
-def _is_checkpoint(directory: epath.Path) -> bool:
-    return (directory / "params").exists() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
+def list_checkpoints(path: str) -> list[tuple[int, str]]:
+    """Finds a checkpoint, or all finished checkpoints of a run; at least one.
 
+    Args:
+      path: A checkpoint, ours or T5X's, or the directory of a run.
 
-def _newest_whole(found: Sequence[tuple[int, str]], items: Sequence[str]) -> tuple[str, list[str]]:
-    """The last of a run's checkpoints whose `items` are not damaged, and those that are.
+    Returns:
+      (step, path) of each, ascending.
 
     Raises:
-      DamagedCheckpointError: if all are damaged.
+      FileNotFoundError: If there is none.
     """
-    damaged = []
-    for _, path in reversed(found):
-        try:
-            integrity.verify(path, items)
-        except DamagedCheckpointError as error:
-            damaged.append((path, error))
-            continue
-        if jax.process_index() == 0:
-            for _, error in damaged:
-                print(f"{error}\nThe one before it that is whole is {path}.", flush=True)
-        return path, [path for path, _ in damaged]
-    errors = "\n".join(str(error) for _, error in damaged)
-    raise DamagedCheckpointError(
-        errors if len(found) == 1 else f"no checkpoint is whole.\n{errors}"
+    if found := find_checkpoints(path):
+        return found
+    parent = epath.Path(path).parent
+    beside = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
+    hint = names.did_you_mean(epath.Path(path).name, sorted(beside)) if beside else ""
+    raise FileNotFoundError(
+        f"{path} is neither a checkpoint nor a run with one; expected a directory such as "
+        f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000. In {parent}: {hint}"
     )
+
+
+def newest_undamaged(
+    path: str, items: Sequence[str] = ("params",)
+) -> tuple[int, str, tuple[str, ...]]:
+    """Verifies the checkpoints of a run, newest first, until one is undamaged.
+
+    All processes of a run call this together. Each prints the damage that it finds.
+
+    Args:
+      path: A checkpoint, or the directory of a run.
+      items: The items to verify.
+
+    Returns:
+      Step and path of the newest undamaged checkpoint, and the paths of the damaged newer ones.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint.
+      DamagedCheckpointError: If all are damaged.
+    """
+    found = list_checkpoints(path)
+    errors: dict[str, str] = {}
+    for step, checkpoint in reversed(found):
+        try:
+            integrity.verify(checkpoint, items)
+        except DamagedCheckpointError as error:
+            errors[checkpoint] = str(error)
+            continue
+        if errors:
+            print("\n".join(errors.values()))
+            print(f"The newest undamaged checkpoint is {checkpoint}.", flush=True)
+        return step, checkpoint, tuple(errors)
+    lines = ["no checkpoint is undamaged."] * (len(found) > 1) + list(errors.values())
+    raise DamagedCheckpointError("\n".join(lines))
 
 
 def select_checkpoints(
     config: RestoreCheckpointConfig, items: Sequence[str] = ("params",)
 ) -> list[tuple[int, str]]:
-    """(step, path) of the checkpoints that `config` means, ascending.
+    """Selects the checkpoints that a configuration asks for.
 
-    Where the latest of a run is meant, it is the latest whose `items` are not damaged; of all, each
-    is looked at when it is restored.
+    The latest checkpoint of a run is its newest undamaged one. With `mode = 'all'` nothing is
+    verified here: each checkpoint is verified when it is restored.
+
+    Args:
+      config: The checkpoints to select.
+      items: The items to verify.
+
+    Returns:
+      (step, path) of each, ascending.
 
     Raises:
-      FileNotFoundError: as `list_checkpoints`.
-      DamagedCheckpointError: if the one meant is damaged, or all of a run's.
-      ValueError: if several have the same step, which could not be told apart in results.
+      FileNotFoundError: If there is no checkpoint.
+      DamagedCheckpointError: If the checkpoint asked for is damaged, or all of a run's are.
+      ValueError: If two have the same step, by which results are named.
     """
-    paths = (config.path,) if isinstance(config.path, str) else tuple(config.path)
     selected: dict[int, str] = {}
-    for path in paths:
-        found = list_checkpoints(path)
-        if config.mode != "all":
-            whole, _ = _newest_whole(found, items)
-            found = [(step, checkpoint) for step, checkpoint in found if checkpoint == whole]
+    for path in (config.path,) if isinstance(config.path, str) else config.path:
+        found = (
+            list_checkpoints(path) if config.mode == "all" else [newest_undamaged(path, items)[:2]]
+        )
         for step, checkpoint in found:
             if selected.setdefault(step, checkpoint) != checkpoint:
                 raise ValueError(
-                    f"CHECKPOINT_PATH means two checkpoints of step {step}: {selected[step]} and "
-                    f"{checkpoint}; evaluate different runs into directories of their own."
+                    f"CHECKPOINT_PATH selects two checkpoints of step {step}: {selected[step]} and "
+                    f"{checkpoint}; evaluate different runs into separate directories."
                 )
     return sorted(selected.items())

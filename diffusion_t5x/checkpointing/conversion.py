@@ -1,9 +1,8 @@
-"""Converting checkpoints offline: T5X's networks and layouts, and ours."""
+"""Converts checkpoints offline, between T5X's networks and layouts and ours."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -16,14 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from diffusion_t5x import names
 from diffusion_t5x.checkpointing.checkpoints import (
     PREFIX,
     Checkpointer,
     SaveCheckpointConfig,
     list_checkpoints,
 )
-from diffusion_t5x.checkpointing.fit import CheckpointMismatchError, compare
-from diffusion_t5x.checkpointing.reading import open_params
+from diffusion_t5x.checkpointing.reading import (
+    CheckpointMismatchError,
+    compare,
+    has_optimizer_state,
+    open_params,
+)
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_all
@@ -38,20 +42,19 @@ FRESH = "fresh"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """The outcome of a conversion.
 
     Attributes:
-      path: of the checkpoint written.
-      step: steps trained.
-      sources: name written -> name read, or 'fresh'.
-      arrays: name written -> array.
-      dropped: names read that went nowhere.
-      notes: what else there is to know.
+      path: Path of the checkpoint written.
+      step: Its step.
+      arrays: Its arrays by name; the `source` of each is its name in the checkpoint read, or
+        'fresh'.
+      dropped: Names of the arrays read that were not used.
+      notes: Further remarks for the user.
     """
 
     path: str
     step: int
-    sources: Mapping[str, str]
     arrays: Mapping[str, StoredArray]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
@@ -68,114 +71,103 @@ def convert(
     random_seed: int = 0,
     dry_run: bool = False,
 ) -> Conversion:
-    """Writes `{destination}/checkpoint_{step}` with the parameters of a checkpoint.
+    """Writes `{destination}/checkpoint_{step}`, atomically, with the parameters of a checkpoint.
 
-    It appears whole or not at all. Without a model the network is taken from the checkpoint, and
-    what a model of ours needs to be told is written to `{destination}/network.gin`.
+    Without a model the network is inferred from the checkpoint, and a gin file that configures a
+    model of ours for it is written to `{destination}/network.gin`.
 
     Args:
-      source: a checkpoint, ours or T5X's, or the directory of a run for its latest.
-      destination: a directory.
-      layout: one of `FORMATS`.
-      model: of `models.Model`'s kind, which the parameters are to fit; None for none.
-      partial: give the model fresh parameters where the checkpoint lacks them or differs.
-      dtype: of the parameters written, such as 'bfloat16'; None for that of each as it is.
-      random_seed: of fresh parameters.
-      dry_run: check that everything fits, and write nothing.
+      source: A checkpoint, ours or T5X's, or the directory of a run for its latest.
+      destination: The directory to write into.
+      layout: One of `FORMATS`.
+      model: The `models.Model` that the parameters must fit; None to infer the network.
+      partial: Whether to initialise the parameters that the checkpoint lacks or has in another
+        shape, instead of raising an error.
+      dtype: Type of the parameters written, such as 'bfloat16'; None to keep that of each.
+      random_seed: Seed of freshly initialised parameters.
+      dry_run: Whether to check that everything fits, and write nothing.
 
     Raises:
-      FileNotFoundError: if there is no checkpoint.
-      FileExistsError: if what is to be written is there already.
-      CheckpointMismatchError: if the parameters do not fit the model.
-      ValueError: if settings do not go together, or the network cannot hold the parameters.
+      FileNotFoundError: If there is no checkpoint.
+      FileExistsError: If the checkpoint to write exists.
+      CheckpointMismatchError: If the parameters do not fit the model.
+      ValueError: If settings contradict each other, or the network cannot hold the parameters.
     """
     _check_settings(layout, model, partial)
     step, path = list_checkpoints(source)[-1]
     final = epath.Path(destination) / f"{PREFIX}_{step}"
     if final.exists():
-        raise FileExistsError(f"{final} is there already; remove it, or choose another --to.")
+        raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")
     theirs = None
+    notes: tuple[str, ...] = ()
     if t5x_checkpoints.is_t5x_checkpoint(path):
         theirs = t5x_checkpoints.open_checkpoint(path)
-    stored = t5x_networks.to_ours(theirs.params) if theirs else open_params(path)
-    notes = _notes(path, theirs)
-    known, dropped = dict(stored), tuple[str, ...]()
+        stored = t5x_networks.to_ours(theirs.params)
+        if theirs.has_optimizer_state:
+            notes += ("T5X's optimiser state is dropped: training starts with a fresh one.",)
+    else:
+        stored = open_params(path)
+        if has_optimizer_state(path):
+            notes += ("optimiser state and data position are not converted.",)
+    arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
-        known, dropped = _fit(path, known, model, partial, random_seed)
+        arrays, dropped = _fit(path, stored, model, partial, random_seed)
     elif layout in FORMATS[2:]:
-        known = t5x_networks.from_ours(known, layout.partition(":")[2])
+        arrays = t5x_networks.from_ours(stored, layout.partition(":")[2])
     if dtype is not None:
-        known = {name: array.cast(dtype) for name, array in known.items()}
-    sources = {name: array.source for name, array in known.items()}
+        arrays = {name: array.cast(dtype) for name, array in arrays.items()}
     if dry_run:
-        return Conversion(f"{final} (not written)", step, sources, known, dropped, notes)
-    _write(destination, step, known, layout)
+        return Conversion(f"{final} (not written)", step, arrays, dropped, notes)
+    _write(destination, step, arrays, layout)
     if model is None and layout in FORMATS[:2]:
         needs_start = theirs is not None and t5x_networks.begins_with_zero(theirs.params)
         text = describe_network(stored, start_token=needs_start)
         epath.Path(destination, "network.gin").write_text(text)
-        notes += (f"{destination}/network.gin tells a model file of this network's size.",)
-    return Conversion(str(final), step, sources, known, dropped, notes)
+        notes += (f"give {destination}/network.gin after a model file to build this network.",)
+    return Conversion(str(final), step, arrays, dropped, notes)
 
 
 def _check_settings(layout: str, model: Any, partial: bool) -> None:
-    if layout not in FORMATS:
-        near = difflib.get_close_matches(layout, FORMATS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"--format={layout} is unknown; did you mean {near!r}? Known: {', '.join(FORMATS)}."
-        )
+    names.check_known(layout, FORMATS, "--format")
     if partial and model is None:
         raise ValueError("--partial: fresh parameters need a model; give its gin files.")
     if model is not None and layout in FORMATS[2:]:
         raise ValueError(f"--format={layout} writes T5X's network; it takes no gin files.")
 
 
-def _notes(path: str, theirs: t5x_checkpoints.T5XCheckpoint | None) -> tuple[str, ...]:
-    """What of a checkpoint is not taken over."""
-    if theirs is not None:
-        if theirs.has_optimizer_state:
-            return ("T5X's optimiser state is dropped: training starts with a fresh optimiser.",)
-    elif (epath.Path(path) / "optimizer").exists():
-        return ("the optimiser's state and the data's position are not converted.",)
-    return ()
-
-
 def _fit(
     path: str, stored: dict[str, StoredArray], model: Any, partial: bool, seed: int
 ) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
-    """The model's parameters from `stored`, fresh ones where asked for; and names left over."""
+    """Returns the model's parameters, from `stored` or fresh if `partial`, and names not used."""
     fresh = _fresh_parameters(model, seed)
     if t5x_networks.is_scanned(fresh):
         stored = t5x_networks.scan(stored)
     lines = compare(stored, fresh)
+    differences = "\n".join(lines)
     if lines and not partial:
         raise CheckpointMismatchError(
-            f"{path} does not fit this model:\n"
-            + "\n".join(lines)
-            + t5x_networks.hint(lines)
-            + "\nWith --partial what fits is taken and the rest starts afresh."
+            f"{path} does not fit this model:\n{differences}{t5x_networks.hint(lines)}\n"
+            "With --partial the parameters that fit are converted and the others initialised."
         )
     fits = {n: a for n, a in stored.items() if n in fresh and a.shape == fresh[n].shape}
     if not fits:
-        raise CheckpointMismatchError(
-            f"{path} has nothing that fits this model:\n" + "\n".join(lines)
-        )
+        raise CheckpointMismatchError(f"{path} has no parameter of this model:\n{differences}")
     dropped = tuple(sorted(stored.keys() - fits.keys()))
     return {name: fits.get(name, array) for name, array in fresh.items()}, dropped
 
 
 def _fresh_parameters(model: Any, seed: int) -> dict[str, StoredArray]:
-    """Fresh parameters of a model, made when the first is read."""
+    """Returns a model's parameters, initialised when the first is read."""
 
     def init(rng: jax.Array) -> Any:
         return flax.core.unfreeze(model.get_initial_variables(rng, INIT_SHAPES, {})["params"])
 
-    made: dict[str, Any] = {}
+    @functools.cache
+    def read_all() -> dict[str, np.ndarray]:
+        return named_leaves(jax.device_get(jax.jit(init)(jax.random.PRNGKey(seed))))
 
     def read(name: str) -> np.ndarray:
-        if not made:
-            made.update(named_leaves(jax.device_get(jax.jit(init)(jax.random.PRNGKey(seed)))))
-        return made[name]
+        return read_all()[name]
 
     shapes = named_leaves(jax.eval_shape(init, jax.random.PRNGKey(seed)))
     return {
@@ -197,70 +189,61 @@ def _write(destination: str, step: int, arrays: Mapping[str, StoredArray], layou
 
 
 def describe_network(params: Mapping[str, StoredArray], *, start_token: bool) -> str:
-    """Gin bindings of the `TransformerConfig` that parameters under our names belong to.
+    """Returns gin bindings of the `TransformerConfig` that parameters belong to.
 
-    Activations are not in a checkpoint: one input projection is taken for T5's ReLU, two for T5
-    1.1's gated GELU. Nor is `start_token`.
+    Args:
+      params: Parameters of each layer under our names. They do not determine the activations: one
+        input projection is taken for T5's ReLU, two for the gated GELU of T5 1.1.
+      start_token: The setting of this name, which parameters do not determine either.
     """
     shape = {name: array.shape for name, array in params.items()}
-    layers = {side: _count_layers(shape, side) for side in ("encoder", "decoder")}
-    tables_: dict[str, Any] = {
-        side: next(
-            (s for n, s in shape.items() if re.match(rf"{side}/.*relpos_bias/", n)), (None, None)
-        )
-        for side in layers
-    }
-    heads = tables_["decoder"][0]
+
+    def count_layers(side: str) -> int:
+        matches = (re.match(rf"{side}/layers_(\d+)/", name) for name in shape)
+        return len({match.group(1) for match in matches if match})
+
+    tables = ((re.match(r"(\w+)/.*relpos_bias/", name), s) for name, s in shape.items())
+    bias = {match.group(1): s for match, s in tables if match}  # stack -> (heads, buckets)
+    heads, decoder_buckets = bias["decoder"]
     gated = "decoder/layers_0/mlp/wi_1/kernel" in shape
     fields = {
-        "vocab_size": shape["token_embedder/embedding"][0],
         "embed_dim": shape["token_embedder/embedding"][1],
         "num_heads": heads,
-        "num_layers": layers["decoder"],
-        "num_encoder_layers": layers["encoder"] or None,
+        "num_layers": count_layers("decoder"),
+        "num_encoder_layers": count_layers("encoder") or None,
         "head_dim": shape["decoder/layers_0/self_attention/query/kernel"][1] // heads,
         "mlp_dim": shape["decoder/layers_0/mlp/wi_0/kernel"][1],
         "mlp_activations": ("gelu", "linear") if gated else ("relu",),
         "tied_logits": "token_embedder/logits_kernel" not in shape,
-        "relative_buckets": tables_["encoder"][1] or tables_["decoder"][1],
-        "decoder_relative_buckets": tables_["decoder"][1],
+        "relative_buckets": bias.get("encoder", bias["decoder"])[1],
+        "decoder_relative_buckets": decoder_buckets,
         "relative_bias_per_layer": "decoder/relpos_bias/rel_embedding" not in shape,
         "start_token": start_token,
     }
-    lines = [f"  {name} = {value!r}" for name, value in fields.items() if name != "vocab_size"]
-    return "\n".join(
-        [
-            "# The network of a converted checkpoint; give it after a model file.",
-            "from __gin__ import dynamic_registration",
-            "",
-            "from diffusion_t5x.networks import config",
-            "",
-            f"VOCAB_SIZE = {fields['vocab_size']}",
-            "config.TransformerConfig:",
-            *lines,
-            "",
-        ]
-    )
+    head = f"""# The network of a converted checkpoint; give it after a model file.
+from __gin__ import dynamic_registration
 
+from diffusion_t5x.networks import config
 
-def _count_layers(names: Mapping[str, Any], side: str) -> int:
-    return len({m.group(1) for name in names if (m := re.match(rf"{side}/layers_(\d+)/", name))})
+VOCAB_SIZE = {shape["token_embedder/embedding"][0]}
+config.TransformerConfig:
+"""
+    return head + "".join(f"  {name} = {value!r}\n" for name, value in fields.items())
 
 
 def print_conversion(conversion: Conversion) -> None:
-    """Shows a table of what went where, layers taken together."""
+    """Prints a table of the arrays read and written, one line for all layers, and the notes."""
     groups: dict[tuple[str, ...], int] = {}
-    for name, source in conversion.sources.items():
-        array = conversion.arrays[name]
-        key = (_merge_layers(name), str(list(array.shape)), array.dtype.name, _merge_layers(source))
+    for name, array in conversion.arrays.items():
+        source = _merge_layers(array.source)
+        key = (_merge_layers(name), str(list(array.shape)), array.dtype.name, source)
         groups[key] = groups.get(key, 0) + 1
-    rows = [[name, shape, dtype, count, source]
-            for (name, shape, dtype, source), count in groups.items()]  # fmt: skip
+    rows: list[list[Any]] = [[*key[:3], count, key[3]] for key, count in groups.items()]
     rows += [[None, None, None, None, name] for name in conversion.dropped]
     print_table(["written", "shape", "dtype", "arrays", "read"], rows, conversion.path)
-    fresh = [name for name, source in conversion.sources.items() if source == FRESH]
+    fresh = [name for name, array in conversion.arrays.items() if array.source == FRESH]
     if fresh:
-        print(f"{len(fresh)} start afresh: {', '.join(fresh)}")
+        print(f"{len(fresh)} freshly initialised: {', '.join(fresh)}")
     for note in conversion.notes:
         print(note)
     print(f"written: {conversion.path}")

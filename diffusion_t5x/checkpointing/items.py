@@ -1,4 +1,4 @@
-"""The items of a checkpoint as Orbax writes them: arrays and data positions, with checksums."""
+"""The items of a checkpoint as Orbax handles them: arrays and data positions, with checksums."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion_t5x.checkpointing import integrity
-from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 
 
 class SavesPosition(Protocol):
-    """An iterator that can write and read its position.
+    """An iterator that can save and restore its position.
 
     Attributes:
-      num_shards: data shards, over all processes.
+      num_shards: Number of data shards over all processes.
     """
 
     num_shards: int
 
     def save(self, path: str) -> None:
-        """Writes files that begin with `path`."""
+        """Writes the position to files whose names begin with `path`."""
 
     def restore(self, path: str) -> None:
-        """Goes on where `save(path)` was called."""
+        """Moves to the position at which `save(path)` was called."""
 
 
 class ArraysHandler(ocp.StandardCheckpointHandler):
-    """Orbax's own, which adds checksums to what it wrote."""
+    """Orbax's handler of arrays, which also writes checksums."""
 
     def __init__(self, checksums: bool):
         super().__init__()
@@ -41,7 +41,7 @@ class ArraysHandler(ocp.StandardCheckpointHandler):
             integrity.write_checksums(directory)
 
 
-# Orbax finds the handler of what is saved by the type of the arguments.
+# Orbax finds the handler of an item by the type of its arguments.
 @ocp.args.register_with_handler(ArraysHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class ArraysArgs(ocp.args.StandardSave):
@@ -49,9 +49,9 @@ class ArraysArgs(ocp.args.StandardSave):
 
 
 class DatasetHandler(ocp.CheckpointHandler):
-    """The position of each data shard, written by one process that reads it."""
+    """A handler of data positions, one per data shard, each written by a process that reads it."""
 
-    def __init__(self, checksums: bool = False):
+    def __init__(self, checksums: bool):
         self._checksums = checksums
 
     def save(self, directory: epath.Path, args: DatasetArgs) -> None:
@@ -61,10 +61,10 @@ class DatasetHandler(ocp.CheckpointHandler):
         count = len(list(directory.glob("shard-*.index")))
         if count != args.iterator.num_shards:
             raise CheckpointMismatchError(
-                f"{directory} has the data positions of {count} data shards, but this mesh has "
-                f"{args.iterator.num_shards} data-parallel parts; start with a mesh that has as "
-                "many, on however many processes, or set SaveCheckpointConfig.save_dataset = False "
-                "to begin the data anew."
+                f"{directory} has the positions of {count} data shards, but this mesh has "
+                f"{args.iterator.num_shards} data-parallel shards; use a mesh with {count}, on any "
+                "number of processes, or set SaveCheckpointConfig.save_dataset = False to start "
+                "from the beginning of the data."
             )
         args.iterator.restore(str(directory / "shard"))
 
@@ -76,10 +76,25 @@ class DatasetHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(DatasetHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class DatasetArgs(ocp.args.CheckpointArgs):
-    """The iterator to save or to move.
+    """The iterator whose position is saved.
 
     Attributes:
-      iterator: of this process.
+      iterator: The iterator of this process.
     """
 
     iterator: SavesPosition
+
+
+def restore_position(path: str, iterator: SavesPosition) -> None:
+    """Moves an iterator to the position saved in a checkpoint, if there is one.
+
+    Args:
+      path: The checkpoint.
+      iterator: The iterator of this process.
+
+    Raises:
+      CheckpointMismatchError: If the checkpoint has another number of data shards.
+    """
+    item = epath.Path(path) / "dataset"
+    if item.exists():
+        DatasetHandler(checksums=False).restore(item, DatasetArgs(iterator))

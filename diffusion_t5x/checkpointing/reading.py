@@ -1,149 +1,204 @@
-"""Reading checkpoints: their parameters and train states, found whole and fitting."""
+"""Reads parameters and train states from checkpoints, ours or T5X's, that fit the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion_t5x.checkpointing import integrity
-from diffusion_t5x.checkpointing.fit import check_fit
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 
+class CheckpointMismatchError(ValueError):
+    """A checkpoint does not fit the model; the message lists names and shapes that differ."""
+
+
+def compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Lists the names and shapes in which a checkpoint differs from a model.
+
+    Args:
+      stored: The checkpoint's arrays, anything with a shape and a dtype, by name.
+      expected: The model's, under the same names where they fit.
+
+    Returns:
+      A line for each difference; an empty list if the checkpoint fits.
+    """
+
+    def describe(leaf: Any) -> str:
+        return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+    missing = sorted(expected.keys() - stored.keys())
+    unknown = sorted(stored.keys() - expected.keys())
+    lines = [f"  the checkpoint lacks {name}: {describe(expected[name])}" for name in missing]
+    lines += [f"  the model has no {name}: {describe(stored[name])}" for name in unknown]
+    for name in sorted(expected.keys() & stored.keys()):
+        have, need = list(stored[name].shape), list(expected[name].shape)
+        if have != need:
+            lines.append(f"  {name}: the checkpoint has {have}, the model {need}")
+    return lines
+
+
 def optimizer_item(state: TrainState) -> dict[str, Any]:
-    """What the item `optimizer` holds of a state."""
-    return {
-        "step": state.step,
-        "opt_state": flax.serialization.to_state_dict(state.opt_state),
-    }
+    """Returns the contents of the item `optimizer` for a state, its step included."""
+    return {"step": state.step, "opt_state": flax.serialization.to_state_dict(state.opt_state)}
 
 
-def _stored_leaves(item: epath.Path) -> dict[str, Any]:
-    """Names, shapes and dtypes in an Orbax item."""
-    metadata = ocp.StandardCheckpointer().metadata(item).item_metadata
-    return named_leaves(getattr(metadata, "tree", metadata))
+def has_optimizer_state(path: str) -> bool:
+    """Returns whether a checkpoint holds an optimiser state that can be restored; T5X's do not."""
+    return (epath.Path(path) / "optimizer").exists()
 
 
-def _check_item(path: str, item: str, abstract: Any) -> epath.Path:
-    """The directory of an item that fits."""
-    directory = epath.Path(path).absolute() / item
-    if not directory.exists():
-        raise FileNotFoundError(f"{path} is not a checkpoint of this kind: it has no {item!r}.")
-    check_fit(path, item, _stored_leaves(directory), abstract)
+def check_params(path: str, abstract_params: Any) -> None:
+    """Checks that the parameters of a checkpoint fit; reads no array.
+
+    Args:
+      path: A checkpoint, ours or T5X's.
+      abstract_params: `jax.ShapeDtypeStruct`s of the model's parameters.
+
+    Raises:
+      FileNotFoundError: If `path` is not a checkpoint.
+      CheckpointMismatchError: If they do not fit.
+    """
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        _open_fitting(path, abstract_params)
+    else:
+        check_item(path, "params", abstract_params)
+
+
+def check_item(path: str, item: str, abstract: Any) -> epath.Path:
+    """Checks that an item of a checkpoint of ours fits; reads no array.
+
+    Args:
+      path: The checkpoint.
+      item: 'params' or 'optimizer'.
+      abstract: `jax.ShapeDtypeStruct`s of what the item should hold.
+
+    Returns:
+      The item's directory.
+
+    Raises:
+      FileNotFoundError: If there is no such item.
+      CheckpointMismatchError: If it does not fit.
+    """
+    directory = _item(path, item)
+    _check_fit(path, item, _stored_leaves(directory), abstract)
     return directory
 
 
-def _restore_item(path: str, item: str, abstract: Any) -> Any:
-    return ocp.StandardCheckpointer().restore(_check_item(path, item, abstract), abstract)
+def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
+    """Restores the whole state from a checkpoint of ours that has been verified.
+
+    Args:
+      path: The checkpoint, as `checkpoints.newest_undamaged` returns it.
+      abstract_state: `jax.ShapeDtypeStruct`s of the state, with the shardings to restore it onto.
+
+    Raises:
+      FileNotFoundError: If `path` is not a checkpoint.
+      CheckpointMismatchError: If it does not fit.
+    """
+    params = _restore_item(path, "params", abstract_state.params)
+    rest = _restore_item(path, "optimizer", optimizer_item(abstract_state))
+    opt_state = flax.serialization.from_state_dict(abstract_state.opt_state, rest["opt_state"])
+    return TrainState(rest["step"], params, opt_state)
+
+
+def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> Any:
+    """Restores the parameters of a checkpoint of any run, ours or T5X's.
+
+    Args:
+      path: The checkpoint.
+      abstract_params: `jax.ShapeDtypeStruct`s of the parameters, with the shardings to restore them
+        onto.
+      verify: Whether to compare the files with their checksums; False if that was done when the
+        checkpoint was selected.
+
+    Returns:
+      The parameters, in the structure of `abstract_params`.
+
+    Raises:
+      FileNotFoundError: If `path` is not a checkpoint.
+      DamagedCheckpointError: If a file is missing, truncated or changed.
+      CheckpointMismatchError: If they do not fit.
+    """
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        stored = _open_fitting(path, abstract_params)
+        return place(stored, named_leaves(abstract_params), f"reading {path}")
+    if verify:
+        integrity.verify(path, ("params",))
+    return _restore_item(path, "params", abstract_params)
 
 
 def open_params(path: str) -> dict[str, StoredArray]:
-    """The parameters of a checkpoint, ours or T5X's, under our names, one per layer.
+    """Opens the parameters of a checkpoint, ours or T5X's, verified; arrays are read on demand.
+
+    Args:
+      path: The checkpoint.
+
+    Returns:
+      The parameters of each layer under our names, such as 'decoder/layers_0/mlp/wo/kernel'.
 
     Raises:
-      FileNotFoundError: if `path` is no checkpoint.
-      DamagedCheckpointError: if a file is not as it was written.
-      ValueError: if it is one of T5X's with a network that is not known here.
+      FileNotFoundError: If `path` is not a checkpoint.
+      DamagedCheckpointError: If a file is missing, truncated or changed.
+      ValueError: If it is T5X's, of an unknown network.
     """
     if t5x_checkpoints.is_t5x_checkpoint(path):
         params = t5x_checkpoints.open_checkpoint(path).params
         if t5x_networks.begins_with_zero(params) and jax.process_index() == 0:
             print(
-                f"{path}: T5X begins each of its texts with a 0; so does "
+                f"{path}: this network expects a 0 before each text; set "
                 "TransformerConfig.start_token = True."
             )
         return t5x_networks.to_ours(params)
-    directory = epath.Path(path).absolute() / "params"
-    if not directory.exists():
-        raise FileNotFoundError(f"{path} is not a checkpoint: it has no 'params'.")
+    item = _item(path, "params")
     integrity.verify(path, ("params",))
 
     def read() -> dict[str, Any]:
-        return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(directory)))
+        return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(item)))
 
-    stored = read_together(_stored_leaves(directory), "params", read)
-    return t5x_networks.to_ours(stored)
-
-
-def has_optimizer_state(path: str) -> bool:
-    """Whether training can go on from a checkpoint with its optimiser's state; not T5X's."""
-    return (epath.Path(path) / "optimizer").exists()
+    return t5x_networks.to_ours(read_together(_stored_leaves(item), "params", read))
 
 
-def restore_params(path: str, abstract_params: Any) -> Any:
-    """Parameters of a checkpoint of any run, ours or T5X's, laid out as `abstract_params` says.
-
-    Raises:
-      FileNotFoundError: if `path` is no checkpoint.
-      DamagedCheckpointError: if a file is not as it was written.
-      CheckpointMismatchError: if they do not fit.
-    """
-    integrity.verify(path, ("params",))
-    return read_params(path, abstract_params)
-
-
-def read_params(path: str, abstract_params: Any) -> Any:
-    """As `restore_params`, of a checkpoint that was found whole."""
-    if not t5x_checkpoints.is_t5x_checkpoint(path):
-        return _restore_item(path, "params", abstract_params)
-    stored = _open_t5x_params(path, abstract_params)
-    return place(stored, named_leaves(abstract_params), f"reading {path}")
-
-
-def _open_t5x_params(path: str, abstract_params: Any) -> dict[str, StoredArray]:
-    """The parameters of a T5X checkpoint, which fit."""
+def _open_fitting(path: str, abstract_params: Any) -> dict[str, StoredArray]:
+    """Opens the parameters of a T5X checkpoint in the layout of the model, which they fit."""
     stored = open_params(path)
     if t5x_networks.is_scanned(named_leaves(abstract_params)):
         stored = t5x_networks.scan(stored)
-    check_fit(path, "params", stored, abstract_params)
+    _check_fit(path, "params", stored, abstract_params)
     return stored
 
 
-def check_params(path: str, abstract_params: Any) -> None:
-    """Checks that `restore_params` could read a checkpoint; no array is read.
-
-    Raises:
-      FileNotFoundError: if `path` is no checkpoint.
-      CheckpointMismatchError: if they do not fit.
-    """
-    if t5x_checkpoints.is_t5x_checkpoint(path):
-        _open_t5x_params(path, abstract_params)
-    else:
-        _check_item(path, "params", abstract_params)
+def _restore_item(path: str, item: str, abstract: Any) -> Any:
+    return ocp.StandardCheckpointer().restore(check_item(path, item, abstract), abstract)
 
 
-def check_train_state(path: str, abstract_state: TrainState) -> None:
-    """Checks that `restore_train_state` could read a checkpoint; no array is read.
-
-    Raises:
-      FileNotFoundError: if `path` is no checkpoint.
-      CheckpointMismatchError: if it does not fit.
-    """
-    check_params(path, abstract_state.params)
-    _check_item(path, "optimizer", optimizer_item(abstract_state))
+def _item(path: str, item: str) -> epath.Path:
+    directory = epath.Path(path).absolute() / item
+    if not directory.exists():
+        raise FileNotFoundError(f"{path} is not a checkpoint of ours: it has no {item!r}.")
+    return directory
 
 
-def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
-    """The whole state of a checkpoint of any run, laid out as `abstract_state` says.
-
-    Raises:
-      FileNotFoundError: if `path` is no checkpoint.
-      DamagedCheckpointError: if a file is not as it was written.
-      CheckpointMismatchError: if it does not fit.
-    """
-    integrity.verify(path, ("params", "optimizer"))
-    return read_train_state(path, abstract_state)
+def _stored_leaves(item: epath.Path) -> dict[str, Any]:
+    """Returns the shapes and dtypes of the arrays in an Orbax item, by name."""
+    metadata = ocp.StandardCheckpointer().metadata(item).item_metadata
+    return named_leaves(getattr(metadata, "tree", metadata))
 
 
-def read_train_state(path: str, abstract_state: TrainState) -> TrainState:
-    """As `restore_train_state`, of a checkpoint that was found whole."""
-    params = read_params(path, abstract_state.params)
-    rest = _restore_item(path, "optimizer", optimizer_item(abstract_state))
-    opt_state = flax.serialization.from_state_dict(abstract_state.opt_state, rest["opt_state"])
-    return TrainState(rest["step"], params, opt_state)
+def _check_fit(path: str, item: str, stored: Mapping[str, Any], abstract: Any) -> None:
+    lines = compare(stored, named_leaves(abstract))
+    if not lines:
+        return
+    part, hint = "model", t5x_networks.hint(lines)
+    if item == "optimizer":
+        part = "optimiser"
+        hint = "\nRestoreCheckpointConfig.params_only = True starts with a fresh optimiser state."
+    raise CheckpointMismatchError(f"{path} does not fit this {part}:\n" + "\n".join(lines) + hint)

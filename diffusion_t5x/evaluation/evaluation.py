@@ -348,13 +348,17 @@ def evaluate(
         print(f"tasks: {', '.join(evaluator.tasks)}")
         print(f"checkpoints: {', '.join(path for _, path in checkpoints)}")
         return {"rows": [], "best": None}
-    abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
+    restore = functools.partial(
+        restore_params,
+        abstract_params=abstract_params(model, partitioner, INIT_SHAPES, {}),
+        verify=restore_checkpoint_cfg.mode == "all",
+    )
     rows, complete = [], []
     with stops_when_full(output_dir):
         with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
             for step, path in checkpoints:
                 found = _evaluate_checkpoint(
-                    evaluator, abstract, pathlib.Path(output_dir), step, path
+                    evaluator, restore, pathlib.Path(output_dir), step, path
                 )
                 rows += found
                 if len(found) == len(evaluator.tasks):
@@ -371,7 +375,11 @@ def evaluate(
 
 
 def _evaluate_checkpoint(
-    evaluator: InferenceEvaluator, abstract: Any, output_dir: pathlib.Path, step: int, path: str
+    evaluator: InferenceEvaluator,
+    restore: Callable[[str], Any],
+    output_dir: pathlib.Path,
+    step: int,
+    path: str,
 ) -> list[dict[str, Any]]:
     """Returns the rows of one checkpoint, from files where they are known already.
 
@@ -385,7 +393,7 @@ def _evaluate_checkpoint(
         file = output_dir / f"checkpoint_{step}" / f"{task}.json"
         if (row := resumable.load(file, key)) is None:
             try:
-                params = restore_params(path, abstract) if params is None else params
+                params = restore(path) if params is None else params
             except FileNotFoundError:
                 print(
                     f"{path} is gone: the run no longer keeps it. {len(rows)} of "

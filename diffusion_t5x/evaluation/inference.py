@@ -110,7 +110,8 @@ def infer(
             repr(getattr(model, "decoder", None)),
         ]
     )  # fmt: skip
-    params = restore_params(path, abstract_params(model, partitioner, INIT_SHAPES, {}))
+    abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
+    params = restore_params(path, abstract, verify=restore_checkpoint_cfg.mode == "all")
     function: CompiledFunction[Any]
     fields: Callable[[Any], Mapping[str, Any]]
     if mode == "predict":

@@ -82,7 +82,8 @@ def sample(
         "decoder_target_tokens": targets,
     }
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
-    params = restore_params(path, abstract_params(model, partitioner, INIT_SHAPES, {}))
+    abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
+    params = restore_params(path, abstract, verify=restore_checkpoint_cfg.mode == "all")
     if dry_run:
         return []
     shards = partitioner.num_data_shards

@@ -1,1 +1,5 @@
-"""Checkpoints of other frameworks: their layouts on disk, and their names for our parameters."""
+"""T5X's checkpoints: their layouts on disk, and the names of their parameters in our networks.
+
+Only `checkpointing` imports from here, and T5X itself through gin (`t5x_restore`). This room works
+on names, shapes and files; it never imports T5X or flax modules.
+"""

@@ -1,4 +1,4 @@
-"""Where a run begins or goes on: found and checked before anything is computed, then restored."""
+"""Finds, checks and restores the state that a run starts or resumes from."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x.checkpointing.checkpoints import (
-    CheckpointConfig,
-    Checkpointer,
-    RestoreCheckpointConfig,
-    SavesPosition,
-    select_checkpoints,
-)
-from diffusion_t5x.checkpointing.reading import (
-    check_params,
-    check_train_state,
-    has_optimizer_state,
-    restore_params,
-    restore_train_state,
-)
+from diffusion_t5x.checkpointing import checkpoints, reading
+from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
+from diffusion_t5x.checkpointing.items import SavesPosition, restore_position
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import TrainState, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
 class StartingPoint:
-    """The checkpoint that a run begins or goes on from.
+    """The checkpoint that a run starts or resumes from, found undamaged.
 
     Attributes:
-      path: of the checkpoint; None for fresh parameters.
-      step: of the state.
-      first_step: step that the run began at, from which TRAIN_STEPS_RELATIVE counts.
-      is_own: whether it is the run's own, saved by an earlier start.
-      has_optimizer: whether the optimiser's state is taken over as well.
+      path: Path of the checkpoint; None for fresh parameters.
+      step: Step of the state.
+      first_step: Step that the run started at, from which TRAIN_STEPS_RELATIVE counts.
+      is_own: Whether the run saved the checkpoint itself, and resumes.
+      has_optimizer: Whether the optimiser state is restored as well.
+      damaged: Paths of the run's own newer checkpoints, which are damaged.
     """
 
     path: str | None
@@ -43,25 +33,26 @@ class StartingPoint:
     first_step: int
     is_own: bool = False
     has_optimizer: bool = False
+    damaged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.path is None:
             return "fresh parameters"
         if self.is_own:
-            return f"goes on from {self.path}"
-        what = "parameters and optimiser" if self.has_optimizer else "parameters"
-        return f"{what} of {self.path}, at step {self.step}"
+            return f"resuming from {self.path}"
+        parts = "parameters and optimiser" if self.has_optimizer else "parameters"
+        return f"{parts} of {self.path}, at step {self.step}"
 
     def last_step(self, total_steps: int | None, relative_steps: int | None) -> int:
-        """The step at which the run ends.
+        """Returns the step at which the run ends.
 
         Args:
-          total_steps: TRAIN_STEPS.
-          relative_steps: TRAIN_STEPS_RELATIVE, which goes first.
+          total_steps: TRAIN_STEPS, which includes the steps of an initial checkpoint.
+          relative_steps: TRAIN_STEPS_RELATIVE, which takes precedence.
 
         Raises:
-          ValueError: if there is neither, one is no positive number, or the initial checkpoint is
-            there already. A run whose own checkpoint is there has merely ended.
+          ValueError: If both are None, the one that counts is not a positive integer, or the
+            initial checkpoint has no step left to train. A finished run may be started again.
         """
         name, steps = "TRAIN_STEPS_RELATIVE", relative_steps
         if steps is None:
@@ -69,13 +60,13 @@ class StartingPoint:
         if steps is None:
             raise ValueError("how long to train? Set TRAIN_STEPS or TRAIN_STEPS_RELATIVE.")
         if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"{name} = {steps!r}; expected a positive whole number of steps.")
+            raise ValueError(f"{name} = {steps!r}; expected a positive number of steps.")
         if relative_steps is not None:
             return self.first_step + steps
         if not self.is_own and steps <= self.step:
             raise ValueError(
-                f"TRAIN_STEPS = {steps}, but INITIAL_CHECKPOINT_PATH = {self.path} is at step "
-                f"{self.step}, and its steps count; expected more than {self.step}, or "
+                f"TRAIN_STEPS = {steps} includes the steps of INITIAL_CHECKPOINT_PATH = "
+                f"{self.path}, which is at step {self.step}; expected more than {self.step}, or "
                 "TRAIN_STEPS_RELATIVE for the number of further steps."
             )
         return steps
@@ -83,56 +74,64 @@ class StartingPoint:
     def check(self, abstract: TrainState) -> None:
         """Compares names and shapes in the checkpoint with the state's; reads no array.
 
+        Args:
+          abstract: `jax.ShapeDtypeStruct`s of the state.
+
         Raises:
-          CheckpointMismatchError: if they differ.
+          CheckpointMismatchError: If they differ.
         """
         if self.path is None:
             return
+        reading.check_params(self.path, abstract.params)
         if self.has_optimizer:
-            check_train_state(self.path, abstract)
-        else:
-            check_params(self.path, abstract.params)
+            reading.check_item(self.path, "optimizer", reading.optimizer_item(abstract))
 
 
 def what_is_left(step: int, last_step: int) -> str:
-    """How far a run that is at `step` has to go."""
+    """Describes how many steps remain at `step`."""
     if step >= last_step:
         return f"nothing left to train: step {step} of {last_step} is reached"
     return f"{last_step - step} steps to train, up to step {last_step}"
 
 
 def find(model_dir: str, config: CheckpointConfig) -> StartingPoint:
-    """The run's own latest checkpoint, else the initial checkpoint, else fresh parameters.
+    """Decides what a run starts from, and verifies that checkpoint.
 
     Args:
-      model_dir: directory of the run.
-      config: what the run saves and restores.
+      model_dir: Directory of the run.
+      config: What the run saves and restores.
 
     Raises:
-      FileNotFoundError: if the initial checkpoint is not there.
-      DamagedCheckpointError: if it is damaged, or all of the run's own are.
+      FileNotFoundError: If the initial checkpoint does not exist.
+      DamagedCheckpointError: If it is damaged, or all of the run's own are.
     """
-    initial = StartingPoint(None, 0, 0)
-    if config.restore is not None:
-        latest = dataclasses.replace(config.restore, mode="specific")
-        try:
-            items = ("params",) if config.restore.params_only else ("params", "optimizer")
-            [(step, path)] = select_checkpoints(latest, items)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"INITIAL_CHECKPOINT_PATH: {error}") from error
-        if config.restore.params_only:
-            initial = StartingPoint(path, 0, 0)
-        else:
-            initial = StartingPoint(path, step, step, has_optimizer=has_optimizer_state(path))
-    if config.save is not None:
-        try:
-            [(step, path)] = select_checkpoints(
-                RestoreCheckpointConfig(model_dir), ("params", "optimizer", "dataset")
-            )
-        except FileNotFoundError:
-            return initial
-        return StartingPoint(path, step, initial.first_step, is_own=True, has_optimizer=True)
-    return initial
+    initial_step, initial = _select_initial(config.restore) if config.restore else (0, "")
+    # The order is important.
+    # 1. The run's own newest undamaged checkpoint: a preempted run resumes, whatever it began with.
+    if config.save is not None and checkpoints.find_checkpoints(model_dir):
+        step, path, damaged = checkpoints.newest_undamaged(model_dir, checkpoints.ITEMS)
+        return StartingPoint(path, step, initial_step, True, True, damaged)
+    # 2. Without an initial checkpoint, fresh parameters.
+    if config.restore is None:
+        return StartingPoint(None, 0, 0)
+    # 3. The parameters alone of an initial checkpoint.
+    if config.restore.params_only:
+        return StartingPoint(initial, 0, 0)
+    # 4. The state of an initial checkpoint, at its step; the optimiser starts fresh if its state
+    #    is missing or T5X's. With another objective than the checkpoint's this is AR2Diff.
+    has_optimizer = reading.has_optimizer_state(initial)
+    return StartingPoint(initial, initial_step, initial_step, has_optimizer=has_optimizer)
+
+
+def _select_initial(config: checkpoints.RestoreCheckpointConfig) -> tuple[int, str]:
+    """Returns the step that a run starts at, and the checkpoint that it starts from."""
+    items = ("params",) if config.params_only else ("params", "optimizer")
+    config = dataclasses.replace(config, mode="specific")
+    try:
+        [(step, path)] = checkpoints.select_checkpoints(config, items)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"INITIAL_CHECKPOINT_PATH: {error}") from error
+    return 0 if config.params_only else step, path
 
 
 def restore(
@@ -145,38 +144,36 @@ def restore(
     random_seed: int,
     spec: tuple[Any, Any],
 ) -> TrainState:
-    """The state at a starting point, where `abstract` says that it lies.
+    """Restores or creates the state that a run starts from, sharded as `abstract` is.
 
     Args:
-      start: found by `find`.
-      model: what is trained.
-      partitioner: devices and sharding.
-      abstract: shapes and shardings of the state.
-      checkpointer: of the run; None if it saves nothing.
-      iterator: of the data, moved to where the run's own checkpoint was.
-      random_seed: of fresh parameters.
-      spec: shapes and dtypes to initialise with.
+      start: What `find` decided.
+      model: The model to train.
+      partitioner: Devices and sharding.
+      abstract: `jax.ShapeDtypeStruct`s of the state, with shardings.
+      checkpointer: The run's checkpointer; None if it saves nothing.
+      iterator: The training data, moved to its saved position if the run resumes.
+      random_seed: Seed of fresh parameters.
+      spec: Shapes and types of the inputs to initialise with.
 
     Raises:
-      CheckpointMismatchError: if the checkpoint does not fit.
+      CheckpointMismatchError: If the checkpoint does not fit.
     """
-    if start.is_own and checkpointer is not None:
-        return checkpointer.restore(abstract, iterator)
     if start.path is not None and start.has_optimizer:
-        return restore_train_state(start.path, abstract)
+        if checkpointer is not None and start.is_own:
+            checkpointer.set_aside(start.damaged)
+            if checkpointer.config.save_dataset:
+                restore_position(start.path, iterator)
+        return reading.restore_train_state(start.path, abstract)
     rng = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
     state = create_train_state(model, partitioner, *spec, rng)
     if start.path is None:
         return state
-    state = dataclasses.replace(state, params=restore_params(start.path, abstract.params))
-    if start.step:
-        state = dataclasses.replace(
-            state, step=jax.device_put(np.int32(start.step), abstract.step.sharding)
+    params = reading.restore_params(start.path, abstract.params, verify=False)
+    step = jax.device_put(np.int32(start.step), abstract.step.sharding)
+    if start.step and jax.process_index() == 0:
+        print(
+            f"{start.path}: restored parameters and step {start.step}; it has no optimiser state "
+            "that can be restored here (T5X's cannot), so the optimiser starts fresh."
         )
-        if jax.process_index() == 0:
-            print(
-                f"{start.path}: parameters and step {start.step} are taken over; it has no "
-                "optimiser state that can be read here (a T5X optimiser's is dropped), so the "
-                "optimiser starts afresh."
-            )
-    return state
+    return TrainState(step, params, state.opt_state)

@@ -11,8 +11,11 @@ import gin
 from diffusion_t5x import convert, gin_utils
 from diffusion_t5x.checkpointing import conversion
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
-from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
-from diffusion_t5x.checkpointing.reading import open_params, restore_params
+from diffusion_t5x.checkpointing.reading import (
+    CheckpointMismatchError,
+    open_params,
+    restore_params,
+)
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -82,8 +85,8 @@ def test_partial_conversion_takes_what_fits_and_lists_what_starts_afresh(tmp_pat
     converted = conversion.convert(source, f"{tmp_path}/ours", model=model, partial=True)
     conversion.print_conversion(converted)
     text = capsys.readouterr().out
-    fresh = {name for name, origin in converted.sources.items() if origin == conversion.FRESH}
-    layer = {name for name in converted.sources if name.startswith("decoder/layers_2/")}
+    fresh = {n for n, array in converted.arrays.items() if array.source == conversion.FRESH}
+    layer = {name for name in converted.arrays if name.startswith("decoder/layers_2/")}
     assert fresh == {*layer, "token_embedder/embedding", "token_embedder/logits_kernel"}
     assert all(name in text for name in fresh)
     assert converted.dropped == ("token_embedder/embedding", "token_embedder/logits_kernel")
@@ -104,7 +107,7 @@ def test_a_t5x_checkpoint_goes_on_as_a_diffusion_model(tmp_path, capsys):
         restore=RestoreCheckpointConfig(written.path),
     )  # fmt: skip
     assert int(state.step) == parity.STEP + 3
-    assert "optimiser starts afresh" in capsys.readouterr().out
+    assert "optimiser starts fresh" in capsys.readouterr().out
     before, after = _read(written.path), flax.traverse_util.flatten_dict(state.params, sep="/")
     name = "decoder/layers_0/mlp/wo/kernel"
     moved = np.abs(np.asarray(after[name]) - before[name]).max()

@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(
     state = toy.run(a_copy, 4)
     text = capsys.readouterr().out
     assert f"{damaged.relative_to(a_copy / 'checkpoint_4')} has the CRC-32" in text
-    assert f"The one before it that is whole is {a_copy}/checkpoint_2" in text
+    assert f"The newest undamaged checkpoint is {a_copy}/checkpoint_2" in text
     assert (a_copy / "checkpoint_4.damaged" / item).is_dir()
     assert [step for step, _ in list_checkpoints(str(a_copy))] == [2, 4]
     expected = open_params(str(run_dir / "checkpoint_4"))
@@ -126,7 +126,7 @@ def test_a_run_without_a_whole_checkpoint_stops_and_touches_none(a_copy):
     for step in (2, 4):
         _cut(_array_file(a_copy / f"checkpoint_{step}" / "params"))
     before = sorted(path.name for path in a_copy.iterdir())
-    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint is whole") as error:
+    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint is undamaged") as error:
         toy.run(a_copy, 6)
     assert "checkpoint_2 is damaged" in str(error.value)
     assert "checkpoint_4 is damaged" in str(error.value)
@@ -214,24 +214,19 @@ def test_metrics_that_can_be_read_are_let_alone(a_copy):
     assert (item / "metrics").read_text() == '{"training_eval/loss": 1.5}'
 
 
-def test_what_was_found_whole_is_read_again_only_when_it_was_written_to(a_copy, monkeypatch):
+def test_a_resumed_run_reads_each_file_for_its_checksum_once(a_copy, monkeypatch):
     read = []
     original = integrity._checksum
     monkeypatch.setattr(
-        integrity, "_checksum", lambda file: read.append(file.name) or original(file)
+        integrity, "_checksum", lambda file: read.append(str(file)) or original(file)
     )
-    checkpoint = a_copy / "checkpoint_4"
-    integrity.verify(checkpoint, ITEMS)
-    assert len(read) > 3
-    read.clear()
-    integrity.verify(checkpoint, ITEMS)
-    assert not read
-    damaged = _array_file(checkpoint / "params")
-    _flip_a_bit(damaged)
-    for _ in range(2):
-        with pytest.raises(DamagedCheckpointError):
-            integrity.verify(checkpoint, ITEMS)
-    assert read == [damaged.name] * 2
+    toy.run(a_copy, 4)
+    listed = [
+        str(a_copy / "checkpoint_4" / item / name)
+        for item in ITEMS
+        for name in json.loads((a_copy / "checkpoint_4" / item / CHECKSUMS).read_text())
+    ]
+    assert sorted(read) == sorted(listed)
 
 
 def test_a_single_checkpoint_is_looked_at_when_it_is_chosen(a_copy):
@@ -257,9 +252,9 @@ from diffusion_t5x.checkpointing import integrity
 run, read = pathlib.Path({run!r}), []
 toy.run(run, 4)
 if jax.process_index() == 0:
-    for item in ("params", "optimizer"):
-        files = [file for file in (run / "checkpoint_4" / item).rglob("*") if file.is_file()]
-        file = max(files, key=lambda file: file.stat().st_size)
+    for item, process in (("params", 0), ("optimizer", 1)):
+        name, _, _ = integrity._listed_files(run / "checkpoint_4" / item)[process]
+        file = run / "checkpoint_4" / item / name
         file.write_bytes(bytes(file.stat().st_size))
 multihost_utils.sync_global_devices("damaged")
 original = integrity._checksum
@@ -288,9 +283,10 @@ def test_two_processes_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     told = [out for out, _ in outputs]
     assert all("STEP 5" in out for out in told)
-    assert "params/" in told[0] and "optimizer/" in told[0]
-    assert f"The one before it that is whole is {run}/checkpoint_2" in told[0]
-    assert "is damaged" not in told[1]
+    for found, other, out in (("params", 1, told[0]), ("optimizer", 0, told[1])):
+        assert re.findall(r"  (\w+)/.* has the CRC-32", out) == [found]
+        assert f"  process {other} found damage; its output names the files" in out
+        assert f"The newest undamaged checkpoint is {run}/checkpoint_2" in out
     shares = [set(ast.literal_eval(out.partition("READ ")[2].splitlines()[0])) for out in told]
     assert all(shares) and not shares[0] & shares[1]
     listed = {

@@ -12,8 +12,7 @@ import numpy as np
 import parity
 import pytest
 
-from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
-from diffusion_t5x.checkpointing.reading import restore_params
+from diffusion_t5x.checkpointing.reading import CheckpointMismatchError, restore_params
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 

@@ -255,6 +255,7 @@ sys.path.insert(0, {tests!r})
 import toy
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
+from diffusion_t5x.checkpointing.reading import restore_train_state
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
 
@@ -268,7 +269,8 @@ for devices, partitions, dims in ((8, 1, 1), (8, 4, 2), (4, 2, 1), (1, 1, 1)):
     rules = standard_logical_axis_rules(dims, dims)
     partitioner = PjitPartitioner(partitions, rules, jax.devices()[:devices])
     if out:
-        state = checkpointer.restore(abstract_train_state(model, partitioner, shapes, {{}}))
+        abstract = abstract_train_state(model, partitioner, shapes, {{}})
+        state = restore_train_state({directory!r} + "/checkpoint_0", abstract)
     else:
         state = create_train_state(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
         checkpointer.save(state)

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from diffusion_t5x import train
-from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 from diffusion_t5x.runtime import partitioning
 from diffusion_t5x.training.run_record import OtherRunError
 
@@ -129,9 +129,10 @@ MISTAKES = {
 # The same of what a run starts from.
 OF_CHECKPOINTS = {
     "a checkpoint": ([ADAPT, INITIAL + "={run}/checkpoint_1"], FileNotFoundError,
-        ["INITIAL_CHECKPOINT_PATH: ", "pretrained/checkpoint_1 is neither", "{run}/checkpoint_2?"]),
+        ["INITIAL_CHECKPOINT_PATH: ", "pretrained/checkpoint_1 is neither",
+         "did you mean 'checkpoint_2'?"]),
     "a run": ([ADAPT, INITIAL + "={run}/../pretraind"], FileNotFoundError,
-        ["INITIAL_CHECKPOINT_PATH: ", "pretraind is neither", "/pretrained?"]),
+        ["INITIAL_CHECKPOINT_PATH: ", "pretraind is neither", "did you mean 'pretrained'?"]),
     "steps that are over": ([ADAPT, INITIAL + "={run}"], ValueError,
         ["TRAIN_STEPS = 2", "at step 2", "more than 2", "TRAIN_STEPS_RELATIVE"]),
     "further steps": ([ADAPT, INITIAL + "={run}", "--gin.TRAIN_STEPS_RELATIVE=-1"], ValueError,
@@ -220,7 +221,7 @@ def test_a_run_may_go_on_with_more_steps_and_other_periods(
     with pytest.raises(CompiledError):
         _train(finished, *changed, "--dry_run")
     text = capsys.readouterr().out
-    assert f"goes on from {finished}/checkpoint_2; 3 steps to train, up to step 5" in text
+    assert f"resuming from {finished}/checkpoint_2; 3 steps to train, up to step 5" in text
 
 
 def test_a_finished_run_that_is_started_again_ends_well_and_says_so(

@@ -14,7 +14,7 @@ from diffusion_t5x.checkpointing.checkpoints import (
     SaveCheckpointConfig,
     list_checkpoints,
 )
-from diffusion_t5x.checkpointing.fit import CheckpointMismatchError
+from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 from diffusion_t5x.data import datasets
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.early_stopping import EarlyStopping
