@@ -1,10 +1,10 @@
-"""Converts a checkpoint of T5X's into ours, or ours into one that T5X restores.
+"""Converts a checkpoint of T5X into ours, or ours into one that T5X restores.
 
 python -m diffusion_t5x.convert --from=gs://bucket/t5_1_1_small --to=runs/t5 \\
   [--gin_file=models/encoder_decoder/small.gin ...]
 
-With the gin file of a model, the parameters must fit that model. Without, the network is read off
-the checkpoint, and TO/network.gin says what it is.
+With the gin file of a model, the parameters must fit that model. Without, the network is inferred
+from the checkpoint, and TO/network.gin configures a model for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from diffusion_t5x.commands import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `conversion.convert`; `argv` replaces the command line."""
+    """Runs `conversion.convert`.
+
+    Args:
+      argv: Replaces the command line.
+    """
     parser = flags.make_parser(__doc__)
     add = parser.add_argument
     add("--from", dest="source", required=True, help="checkpoint, or a run for its latest")
@@ -26,15 +30,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="diffusion_t5x (default); t5x: T5X's layout with our names, for our models in T5X; "
         "t5x:t5, t5x:scalable_t5, t5x:decoder_only: the same with names of T5X's networks",
     )
-    add("--partial", action="store_true", help="take what fits; the rest starts afresh")
-    add("--dtype", choices=("float32", "bfloat16"), help="of parameters; default: as they are")
+    add(
+        "--partial",
+        action="store_true",
+        help="convert the parameters that fit and initialise the others",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="type of the parameters written (default: unchanged)",
+    )
     args = flags.start(parser, argv)
     model = None
     if args.gin_file:
         import gin
         from diffusion_t5x import models
 
-        # The parameters are the same under every objective and in every run.
+        # The parameters do not depend on the objective or the run.
         flags.configure(args, ["objectives/autoregressive.gin"], ["DROPOUT_RATE=0.0"])
         model = gin.get_configurable(models.Model)()
     from diffusion_t5x.checkpointing import conversion

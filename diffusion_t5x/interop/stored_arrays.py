@@ -1,4 +1,4 @@
-"""Arrays that lie in a checkpoint and are read when asked for."""
+"""Arrays of a checkpoint that are read on demand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from diffusion_t5x.runtime.terminal import Progress
 
@@ -19,10 +20,10 @@ class StoredArray:
     """An array in a checkpoint.
 
     Attributes:
-      source: name in the checkpoint, or names.
-      shape: of the array.
-      dtype: of the array.
-      read: reads it.
+      source: Its name in the checkpoint; the first and last name if it is stacked from several.
+      shape: Its shape.
+      dtype: Its type.
+      read: Reads its values.
     """
 
     source: str
@@ -33,15 +34,15 @@ class StoredArray:
     def derive(
         self, shape: Sequence[int], change: Callable[[np.ndarray], np.ndarray]
     ) -> StoredArray:
-        """What `change`, which gives an array of `shape`, makes of this one."""
+        """Returns a transformed copy of `shape`, to whose values `change` is applied on read."""
         return dataclasses.replace(self, shape=tuple(shape), read=lambda: change(self.read()))
 
     def reshape(self, *shape: int) -> StoredArray:
-        """The same numbers in another shape, given in full."""
+        """Returns a copy in another shape, given in full."""
         return self.derive(shape, lambda x: x.reshape(shape))
 
-    def cast(self, dtype: Any) -> StoredArray:
-        """The same numbers in another type."""
+    def cast(self, dtype: DTypeLike) -> StoredArray:
+        """Returns a copy of another type."""
         dtype = np.dtype(dtype)
         return dataclasses.replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
 
@@ -49,12 +50,12 @@ class StoredArray:
 def read_together(
     leaves: Mapping[str, Any], item: str, read: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, StoredArray]:
-    """Arrays of which all are read as soon as one is asked for.
+    """Returns arrays of an item that are all read once the first is asked for.
 
     Args:
-      leaves: what has each array's shape and dtype, by name.
-      item: that the names are in.
-      read: reads all, by name.
+      leaves: Anything with the shape and dtype of each array, by name.
+      item: Name of the item, for the arrays' `source`.
+      read: Reads all arrays, by name.
     """
     read = functools.cache(read)
     return {
@@ -69,7 +70,7 @@ def read_together(
 
 
 def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
-    """One array for each index of `axis`; together they read `stored` once, if read in turn."""
+    """Returns one array for each index of `axis`; read in turn, they read `stored` once."""
     count = stored.shape[axis]
     shape = stored.shape[:axis] + stored.shape[axis + 1 :]
     whole: dict[str, Any] = {"taken": 0}
@@ -80,7 +81,7 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
         part = np.ascontiguousarray(np.take(whole["array"], index, axis=axis))
         whole["taken"] += 1
         if whole["taken"] == count:
-            del whole["array"]
+            del whole["array"]  # frees the memory
         return part
 
     return [
@@ -95,14 +96,14 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
 
 
 def stack(parts: Sequence[StoredArray], axis: int) -> StoredArray:
-    """The parts along a new axis.
+    """Returns the arrays of several layers stacked along a new axis.
 
     Raises:
-      ValueError: if their shapes differ.
+      ValueError: If their shapes differ.
     """
     shapes = {part.shape for part in parts}
     if len(shapes) > 1:
-        raise ValueError(f"{parts[0].source} and the same of other layers differ: {shapes}.")
+        raise ValueError(f"{parts[0].source} and its like in other layers differ: {shapes}.")
     shape = parts[0].shape
     return StoredArray(
         source=f"{parts[0].source} … {parts[-1].source}" if len(parts) > 1 else parts[0].source,
@@ -113,7 +114,7 @@ def stack(parts: Sequence[StoredArray], axis: int) -> StoredArray:
 
 
 def read_all(stored: Mapping[str, StoredArray], description: str) -> dict[str, np.ndarray]:
-    """Reads every array, showing progress."""
+    """Reads every array, with a progress bar of this description."""
     arrays = {}
     with Progress(len(stored), description, "arrays") as progress:
         for name, array in stored.items():
@@ -123,12 +124,15 @@ def read_all(stored: Mapping[str, StoredArray], description: str) -> dict[str, n
 
 
 def place(stored: Mapping[str, StoredArray], abstract: Mapping[str, Any], description: str) -> Any:
-    """Reads arrays to where they belong, one after the other; a nested tree.
+    """Reads arrays onto the devices, one at a time.
 
     Args:
-      stored: by name such as 'decoder/final_layer_norm/scale'.
+      stored: The arrays, by names such as 'decoder/final_layer_norm/scale'.
       abstract: `jax.ShapeDtypeStruct`s with shardings, under the same names.
-      description: what is being read, for the progress shown.
+      description: Description for the progress bar.
+
+    Returns:
+      The arrays, in the types and shardings of `abstract`, as a nested dictionary.
     """
     placed = {}
     with Progress(len(stored), description, "arrays") as progress:

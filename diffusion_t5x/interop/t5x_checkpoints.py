@@ -1,9 +1,9 @@
-"""T5X's checkpoints on disk, read and written without T5X.
+"""Reads and writes T5X's checkpoints without T5X.
 
-T5X has had two layouts of `checkpoint_{step}/`. The older, which every T5X reads, is a msgpack file
-`checkpoint` whose leaves are arrays or TensorStore specs of zarr arrays beside it. The newer is an
-Orbax item `state/`. Either holds a tree with the parameters under `target`, the step under
-`state/step` and the optimiser's state under `state/param_states`.
+T5X has two layouts of `checkpoint_{step}/`. The older, which every T5X reads, is a msgpack file
+`checkpoint` whose leaves are arrays, or TensorStore specs of zarr arrays beside it. The newer is an
+Orbax item `state/`. Both hold a tree with the parameters under `target`, the step under
+`state/step` and the optimiser state under `state/param_states`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ from diffusion_t5x.runtime.terminal import Progress
 
 INDEX = "checkpoint"
 STATE = "state"
-# Since 2021: bfloat16 is stored as such.
-VERSION = 3
+VERSION = 3  # since 2021: bfloat16 is stored as such
 CHUNK_BYTES = 64 * 2**20
 _PLACEHOLDER = "PLACEHOLDER://"
 
 
 @dataclasses.dataclass(frozen=True)
 class T5XCheckpoint:
-    """What is of use in a T5X checkpoint.
+    """The parts of a T5X checkpoint that we use.
 
     Attributes:
-      step: steps trained.
-      params: by name such as 'decoder/decoder_norm/scale'.
-      has_optimizer_state: whether there is an optimiser's state, which is not read.
+      step: Its step.
+      params: Its parameters, by names such as 'decoder/decoder_norm/scale'.
+      has_optimizer_state: Whether it has an optimiser state, which is not read.
     """
 
     step: int
@@ -50,16 +49,16 @@ class T5XCheckpoint:
 
 
 def is_t5x_checkpoint(path: str) -> bool:
-    """Whether a directory is one T5X checkpoint, in either layout."""
+    """Returns whether a directory is a T5X checkpoint, in either layout."""
     directory = epath.Path(path)
     return (directory / STATE).is_dir() or (directory / INDEX).is_file()
 
 
 def open_checkpoint(path: str) -> T5XCheckpoint:
-    """Reads the index of a checkpoint, and no parameter yet.
+    """Reads the index of a T5X checkpoint; parameters are read on demand.
 
     Raises:
-      ValueError: if it is no checkpoint of T5X's, or holds no parameters.
+      ValueError: If it is not a T5X checkpoint, or has no parameters.
     """
     directory = epath.Path(path)
     if (directory / STATE).is_dir():
@@ -68,7 +67,7 @@ def open_checkpoint(path: str) -> T5XCheckpoint:
 
 
 def _step(state: Mapping[str, Any], directory: epath.Path) -> int:
-    """The step that a checkpoint tells, else that of its name."""
+    """Returns the step in a checkpoint's state, else the one in its name."""
     step = state.get("step")
     if step is not None and np.ndim(step) == 0:
         return int(step)
@@ -83,7 +82,7 @@ def _check(directory: epath.Path, params: Mapping[str, StoredArray]) -> None:
         if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
             raise ValueError(
                 f"{directory}: {name} is {array.dtype}; expected a floating type. Checkpoints that "
-                "T5X wrote before June 2021 keep bfloat16 as uint16, which T5X no longer reads."
+                "T5X wrote before June 2021 store bfloat16 as uint16, which T5X no longer reads."
             )
 
 
@@ -95,12 +94,12 @@ def _is_spec(value: Any) -> bool:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of a tree in an index, by names such as 'decoder/decoder_norm/scale'."""
+    """Returns the leaves of a tree in an index, by names such as 'decoder/decoder_norm/scale'."""
     return flax.traverse_util.flatten_dict(tree, is_leaf=lambda _, x: _is_spec(x), sep="/")
 
 
 def kvstore(path: str) -> dict[str, str]:
-    """TensorStore's address of a directory, local or `gs://bucket/…`."""
+    """Returns TensorStore's spec of a directory, local or `gs://bucket/…`."""
     path = path.rstrip("/") + "/"
     if match := re.fullmatch(r"gs://([^/]+)/(.*)", path, re.DOTALL):
         return {"driver": "gcs", "bucket": match.group(1), "path": match.group(2)}
@@ -108,11 +107,11 @@ def kvstore(path: str) -> dict[str, str]:
 
 
 def _location(leaf: Any) -> str:
-    """Name of the directory of an array that a leaf of the index points to, or ''."""
+    """Returns the directory of the array that a leaf of the index points to, or ''."""
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         return leaf.removeprefix(_PLACEHOLDER)
     if _is_spec(leaf):
-        # The path is in the spec where an old TensorStore wrote it.
+        # Old versions of TensorStore have the path in the spec itself.
         return (leaf.get("path") or leaf["kvstore"]["path"]).strip("/")
     return ""
 
@@ -127,10 +126,10 @@ def _open_indexed(directory: epath.Path) -> T5XCheckpoint:
     try:
         index = flax.serialization.msgpack_restore(content)
     except Exception as error:
-        raise ValueError(f"{directory / INDEX} is no index of a T5X checkpoint: {error}") from error
+        raise ValueError(f"{directory / INDEX} is not an index of T5X's: {error}") from error
     index = index.get("optimizer", index) if isinstance(index, dict) else {}
     leaves = {k: v for k, v in flatten(index.get("target", {})).items() if v is not None}
-    # All are opened at once, which matters where each takes a round trip.
+    # All are opened at once, since each takes a round trip in a bucket.
     opened = {
         name: ts.open({"driver": "zarr", "kvstore": kvstore(str(directory / _location(leaf)))})
         for name, leaf in leaves.items()
@@ -164,7 +163,7 @@ def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
     target = tree.get("target", {})
 
     def restore(item: Any) -> Any:
-        """As NumPy arrays: the devices may have no room for what is not ours yet."""
+        """Restores NumPy arrays: they may not fit one device, and have no sharding yet."""
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         return checkpointer.restore(
             path, ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
@@ -183,27 +182,25 @@ def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
 
 
 def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray]) -> str:
-    """Writes `{directory}/checkpoint_{step}` in the layout that every T5X reads.
-
-    It appears whole or not at all: what a killed writer left is cleared away by the next.
+    """Writes `{directory}/checkpoint_{step}`, atomically, in the layout that every T5X reads.
 
     Args:
-      directory: of the run, local or `gs://bucket/…`.
-      step: steps trained.
-      params: by T5X's name.
+      directory: Directory of the run, local or `gs://bucket/…`.
+      step: Step of the checkpoint.
+      params: Parameters, by T5X's names.
 
     Returns:
       The checkpoint's path.
 
     Raises:
-      FileExistsError: if it is there already.
+      FileExistsError: If it exists.
     """
     final = epath.Path(directory) / f"checkpoint_{step}"
     if final.exists():
-        raise FileExistsError(f"{final} is there already; remove it, or write elsewhere.")
+        raise FileExistsError(f"{final} already exists; remove it, or write elsewhere.")
     temporary = epath.Path(directory) / f"{final.name}.tmp"
     if temporary.exists():
-        temporary.rmtree()
+        temporary.rmtree()  # of a writer that was killed
     temporary.mkdir(parents=True)
     specs = {}
     with Progress(len(params), f"writing {final}", "arrays") as progress:
@@ -221,7 +218,7 @@ def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray
 
 
 def _write_array(directory: epath.Path, name: str, array: StoredArray) -> dict[str, Any]:
-    """Writes one zarr array; returns what the index keeps of it."""
+    """Writes one zarr array; returns its leaf in the index."""
     chunks = _chunks(array.shape, CHUNK_BYTES // array.dtype.itemsize)
     metadata = {"compressor": {"id": "gzip"}, "shape": list(array.shape), "chunks": chunks}
     spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
@@ -229,12 +226,12 @@ def _write_array(directory: epath.Path, name: str, array: StoredArray) -> dict[s
     ts.open({**spec, "kvstore": address}, create=True).result().write(array.read()).result()
     relative = {**address, "path": name}
     if "bucket" in relative:
-        relative["bucket"] = "t5x-dummy-bucket"  # as T5X has it; a checkpoint may be moved
+        relative["bucket"] = "t5x-dummy-bucket"  # as T5X writes it; the index names no real bucket
     return {**spec, "kvstore": relative}
 
 
 def _chunks(shape: tuple[int, ...], elements: int) -> list[int]:
-    """Chunks that divide `shape` evenly and hold at most `elements`, made by halving and so on."""
+    """Returns chunk sizes that divide `shape` evenly and have at most `elements` elements."""
     chunks = list(shape)
     while np.prod(chunks) > elements:
         axis = int(np.argmax(chunks))

@@ -1,16 +1,16 @@
-"""The parameters of T5X's example networks, and those of ours that mean the same.
+"""Maps the parameters of T5X's example networks to ours, and back.
 
-| network | what |
+| network | architecture |
 |---|---|
-| `t5` | `t5x.examples.t5`: encoder-decoder, one table of distances per stack |
-| `scalable_t5` | `t5x.examples.scalable_t5`: the same, one table per layer, layers scanned |
+| `t5` | `t5x.examples.t5`: encoder-decoder, one position-bias table per stack |
+| `scalable_t5` | `t5x.examples.scalable_t5`: the same, one table per layer, scanned layers |
 | `decoder_only` | `t5x.examples.decoder_only`: one causal stack |
-| `diffusion_t5x` | ours, as it is where T5X's trainer trains our models |
+| `diffusion_t5x` | ours, also when T5X's trainer trained it |
 
-T5X's decoders give all buckets of distances to what is before a token; ours give them half. A table
-of T5X's becomes the backward half of one of twice the size, and its forward half starts as the bias
-of distance 0, which is what T5X reads there. A causal network then computes the same numbers, and
-one that goes on bidirectionally keeps the meaning of its buckets.
+T5X's decoders use all buckets of relative positions for tokens before the query; ours use half of
+them. A table of T5X becomes the backward half of one of twice the size, whose forward half starts
+as the bias of distance 0, which is what T5X reads there. So a causal network computes the same
+logits, and bidirectional training from there keeps the meaning of its buckets.
 """
 
 from __future__ import annotations
@@ -21,19 +21,26 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from diffusion_t5x.interop.stored_arrays import StoredArray, stack, unstack
+from diffusion_t5x.names import check_known
 
 OURS = "diffusion_t5x"
 NETWORKS = ("t5", "scalable_t5", "decoder_only", OURS)
 Params = dict[str, StoredArray]
 
-# T5X's names, and ours.
-_RENAMES = (
+# (pattern, replacement)
+_TO_OURS = (
     (r"^decoder/token_embedder/", "token_embedder/"),
     (r"^decoder/logits_dense/kernel$", "token_embedder/logits_kernel"),
     (r"^(encoder|decoder)/\1_norm/", r"\1/final_layer_norm/"),
     (r"^(encoder/layers_\d+)/attention/", r"\1/self_attention/"),
     (r"^(encoder/layers_\d+)/pre_attention_layer_norm/", r"\1/pre_self_attention_layer_norm/"),
     (r"/mlp/wi/", "/mlp/wi_0/"),
+)
+_TO_THEIRS = (
+    (r"^(encoder|decoder)/final_layer_norm/", r"\1/\1_norm/"),
+    (r"^(encoder/layers_\d+)/self_attention/", r"\1/attention/"),
+    (r"^(encoder/layers_\d+)/pre_self_attention_layer_norm/", r"\1/pre_attention_layer_norm/"),
+    (r"^token_embedder/logits_kernel$", "decoder/logits_dense/kernel"),
 )
 _LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*)$")
 _TABLE = re.compile(r"^decoder/(layers_\d+/)?relpos_bias/rel_embedding$")
@@ -42,10 +49,10 @@ _OUTPUT_KERNEL = re.compile(r"attention/out/kernel$")
 
 
 def network_of(names: Iterable[str]) -> str:
-    """Which of `NETWORKS` has parameters of these names.
+    """Returns which of `NETWORKS` has parameters of these names.
 
     Raises:
-      ValueError: if none has.
+      ValueError: If none has.
     """
     names = set(names)
     if "decoder/final_layer_norm/scale" in names:
@@ -56,18 +63,22 @@ def network_of(names: Iterable[str]) -> str:
         shared = "decoder/relpos_bias/rel_embedding" in names
         return "t5" if shared else "scalable_t5"
     raise ValueError(
-        f"parameters such as {', '.join(sorted(names)[:3])} are of no network known here; "
-        f"known: {', '.join(NETWORKS)}."
+        f"parameters such as {', '.join(sorted(names)[:3])} belong to no known network. "
+        f"Known: {', '.join(NETWORKS)}."
     )
 
 
 def begins_with_zero(names: Iterable[str]) -> bool:
-    """Whether a network needs `TransformerConfig.start_token`, which no shape tells."""
+    """Returns whether a network needs `TransformerConfig.start_token`, which no shape shows."""
     return network_of(names) == "decoder_only"
 
 
 def hint(misfits: Iterable[str]) -> str:
-    """What to set where these lines say that a checkpoint does not fit; or ''."""
+    """Returns hints on the settings that could resolve mismatches, or ''.
+
+    Args:
+      misfits: Lines that describe the mismatches, as `checkpointing.reading.compare` returns them.
+    """
     text = "\n".join(misfits)
     hints = {
         r"decoder/.*rel_embedding.*, 64\], the model .*, 32\]": "decoder_relative_buckets = 64",
@@ -77,14 +88,14 @@ def hint(misfits: Iterable[str]) -> str:
         r"model has no token_embedder/logits_kernel": "tied_logits = False",
     }
     settings = [setting for pattern, setting in hints.items() if re.search(pattern, text)]
-    return "".join(f"\nIt may want TransformerConfig.{setting}." for setting in settings)
+    return "".join(f"\nIt may need TransformerConfig.{setting}." for setting in settings)
 
 
 def to_ours(params: Mapping[str, StoredArray]) -> Params:
-    """Parameters of any network known here under our names, one per layer.
+    """Returns the parameters of any known network under our names, one per layer.
 
     Raises:
-      ValueError: if the network is unknown.
+      ValueError: If the network is unknown.
     """
     network = network_of(params)
     ours: Params = {}
@@ -93,19 +104,19 @@ def to_ours(params: Mapping[str, StoredArray]) -> Params:
             if network == OURS:
                 ours[layer_name] = array
             else:
-                our_name = _rename(layer_name)
+                our_name = _rename(layer_name, _TO_OURS)
                 ours[our_name] = _to_our_shape(our_name, array)
     return ours
 
 
-def _rename(name: str) -> str:
-    for pattern, replacement in _RENAMES:
+def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _layers(name: str, stored: StoredArray) -> list[tuple[str, StoredArray]]:
-    """A parameter of scanned layers as one per layer; any other as it is."""
+    """Splits a parameter of scanned layers into one per layer; returns any other unchanged."""
     for pattern, axis in ((r"^(encoder|decoder)/layers/", 0), (r"^(encoder|decoder)/\1/", 1)):
         if match := re.match(pattern, name):
             rest = name[match.end() :]
@@ -129,12 +140,12 @@ def _to_our_shape(name: str, array: StoredArray) -> StoredArray:
 
 
 def scan(params: Mapping[str, StoredArray], axis: int = 0, prefix: str = "layers") -> Params:
-    """Parameters of one layer each as parameters of scanned layers.
+    """Stacks the parameters of layers into those of scanned layers.
 
     Args:
-      params: under our names, or T5X's.
-      axis: that the layers lie on.
-      prefix: what stands for the layer's number, 'layers' for ours.
+      params: Parameters, one per layer, under our names or T5X's.
+      axis: The axis to stack layers along.
+      prefix: The name that replaces 'layers_{n}'; '' for that of the stack, as in T5X.
     """
     scanned: Params = {}
     groups: dict[str, dict[int, StoredArray]] = {}
@@ -151,18 +162,21 @@ def scan(params: Mapping[str, StoredArray], axis: int = 0, prefix: str = "layers
 
 
 def is_scanned(names: Iterable[str]) -> bool:
-    """Whether these are our names of a network whose layers are scanned."""
+    """Returns whether these are our names of a network with scanned layers."""
     return any(re.match(r"^(encoder|decoder)/layers/", name) for name in names)
 
 
 def from_ours(params: Mapping[str, StoredArray], network: str) -> Params:
-    """Our parameters, one per layer, under the names and in the shapes of a network of T5X's.
+    """Returns our parameters under the names and in the shapes of a network of T5X.
+
+    Args:
+      params: Our parameters, one per layer.
+      network: One of `NETWORKS` other than ours.
 
     Raises:
-      ValueError: if the network is unknown or cannot hold them.
+      ValueError: If the network is unknown or cannot hold them.
     """
-    if network not in NETWORKS[:-1]:
-        raise ValueError(f"network {network!r} is unknown; known: {', '.join(NETWORKS[:-1])}.")
+    check_known(network, NETWORKS[:-1], "network")
     has_encoder = "encoder/final_layer_norm/scale" in params
     if has_encoder == (network == "decoder_only"):
         have = "an encoder-decoder" if has_encoder else "a decoder-only network"
@@ -179,24 +193,17 @@ def from_ours(params: Mapping[str, StoredArray], network: str) -> Params:
 
 
 def _their_name(name: str, network: str, gated: bool) -> str:
-    name = re.sub(r"^(encoder|decoder)/final_layer_norm/", r"\1/\1_norm/", name)
-    name = re.sub(r"^(encoder/layers_\d+)/self_attention/", r"\1/attention/", name)
-    name = re.sub(
-        r"^(encoder/layers_\d+)/pre_self_attention_layer_norm/",
-        r"\1/pre_attention_layer_norm/",
-        name,
-    )
-    name = name.replace("token_embedder/logits_kernel", "decoder/logits_dense/kernel")
+    name = _rename(name, _TO_THEIRS)
     if network == "decoder_only":
         name = re.sub(r"^token_embedder/", "decoder/token_embedder/", name)
     return name if gated else name.replace("/mlp/wi_0/", "/mlp/wi/")
 
 
 def _share_tables(params: Mapping[str, StoredArray], *, shared: bool) -> Params:
-    """Tables of distances per stack, or per layer.
+    """Converts position-bias tables to one per stack if `shared`, else to one per layer.
 
     Raises:
-      ValueError: if the tables of layers differ where one is to serve all.
+      ValueError: If the tables of layers differ and cannot be shared.
     """
     result: Params = {}
     for name, array in params.items():
@@ -208,8 +215,8 @@ def _share_tables(params: Mapping[str, StoredArray], *, shared: bool) -> Params:
             first = params[f"{side}/layers_0/relpos_bias/rel_embedding"]
             if not np.array_equal(first.read(), array.read()):
                 raise ValueError(
-                    f"{name} differs from that of layer 0, but the network asked for has one table "
-                    "of distances for all layers; 'scalable_t5' has one for each."
+                    f"{name} differs from that of layer 0, but this network has one position-bias "
+                    "table for all layers; 'scalable_t5' has one for each."
                 )
             result[f"{side}/relpos_bias/rel_embedding"] = first
         else:
@@ -220,19 +227,18 @@ def _share_tables(params: Mapping[str, StoredArray], *, shared: bool) -> Params:
 
 
 def _narrow(table: StoredArray) -> StoredArray:
-    """The backward half of a decoder's table, which is all that T5X's networks have."""
+    """Returns the backward half of a decoder's table, all that T5X's networks have."""
     heads, buckets = table.shape
     if buckets != 64:
         raise ValueError(
-            f"{table.source} has {buckets} buckets of distances, {buckets // 2} of them backwards; "
-            "T5X's decoders have 32 backwards, which is "
-            "TransformerConfig.decoder_relative_buckets = 64."
+            f"{table.source} has {buckets} buckets, {buckets // 2} of them backward; T5X's "
+            "decoders have 32 backward: TransformerConfig.decoder_relative_buckets = 64."
         )
     return table.derive((heads, buckets // 2), lambda x: x[:, : buckets // 2])
 
 
 def _split_heads(name: str, array: StoredArray, params: Mapping[str, StoredArray]) -> StoredArray:
-    """`[embed, heads * head_dim] -> [embed, heads, head_dim]`, and outputs alike."""
+    """Splits `[embed, heads * head_dim]` into `[embed, heads, head_dim]`, and outputs likewise."""
     heads = next(p.shape[0] for n, p in params.items() if n.endswith("relpos_bias/rel_embedding"))
     if _INPUT_KERNEL.search(name):
         return array.reshape(array.shape[0], heads, array.shape[1] // heads)

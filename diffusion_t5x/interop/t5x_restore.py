@@ -1,4 +1,4 @@
-"""What T5X is told to do as it restores a checkpoint of our models."""
+"""A `state_transformation_fn` for T5X that rejects checkpoints with missing parameters."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ def require_parameters(
     *,
     is_resuming: bool = False,
 ) -> Mapping[str, Any]:
-    """A `state_transformation_fn` of T5X's that changes nothing, but lets no parameter be missing.
+    """Checks that T5X finds every parameter of our model in a checkpoint; changes nothing.
 
-    T5X's `fallback_to_scratch`, which lets an optimiser start afresh, would also let a parameter
-    whose name differs start afresh, without a word.
+    T5X's `fallback_to_scratch`, which an optimiser needs to start fresh, would also silently
+    initialise parameters whose names differ.
 
     Args:
-      state_dict: of the checkpoint.
-      target_state_dict: of the model and optimiser.
-      is_resuming: whether the run goes on from a checkpoint of its own.
+      state_dict: The state in the checkpoint.
+      target_state_dict: The state of the model and optimiser.
+      is_resuming: Whether the run resumes from its own checkpoint; T5X passes it.
+
+    Returns:
+      `state_dict`.
 
     Raises:
-      ValueError: listing the parameters that the checkpoint lacks.
+      ValueError: If the checkpoint lacks parameters; the message lists them.
     """
     del is_resuming
     have, need = flatten(state_dict["target"]), flatten(target_state_dict["target"])
     if missing := sorted(need.keys() - have.keys()):
         raise ValueError(
             "the checkpoint lacks parameters of the model; python -m diffusion_t5x.convert "
-            "--format=t5x turns checkpoints of T5X's networks into ones of ours:\n"
+            "--format=t5x converts checkpoints of T5X's networks for our models:\n"
             + "\n".join(f"  {name}" for name in missing)
         )
     return state_dict

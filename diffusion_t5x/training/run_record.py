@@ -1,4 +1,4 @@
-"""What must stay the same in a run's directory, recorded there and compared when it goes on."""
+"""The record of what must not change in a run's directory, compared when the run resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusion_t5x.data import vocabularies
 from diffusion_t5x.runtime.files import write_atomically
 
 FILE = "run.json"
-# How something is computed, or regularised, but not what: these may change as a run goes on.
+# Settings that may change when a run resumes: they change speed, memory or regularisation alone.
 FREE = frozenset(
     {
         "dropout_rate",
@@ -27,20 +27,23 @@ FREE = frozenset(
         "name",
     }
 )
-# Settings by which people know these.
+# The names under which users set these.
 SETTINGS = {"mixture": "MIXTURE_OR_TASK_NAME", "vocabulary": "VOCABULARY"}
 
 
 class OtherRunError(ValueError):
-    """MODEL_DIR holds the checkpoints of a run of something else; the message says what differs."""
+    """MODEL_DIR holds checkpoints of a different run; the message lists the differences."""
 
 
 def describe(model: Any, mixture: str) -> dict[str, str]:
-    """Network, objective, vocabulary and data of a run, each setting by a dotted name.
+    """Describes the network, objective, vocabulary and data of a run.
 
     Args:
-      model: of `models.Model`'s kind, its parts dataclasses.
-      mixture: name of the task or mixture that is trained on.
+      model: A `models.Model` whose network and objective are dataclasses.
+      mixture: Name of the task or mixture to train on.
+
+    Returns:
+      Each setting as text, by a dotted name such as 'network.config.num_layers'.
     """
     return {
         **dict(_fields("network", model.module)),
@@ -51,7 +54,7 @@ def describe(model: Any, mixture: str) -> dict[str, str]:
 
 
 def _fields(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The class of a dataclass and, field by field, all that is in it."""
+    """Yields the class of a dataclass and, recursively, its fields."""
     if not dataclasses.is_dataclass(value):
         yield name, str(value)
         return
@@ -62,17 +65,16 @@ def _fields(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def check(model_dir: str, ours: Mapping[str, str]) -> None:
-    """Checks that the run whose checkpoints lie in `model_dir` is this one.
+    """Checks that a directory's checkpoints belong to this run.
 
-    Settings that only one of the two knows, because one was written by another version, are not
-    compared; nor is a directory that has no record.
+    Settings that only one of the records has, which another version wrote, are not compared.
 
     Args:
-      model_dir: directory of the run.
-      ours: what `describe` says of this run.
+      model_dir: Directory of the run; it may have no record.
+      ours: The description of this run.
 
     Raises:
-      OtherRunError: naming each setting that differs.
+      OtherRunError: If a setting differs.
     """
     path = pathlib.Path(model_dir) / FILE
     if not path.exists():
@@ -80,20 +82,20 @@ def check(model_dir: str, ours: Mapping[str, str]) -> None:
     theirs = json.loads(path.read_text(encoding="utf-8"))
     lines = [
         f"  {SETTINGS.get(name, name)}: {theirs[name]} there, {ours[name]} here"
-        for name in theirs.keys() & ours.keys()
+        for name in sorted(theirs.keys() & ours.keys())
         if theirs[name] != ours[name]
     ]
     if lines:
         raise OtherRunError(
-            f"MODEL_DIR = {model_dir!r} holds checkpoints of another run, which differs in:\n"
-            + "\n".join(sorted(lines))
-            + "\nSet MODEL_DIR to another directory; to start from those parameters, set "
-            f"INITIAL_CHECKPOINT_PATH = {model_dir!r} beside it."
+            f"MODEL_DIR = {model_dir!r} holds checkpoints of a different run:\n"
+            + "\n".join(lines)
+            + "\nSet another MODEL_DIR; to start from these parameters, set "
+            f"INITIAL_CHECKPOINT_PATH = {model_dir!r} as well."
         )
 
 
 def write(model_dir: str, ours: Mapping[str, str]) -> None:
-    """Writes the record, from one process."""
+    """Writes the description of a run to its directory, on the first process."""
     if jax.process_index() == 0:
         text = json.dumps(dict(ours), indent=2) + "\n"
         write_atomically(pathlib.Path(model_dir) / FILE, text)

@@ -108,7 +108,7 @@ def test_large_arrays_are_cut_into_chunks_that_divide_them(tmp_path, monkeypatch
     ("content", "message"),
     [
         (b"model_checkpoint_path: 'x'", "is a TensorFlow checkpoint"),
-        (b"\xc1 nonsense", "is no index of a T5X checkpoint"),
+        (b"\xc1 nonsense", "is not an index of T5X's"),
         (flax.serialization.msgpack_serialize({"optimizer": {}}), "has no parameters"),
         (
             flax.serialization.msgpack_serialize({"target": {"x": np.zeros(2, np.uint16)}}),

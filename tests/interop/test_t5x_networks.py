@@ -78,7 +78,7 @@ def test_parameters_that_a_network_cannot_hold_are_refused(tmp_path):
     name = "decoder/relpos_bias/rel_embedding"
     with pytest.raises(ValueError, match="decoder_relative_buckets = 64"):
         t5x_networks.from_ours({**t5, name: t5["encoder/relpos_bias/rel_embedding"]}, "t5")
-    with pytest.raises(ValueError, match="of no network known here"):
+    with pytest.raises(ValueError, match="belong to no known network"):
         t5x_networks.to_ours({"a/b": t5[name]})
     with pytest.raises(ValueError, match="'t6' is unknown"):
         t5x_networks.from_ours(t5, "t6")

@@ -148,10 +148,10 @@ OF_CHECKPOINTS = {
         OtherRunError, ["MODEL_DIR = '{run}'", "network.config.mlp_dim: 8 there, 16 here",
         "INITIAL_CHECKPOINT_PATH = '{run}'"]),
     "the directory of another objective": (["--gin.MODEL_DIR={run}", DIFFUSION], OtherRunError,
-        ["objective: NextToken there, StepUnrolledDenoising here", "another directory"]),
+        ["objective: NextToken there, StepUnrolledDenoising here", "Set another MODEL_DIR"]),
     "the directory of another mixture": (
         ["--gin.MODEL_DIR={run}", f"--gin.MIXTURE_OR_TASK_NAME={OTHER_TASK}"], OtherRunError,
-        ["MIXTURE_OR_TASK_NAME: toy_copy there, toy_other here", "another directory"]),
+        ["MIXTURE_OR_TASK_NAME: toy_copy there, toy_other here", "Set another MODEL_DIR"]),
     "the directory of another optimiser": (
         ["--gin.MODEL_DIR={run}", "--gin_file={tmp}/adamw.gin"],
         CheckpointMismatchError, ["{run}/checkpoint_2 does not fit this optimiser"]),
