@@ -191,11 +191,7 @@ class Checkpointer:
             raise self._manager.failure
 
     def set_aside(self, damaged: Sequence[str]) -> None:
-        """Renames damaged checkpoints of the run, so that their steps can be saved again.
-
-        Args:
-          damaged: Their paths, as `newest_undamaged` returns them.
-        """
+        """Renames damaged checkpoints of the run, so that their steps can be saved again."""
         if not damaged:
             return
         if jax.process_index() == 0:
@@ -232,25 +228,20 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
 
 
 def list_checkpoints(path: str) -> list[tuple[int, str]]:
-    """Finds a checkpoint, or all finished checkpoints of a run; at least one.
-
-    Args:
-      path: A checkpoint, ours or T5X's, or the directory of a run.
-
-    Returns:
-      (step, path) of each, ascending.
+    """Returns `find_checkpoints(path)`, which must not be empty.
 
     Raises:
-      FileNotFoundError: If there is none.
+      FileNotFoundError: If there is no checkpoint.
     """
     if found := find_checkpoints(path):
         return found
     parent = epath.Path(path).parent
     beside = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
-    hint = names.did_you_mean(epath.Path(path).name, sorted(beside)) if beside else ""
+    nearest = names.did_you_mean(epath.Path(path).name, sorted(beside))
+    hint = f" In {parent}: {nearest}" if beside else ""
     raise FileNotFoundError(
         f"{path} is neither a checkpoint nor a run with one; expected a directory such as "
-        f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000. In {parent}: {hint}"
+        f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000.{hint}"
     )
 
 

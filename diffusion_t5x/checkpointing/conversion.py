@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +29,7 @@ from diffusion_t5x.checkpointing.reading import (
 )
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
-from diffusion_t5x.interop.stored_arrays import StoredArray, read_all
+from diffusion_t5x.interop.stored_arrays import StoredArray, read_all, read_together
 from diffusion_t5x.runtime.terminal import print_table
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
@@ -68,7 +67,6 @@ def convert(
     model: Any = None,
     partial: bool = False,
     dtype: str | None = None,
-    random_seed: int = 0,
     dry_run: bool = False,
 ) -> Conversion:
     """Writes `{destination}/checkpoint_{step}`, atomically, with the parameters of a checkpoint.
@@ -84,7 +82,6 @@ def convert(
       partial: Whether to initialise the parameters that the checkpoint lacks or has in another
         shape, instead of raising an error.
       dtype: Type of the parameters written, such as 'bfloat16'; None to keep that of each.
-      random_seed: Seed of freshly initialised parameters.
       dry_run: Whether to check that everything fits, and write nothing.
 
     Raises:
@@ -111,7 +108,7 @@ def convert(
             notes += ("optimiser state and data position are not converted.",)
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
-        arrays, dropped = _fit(path, stored, model, partial, random_seed)
+        arrays, dropped = _fit(path, stored, model, partial)
     elif layout in FORMATS[2:]:
         arrays = t5x_networks.from_ours(stored, layout.partition(":")[2])
     if dtype is not None:
@@ -136,10 +133,10 @@ def _check_settings(layout: str, model: Any, partial: bool) -> None:
 
 
 def _fit(
-    path: str, stored: dict[str, StoredArray], model: Any, partial: bool, seed: int
+    path: str, stored: dict[str, StoredArray], model: Any, partial: bool
 ) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
     """Returns the model's parameters, from `stored` or fresh if `partial`, and names not used."""
-    fresh = _fresh_parameters(model, seed)
+    fresh = _fresh_parameters(model)
     if t5x_networks.is_scanned(fresh):
         stored = t5x_networks.scan(stored)
     lines = compare(stored, fresh)
@@ -156,24 +153,18 @@ def _fit(
     return {name: fits.get(name, array) for name, array in fresh.items()}, dropped
 
 
-def _fresh_parameters(model: Any, seed: int) -> dict[str, StoredArray]:
+def _fresh_parameters(model: Any) -> dict[str, StoredArray]:
     """Returns a model's parameters, initialised when the first is read."""
 
     def init(rng: jax.Array) -> Any:
         return flax.core.unfreeze(model.get_initial_variables(rng, INIT_SHAPES, {})["params"])
 
-    @functools.cache
-    def read_all() -> dict[str, np.ndarray]:
-        return named_leaves(jax.device_get(jax.jit(init)(jax.random.PRNGKey(seed))))
+    def read() -> dict[str, np.ndarray]:
+        return named_leaves(jax.device_get(jax.jit(init)(jax.random.PRNGKey(0))))
 
-    def read(name: str) -> np.ndarray:
-        return read_all()[name]
-
-    shapes = named_leaves(jax.eval_shape(init, jax.random.PRNGKey(seed)))
-    return {
-        name: StoredArray(FRESH, leaf.shape, np.dtype(leaf.dtype), functools.partial(read, name))
-        for name, leaf in shapes.items()
-    }
+    shapes = named_leaves(jax.eval_shape(init, jax.random.PRNGKey(0)))
+    fresh = read_together(shapes, FRESH, read)
+    return {name: dataclasses.replace(array, source=FRESH) for name, array in fresh.items()}
 
 
 def _write(destination: str, step: int, arrays: Mapping[str, StoredArray], layout: str) -> None:

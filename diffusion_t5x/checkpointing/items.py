@@ -28,8 +28,8 @@ class SavesPosition(Protocol):
         """Moves to the position at which `save(path)` was called."""
 
 
-class ArraysHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler of arrays, which also writes checksums."""
+class _Handler(ocp.CheckpointHandler):
+    """A handler that writes checksums of what it saved."""
 
     def __init__(self, checksums: bool):
         super().__init__()
@@ -41,6 +41,10 @@ class ArraysHandler(ocp.StandardCheckpointHandler):
             integrity.write_checksums(directory)
 
 
+class ArraysHandler(_Handler, ocp.StandardCheckpointHandler):
+    """Orbax's handler of arrays, with checksums."""
+
+
 # Orbax finds the handler of an item by the type of its arguments.
 @ocp.args.register_with_handler(ArraysHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
@@ -48,11 +52,8 @@ class ArraysArgs(ocp.args.StandardSave):
     """The arrays to save."""
 
 
-class DatasetHandler(ocp.CheckpointHandler):
+class DatasetHandler(_Handler):
     """A handler of data positions, one per data shard, each written by a process that reads it."""
-
-    def __init__(self, checksums: bool):
-        self._checksums = checksums
 
     def save(self, directory: epath.Path, args: DatasetArgs) -> None:
         args.iterator.save(str(directory / "shard"))
@@ -67,10 +68,6 @@ class DatasetHandler(ocp.CheckpointHandler):
                 "from the beginning of the data."
             )
         args.iterator.restore(str(directory / "shard"))
-
-    def finalize(self, directory: epath.Path) -> None:
-        if self._checksums:
-            integrity.write_checksums(directory)
 
 
 @ocp.args.register_with_handler(DatasetHandler, for_save=True, for_restore=True)

@@ -22,14 +22,11 @@ class CheckpointMismatchError(ValueError):
 
 
 def compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Lists the names and shapes in which a checkpoint differs from a model.
+    """Returns a line for each difference in names and shapes.
 
     Args:
       stored: The checkpoint's arrays, anything with a shape and a dtype, by name.
-      expected: The model's, under the same names where they fit.
-
-    Returns:
-      A line for each difference; an empty list if the checkpoint fits.
+      expected: The model's.
     """
 
     def describe(leaf: Any) -> str:
@@ -57,11 +54,7 @@ def has_optimizer_state(path: str) -> bool:
 
 
 def check_params(path: str, abstract_params: Any) -> None:
-    """Checks that the parameters of a checkpoint fit; reads no array.
-
-    Args:
-      path: A checkpoint, ours or T5X's.
-      abstract_params: `jax.ShapeDtypeStruct`s of the model's parameters.
+    """Checks that the parameters of a checkpoint, ours or T5X's, fit; reads no array.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
@@ -74,15 +67,7 @@ def check_params(path: str, abstract_params: Any) -> None:
 
 
 def check_item(path: str, item: str, abstract: Any) -> epath.Path:
-    """Checks that an item of a checkpoint of ours fits; reads no array.
-
-    Args:
-      path: The checkpoint.
-      item: 'params' or 'optimizer'.
-      abstract: `jax.ShapeDtypeStruct`s of what the item should hold.
-
-    Returns:
-      The item's directory.
+    """Checks that the arrays of an item ('params' or 'optimizer') fit, and returns its directory.
 
     Raises:
       FileNotFoundError: If there is no such item.

@@ -1,4 +1,4 @@
-"""Converting checkpoints: what fits goes over, what does not is listed, and training goes on."""
+"""Conversion of checkpoints: what fits is converted, the rest is listed, and training continues."""
 
 import flax.traverse_util
 import jax
@@ -34,7 +34,7 @@ def _assert_same(one, other):
 
 
 def _t5_like(**config):
-    """A toy model whose network is the golden T5's, but for the number of tokens."""
+    """Returns a toy model with the golden T5's network, except for the vocabulary's size."""
     fields = {
         **parity.SIZES,
         "embed_dim": parity.EMBED_DIM,
@@ -44,6 +44,14 @@ def _t5_like(**config):
         "decoder_relative_buckets": 64,
     }
     return toy.model("diffusion", "encoder_decoder", **{**fields, **config})
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory):
+    """The golden T5 checkpoint, converted for `_t5_like()`: its embeddings are fresh."""
+    directory = tmp_path_factory.mktemp("resized")
+    source = parity.golden_checkpoint("t5", directory)
+    return conversion.convert(source, f"{directory}/ours", model=_t5_like(), partial=True).path
 
 
 def test_a_t5x_checkpoint_becomes_ours_and_is_described(tmp_path, capsys):
@@ -97,13 +105,11 @@ def test_partial_conversion_takes_what_fits_and_lists_what_starts_afresh(tmp_pat
     assert read["token_embedder/embedding"].std() > 0.5  # fresh, not zero
 
 
-def test_a_t5x_checkpoint_goes_on_as_a_diffusion_model(tmp_path, capsys):
-    source, model = parity.golden_checkpoint("t5", tmp_path), _t5_like()
-    resized = conversion.convert(source, f"{tmp_path}/ours", model=model, partial=True)
-    written = conversion.convert(resized.path, f"{tmp_path}/t5x", "t5x:t5")
+def test_a_t5x_checkpoint_is_trained_further_as_a_diffusion_model(tmp_path, capsys, resized):
+    written = conversion.convert(resized, f"{tmp_path}/t5x", "t5x:t5")
     # The run starts from T5X's own layout and names.
     state = toy.run(
-        tmp_path / "run", None, model, relative_steps=3,
+        tmp_path / "run", None, _t5_like(), relative_steps=3,
         restore=RestoreCheckpointConfig(written.path),
     )  # fmt: skip
     assert int(state.step) == parity.STEP + 3
@@ -116,11 +122,9 @@ def test_a_t5x_checkpoint_goes_on_as_a_diffusion_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_ours_goes_to_t5xs_layout_and_back(scan_layers, tmp_path):
+def test_ours_goes_to_t5xs_layout_and_back(scan_layers, tmp_path, resized):
     model = _t5_like(scan_layers=scan_layers)
-    first = conversion.convert(
-        parity.golden_checkpoint("t5", tmp_path), f"{tmp_path}/a", model=model, partial=True
-    )
+    first = conversion.convert(resized, f"{tmp_path}/a", model=model)
     theirs = conversion.convert(first.path, f"{tmp_path}/b", "t5x", model=model)
     checkpoint = t5x_checkpoints.open_checkpoint(theirs.path)
     assert checkpoint.step == parity.STEP

@@ -1,4 +1,4 @@
-"""T5X's layouts on disk: what was written is read, and killed writers do no harm."""
+"""T5X's layouts on disk: arrays survive writing and reading, and killed writers do no harm."""
 
 import flax.serialization
 import ml_dtypes
@@ -63,7 +63,7 @@ def test_every_way_in_which_an_index_points_at_an_array_is_followed(leaf, tmp_pa
     file.write_bytes(flax.serialization.msgpack_serialize(index))
     checkpoint, arrays = read(str(tmp_path / "checkpoint_1"))
     np.testing.assert_array_equal(arrays["norm"], ARRAYS["decoder/decoder_norm/scale"])
-    # An index that tells no step has it in its name.
+    # The index has no step, so the directory's name gives it.
     assert (checkpoint.step, checkpoint.has_optimizer_state) == (1, True)
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of T5X's networks and ours: there and back changes nothing."""
+"""Conversion between the names and shapes of T5X's networks and ours is lossless."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def test_there_and_back_changes_nothing(network, tmp_path):
     back = t5x_networks.from_ours(ours, network)
     _assert_same(_read(back), _read(params))
     assert all(back[name].shape == params[name].shape for name in params)
-    # Scanned and taken apart again, ours are the same too.
+    # Stacking ours into scanned layers and splitting them again changes nothing either.
     _assert_same(_read(t5x_networks.to_ours(t5x_networks.scan(ours))), _read(ours))
 
 

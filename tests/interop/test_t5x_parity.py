@@ -1,7 +1,7 @@
-"""Checkpoints that T5X wrote mean the same to our networks: logits, losses, scores, greedy text.
+"""Our networks compute from T5X's checkpoints what T5X does: logits, losses, scores, greedy text.
 
-The golden files were made by running T5X once (`tests/tools/t5x_side.py`); `inputs.json` has what
-went in.
+The golden files were made by running T5X once (`tests/tools/t5x_side.py`); `inputs.json` has its
+inputs.
 """
 
 import json
@@ -32,7 +32,7 @@ def test_our_network_computes_what_t5xs_does(network, tmp_path):
     params = restore(network, parity.golden_checkpoint(network, tmp_path))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     theirs = dict(np.load(parity.GOLDEN / f"{network}.npz"))
-    assert theirs["logits"].std() > 0.5  # the comparison is not one of noise with noise
+    assert theirs["logits"].std() > 0.5  # so the comparison is of signals, not of noise
     assert len(np.unique(theirs["greedy"])) > 5
     parity.assert_equal(parity.our_numbers(network, params), theirs)
 
@@ -59,7 +59,7 @@ def test_a_model_that_reads_distances_otherwise_is_refused(tmp_path):
         restore("t5", path, tied_logits=True)
 
 
-def test_the_setting_that_no_shape_tells_is_told(tmp_path, capsys):
+def test_the_setting_that_no_shape_shows_is_named(tmp_path, capsys):
     restore("decoder_only", parity.golden_checkpoint("decoder_only", tmp_path))
     assert "TransformerConfig.start_token = True" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What T5X is told as it restores a checkpoint of our models."""
+"""T5X may not silently initialise parameters of our models."""
 
 import numpy as np
 import pytest

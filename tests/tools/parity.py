@@ -1,4 +1,4 @@
-"""What is compared between T5X's networks and ours: small networks, texts, and our side of it."""
+"""Small networks and texts on which T5X's networks and ours are compared, and our results."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from diffusion_t5x.objectives.losses import CrossEntropy
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 STEP = 7
 VOCAB = 40
-PREFIX_LENGTH, TARGET_LENGTH = 40, 24  # beyond the distances that have a bucket of their own
+PREFIX_LENGTH, TARGET_LENGTH = 40, 24  # longer than distances with their own bucket
 LOSS = {"z_loss": 1e-3, "label_smoothing": 0.1}
-# What T5X's configurations and ours have in common. T5 1.1 has a gated GELU and an output matrix of
-# its own, T5 1.0 a ReLU and none.
+# Settings common to T5X's configurations and ours. T5 1.1 has a gated GELU and its own output
+# matrix, T5 1.0 a ReLU and shared embeddings.
 T5_1_1 = {"mlp_activations": ("gelu", "linear"), "tied": False}
 T5_1_0 = {"mlp_activations": ("relu",), "tied": True}
 NETWORKS = {"t5": T5_1_1, "scalable_t5": T5_1_0, "decoder_only": {**T5_1_1, "tied": True}}
-# Every query attends far: the bias of each distance shows.
+# Every query attends to distant keys, so that the bias of each distance matters.
 SIZES = {"num_heads": 2, "head_dim": 4, "mlp_dim": 12}
 EMBED_DIM, LAYERS, ENCODER_LAYERS = 16, 2, 3
 
 
 def golden_checkpoint(network, directory):
-    """Unpacks the checkpoint that T5X wrote of a network; its path."""
+    """Unpacks the checkpoint that T5X wrote of a network, and returns its path."""
     with tarfile.open(GOLDEN / f"{network}.tar.xz") as archive:
         archive.extractall(directory, filter="data")
     return f"{directory}/checkpoint_{STEP}"
@@ -73,7 +73,7 @@ def our_model(network, pattern="causal", **overrides):
 
 
 def texts(seed=0):
-    """Pairs of prefix and target of many lengths, targets ending with 1."""
+    """Returns pairs of prefix and target of several lengths; targets end with 1."""
     rng = np.random.default_rng(seed)
     lengths = [(40, 24), (23, 20), (5, 3), (12, 9)]
     return [
@@ -93,7 +93,7 @@ def _shift(targets, segments):
 
 
 def encoder_decoder_batch(pairs):
-    """As `seqio.EncDecFeatureConverter` makes it, one text a row."""
+    """Returns the batch of `seqio.EncDecFeatureConverter`, one text per row."""
     targets = _pad([target for _, target in pairs], TARGET_LENGTH)
     return {
         "encoder_input_tokens": _pad([prefix for prefix, _ in pairs], PREFIX_LENGTH),
@@ -104,7 +104,7 @@ def encoder_decoder_batch(pairs):
 
 
 def packed_batch(rows):
-    """The same, several texts a row."""
+    """Returns the same with several texts per row."""
     batch = {}
     for side, name, length in ((0, "encoder", PREFIX_LENGTH), (1, "decoder", TARGET_LENGTH)):
         parts = [[pair[side] for pair in row] for row in rows]
@@ -121,7 +121,7 @@ def packed_batch(rows):
 
 
 def decoder_only_batch(rows):
-    """As `seqio.DecoderFeatureConverter` makes it: prefixes and targets in one array."""
+    """Returns the batch of `seqio.DecoderFeatureConverter`, prefix and target in one array."""
     length = PREFIX_LENGTH + TARGET_LENGTH
     tokens = _pad([[t for pair in row for part in pair for t in part] for row in rows], length)
     segments = _pad(
@@ -163,7 +163,7 @@ def _compute(model, params, batch, packed):
 
 
 def our_numbers(network, params, **overrides):
-    """What is compared, from our network: name -> array."""
+    """Returns the arrays to compare, computed by our network, by name."""
     pairs = texts()
     batch, packed = encoder_decoder_batch(pairs), packed_batch(PACKED_ROWS(pairs))
     numbers = {}
@@ -180,7 +180,7 @@ def our_numbers(network, params, **overrides):
 
 
 def assert_equal(ours, theirs):
-    """Logits, losses and scores within float32's tolerance; greedy tokens the same."""
+    """Compares logits, losses and scores to float32's tolerance, and greedy tokens exactly."""
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         if name.endswith("greedy"):
