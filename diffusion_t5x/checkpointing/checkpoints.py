@@ -91,7 +91,7 @@ class RestoreCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run saves, and what it starts from.
+    """The checkpoints that a run saves, and the one it starts from.
 
     Attributes:
       save: When to save; None to save nothing.

@@ -73,43 +73,42 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
     """Returns one array for each index of `axis`; read in turn, they read `stored` once."""
     count = stored.shape[axis]
     shape = stored.shape[:axis] + stored.shape[axis + 1 :]
-    whole: dict[str, Any] = {"taken": 0}
+    held: list[np.ndarray] = []  # `stored`, from the first layer read until all have been
+    num_read = 0
 
     def take(index: int) -> np.ndarray:
-        if "array" not in whole:
-            whole.update(array=stored.read(), taken=0)
-        part = np.ascontiguousarray(np.take(whole["array"], index, axis=axis))
-        whole["taken"] += 1
-        if whole["taken"] == count:
-            del whole["array"]  # frees the memory
-        return part
+        nonlocal num_read
+        if not held:
+            held.append(stored.read())
+        layer = np.ascontiguousarray(np.take(held[0], index, axis=axis))
+        num_read += 1
+        if num_read % count == 0:
+            held.clear()
+        return layer
 
     return [
         StoredArray(
-            f"{stored.source}[layer {index}]",
-            shape,
-            stored.dtype,
-            functools.partial(take, index),
+            f"{stored.source}[layer {index}]", shape, stored.dtype, functools.partial(take, index)
         )
         for index in range(count)
     ]
 
 
-def stack(parts: Sequence[StoredArray], axis: int) -> StoredArray:
+def stack(layers: Sequence[StoredArray], axis: int) -> StoredArray:
     """Returns the arrays of several layers stacked along a new axis.
 
     Raises:
       ValueError: If their shapes differ.
     """
-    shapes = {part.shape for part in parts}
+    shapes = {layer.shape for layer in layers}
     if len(shapes) > 1:
-        raise ValueError(f"{parts[0].source} and its like in other layers differ: {shapes}.")
-    shape = parts[0].shape
+        raise ValueError(f"{layers[0].source} differs in shape between layers: {shapes}.")
+    shape = layers[0].shape
     return StoredArray(
-        source=f"{parts[0].source} … {parts[-1].source}" if len(parts) > 1 else parts[0].source,
-        shape=(*shape[:axis], len(parts), *shape[axis:]),
-        dtype=parts[0].dtype,
-        read=lambda: np.stack([part.read() for part in parts], axis=axis),
+        source=f"{layers[0].source} … {layers[-1].source}" if len(layers) > 1 else layers[0].source,
+        shape=(*shape[:axis], len(layers), *shape[axis:]),
+        dtype=layers[0].dtype,
+        read=lambda: np.stack([layer.read() for layer in layers], axis=axis),
     )
 
 

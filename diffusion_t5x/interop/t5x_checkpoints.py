@@ -35,7 +35,7 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 @dataclasses.dataclass(frozen=True)
 class T5XCheckpoint:
-    """The parts of a T5X checkpoint that we use.
+    """A T5X checkpoint, as far as we use it.
 
     Attributes:
       step: Its step.

@@ -120,8 +120,8 @@ def _layers(name: str, stored: StoredArray) -> list[tuple[str, StoredArray]]:
     for pattern, axis in ((r"^(encoder|decoder)/layers/", 0), (r"^(encoder|decoder)/\1/", 1)):
         if match := re.match(pattern, name):
             rest = name[match.end() :]
-            parts = enumerate(unstack(stored, axis))
-            return [(f"{match.group(1)}/layers_{i}/{rest}", part) for i, part in parts]
+            layers = enumerate(unstack(stored, axis))
+            return [(f"{match.group(1)}/layers_{i}/{rest}", layer) for i, layer in layers]
     return [(name, stored)]
 
 

@@ -86,7 +86,7 @@ def test_a_model_given_by_gin_files_must_be_fitted(tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_partial_conversion_takes_what_fits_and_lists_what_starts_afresh(tmp_path, capsys):
+def test_partial_conversion_takes_what_fits_and_lists_what_starts_fresh(tmp_path, capsys):
     source, model = parity.golden_checkpoint("t5", tmp_path), _t5_like(num_layers=3)
     with pytest.raises(CheckpointMismatchError, match="lacks decoder/layers_2/mlp/wo/kernel"):
         conversion.convert(source, f"{tmp_path}/ours", model=model)
@@ -147,7 +147,7 @@ def test_bfloat16_is_kept_unless_another_type_is_asked_for(tmp_path):
     assert {str(x.dtype) for x in open_params(wide.path).values()} == {"float32"}
 
 
-def test_what_no_shape_tells_is_in_the_description(tmp_path):
+def test_settings_that_no_shape_shows_are_in_the_description(tmp_path):
     source = parity.golden_checkpoint("decoder_only", tmp_path)
     conversion.convert(source, f"{tmp_path}/ours")
     gin.parse_config((tmp_path / "ours" / "network.gin").read_text())

@@ -284,13 +284,13 @@ def test_two_processes_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
     ]  # fmt: skip
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    told = [out for out, _ in outputs]
-    assert all("STEP 5" in out for out in told)
-    for found, other, out in (("params", 1, told[0]), ("optimizer", 0, told[1])):
+    printed = [out for out, _ in outputs]
+    assert all("STEP 5" in out for out in printed)
+    for found, other, out in (("params", 1, printed[0]), ("optimizer", 0, printed[1])):
         assert re.findall(r"  (\w+)/.* has the CRC-32", out) == [found]
         assert f"  process {other} found damage; its output names the files" in out
         assert f"The newest undamaged checkpoint is {run}/checkpoint_2" in out
-    shares = [set(ast.literal_eval(out.partition("READ ")[2].splitlines()[0])) for out in told]
+    shares = [set(ast.literal_eval(out.partition("READ ")[2].splitlines()[0])) for out in printed]
     assert all(shares) and not shares[0] & shares[1]
     listed = {
         str(run / "checkpoint_2" / item / name)

@@ -6,7 +6,7 @@ import pytest
 from diffusion_t5x.interop.t5x_restore import require_parameters
 
 
-def test_an_optimiser_may_start_afresh_but_no_parameter():
+def test_an_optimiser_may_start_fresh_but_no_parameter():
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": "target.a"}}
     checkpoint = {"target": {"decoder": {"a": spec, "extra": np.ones(2)}}}
     model = {"target": {"decoder": {"a": np.ones(2)}}, "state": {"param_states": {}}}
