@@ -14,7 +14,7 @@ MODULES = {
     "blocks": "objectives.text_blocks",
     "bound_network": "interfaces",
     "candidates": "evaluation.candidate_chunks",
-    "checkpoint_fit": "checkpointing.fit",
+    "checkpoint_fit": "checkpointing.reading",
     "checkpoint_integrity": "checkpointing.integrity",
     "checkpoint_items": "checkpointing.items",
     "checkpoint_reading": "checkpointing.reading",
