@@ -115,7 +115,9 @@ def _collect_row(
 def _seconds(run: pathlib.Path, step: int | None = None) -> float:
     """Returns the seconds that a run trained for, until `step`."""
     lines = [line for line in read_metrics(str(run)) if line["split"] == "train"]
-    return max(line["seconds"] for line in lines if step is None or line["step"] <= step)
+    before = [line["seconds"] for line in lines if step is None or line["step"] <= step]
+    # A step before the first logged one has taken at most the seconds of that line.
+    return max(before) if before else min(line["seconds"] for line in lines)
 
 
 def environment() -> dict[str, Any]:
