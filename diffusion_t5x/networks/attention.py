@@ -14,9 +14,8 @@ import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.networks.data_parts import for_each_part
 from diffusion_t5x.networks.kernels import flash_attention
-from diffusion_t5x.networks.sharding import parts_of
+from diffusion_t5x.networks.sharding import per_data_shard, shard_count
 
 Array = jax.Array
 
@@ -63,7 +62,7 @@ class RelativePositionBias(nn.Module):
 
         Positions are shared by the whole batch: rows are laid out so that the distance between
         two tokens of a text is the distance of their indices (see `layout.py`). Each data-parallel
-        part of the `batch_size` rows has the bias to itself (see `data_parts.py`). Where each row
+        part of the `batch_size` rows has the bias to itself (see `sharding.per_data_shard`). Where each row
         has queries of its own, `[batch, queries]`, so has the bias: `[batch, heads, ...]`.
         """
         config = self.config
@@ -81,7 +80,7 @@ class RelativePositionBias(nn.Module):
         )
         if query_positions.ndim == 2:
             return jnp.moveaxis(table[:, bucket], 0, 1).astype(config.dtype)
-        tables = for_each_part(table, ("heads", "relpos_buckets"), batch_size)
+        tables = per_data_shard(table, ("heads", "relpos_buckets"), batch_size)
         return tables[:, :, bucket[0]].astype(config.dtype)
 
 
@@ -187,7 +186,7 @@ def _num_blocks(
     """
     if query_key[0] == 1:
         return 1
-    parts = parts_of("batch")
+    parts = shard_count("batch")
     if parts is None or rows % parts:
         return 1
     of_part = rows // parts

@@ -17,7 +17,7 @@ from diffusion_t5x.networks.attention import (
     project,
 )
 from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
-from diffusion_t5x.networks.data_parts import for_each_part
+from diffusion_t5x.networks.sharding import per_data_shard
 
 Array = jax.Array
 HIDDEN_AXES = ("batch", "length", "embed")
@@ -129,8 +129,8 @@ class TokenEmbedding(nn.Module):
           `[parts, vocab, embed]` of tied logits, else `[parts, embed, vocab]`.
         """
         if self.config.tied_logits:
-            return for_each_part(self.embedding, ("vocab", "embed"), batch_size)
-        return for_each_part(self.logits_kernel, ("embed", "vocab"), batch_size)
+            return per_data_shard(self.embedding, ("vocab", "embed"), batch_size)
+        return per_data_shard(self.logits_kernel, ("embed", "vocab"), batch_size)
 
     def logits(self, hidden: Array, weights: Array | None = None) -> Array:
         """`hidden [batch, ..., embed] -> [batch, ..., vocab]`, float32.

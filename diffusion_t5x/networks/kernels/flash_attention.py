@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from diffusion_t5x.networks.sharding import device_kind, mesh_axes, parts_of
+from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
 
 Array = jax.Array
 by_platform = jax.lax.platform_dependent
@@ -59,7 +59,7 @@ def applies(query: Array, memories: Sequence[Any]) -> bool:
     if device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
         return False
     _, queries, num_heads, head_dim = query.shape
-    parts, head_parts = parts_of("batch"), parts_of("heads")
+    parts, head_parts = shard_count("batch"), shard_count("heads")
     if queries == 1 or parts is None or head_parts is None:
         return False
     rows = min(memory.keys.shape[0] for memory in memories)

@@ -1,17 +1,17 @@
-"""Which rows see which part of a weight."""
+"""Rows and the shard of a weight that each of them uses."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.networks import attention, data_parts
+from diffusion_t5x.networks import attention, sharding
 
 
-def test_one_device_has_one_part():
+def test_one_device_is_one_shard():
     weights = jnp.arange(6.0).reshape(2, 3)
     np.testing.assert_array_equal(
-        data_parts.for_each_part(weights, ("vocab", "embed"), 4)[0], weights
+        sharding.per_data_shard(weights, ("vocab", "embed"), 4)[0], weights
     )
 
 
