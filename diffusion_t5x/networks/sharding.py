@@ -13,8 +13,8 @@ Array = jax.Array
 
 def mesh_axes(logical_axis: str) -> str | tuple[str, ...] | None:
     """Returns the mesh axis or axes along which a logical axis is split, or None."""
-    [axes] = nn_partitioning.logical_to_mesh_axes((logical_axis,)) or (None,)
-    return axes
+    spec = nn_partitioning.logical_to_mesh_axes((logical_axis,))
+    return spec[0] if spec else None
 
 
 def shard_count(logical_axis: str) -> int | None:
@@ -26,8 +26,8 @@ def shard_count(logical_axis: str) -> int | None:
     if mesh.empty and jax.device_count() > 1:
         return None
     axes = mesh_axes(logical_axis)
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def per_data_shard(weights: Array, axes: tuple[str, ...], rows: int) -> Array:

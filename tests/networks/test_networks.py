@@ -141,7 +141,7 @@ def test_under_causal_attention_prefix_tokens_do_not_see_later_ones_and_otherwis
                 module.prefill(module.encode(prefix, deterministic=True), pattern, 1, 1)[0]
                 for prefix in (PREFIX[:1], changed)
             ]
-            return [cache.memory[1].own.keys[0, 0] for cache in caches]
+            return [cache.key_values[1].keys[0, 0] for cache in caches]
 
         one, other = network.apply({"params": params}, method=run)
         return not jnp.allclose(one, other, atol=1e-6)

@@ -11,12 +11,11 @@ import pytest
 
 from diffusion_t5x import compiled_program
 from diffusion_t5x.networks import attention
-from diffusion_t5x.networks.attention import LayerCache
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.networks.kernels import flash_attention
-from diffusion_t5x.networks.kv_cache import grow
+from diffusion_t5x.networks.kv_cache import KeyValues, grow
 from diffusion_t5x.objectives.attention_patterns import ATTENTION_PATTERNS, make_mask
 from diffusion_t5x.training import topologies
 
@@ -68,7 +67,7 @@ def _arguments(case):
     make = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     query = make(case.batch, case.queries, *case.heads)
     memories = [
-        LayerCache(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
+        KeyValues(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
         for rows, keys in zip(case.rows, case.keys, strict=True)
     ]
     mask = rng.random((*case.mask, sum(case.keys))) < 0.7
@@ -113,7 +112,7 @@ def _reference(query, memories, mask, bias, cotangent):
         rows, count = memory.keys.shape[:2]
         part = slice(start, start + count)
         summed = lambda x: x.reshape(rows, -1, *x.shape[1:]).sum(1)  # noqa: E731, B023
-        gradients.append(LayerCache(summed(d_keys[:, part]), summed(d_values[:, part])))
+        gradients.append(KeyValues(summed(d_keys[:, part]), summed(d_values[:, part])))
         start += count
     d_bias = None
     if bias is not None:
@@ -127,7 +126,7 @@ def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
     cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
 
     def by_xla(query, memories, mask, bias):
-        return attention._attend_in_blocks(1, min(case.rows), None, query, memories, mask, bias)
+        return attention._attend_in_chunks(1, min(case.rows), None, query, memories, mask, bias)
 
     @jax.jit
     def run(query, memories, bias):
@@ -255,14 +254,14 @@ def test_it_applies_where_heads_fill_registers_and_there_are_several_queries(
     queries, heads, expected
 ):
     query, keys = jnp.zeros((2, queries, *heads)), jnp.zeros((2, 3, *heads))
-    assert flash_attention.applies(query, [LayerCache(keys, keys)]) is expected
+    assert flash_attention.applies(query, [KeyValues(keys, keys)]) is expected
 
 
 def test_tpus_before_v5_are_left_to_xla(monkeypatch):
     keys = jnp.zeros((2, 3, 2, 64))
     for kind, expected in (("TPU v4", False), ("TPU v5 lite", True), ("TPU v5", True)):
         monkeypatch.setattr(flash_attention, "device_kind", lambda kind=kind: kind)
-        assert flash_attention.applies(keys, [LayerCache(keys, keys)]) is expected
+        assert flash_attention.applies(keys, [KeyValues(keys, keys)]) is expected
 
 
 def test_dropout_is_left_to_xla(interpreted):
@@ -287,11 +286,11 @@ def test_it_compiles_for_tpus_and_moves_no_row_to_another_chip():
 
     def run(memory, tables, batch):
         query, mask = batch
-        by_xla = functools.partial(attention._attend_in_blocks, 1, 8, None)
+        by_xla = functools.partial(attention._attend_in_chunks, 1, 8, None)
         return flash_attention.attend(by_xla, tables, query, [memory], mask, None)
 
     batch = shape((8, 300, 12, 64), jnp.bfloat16), shape((8, 300, 700), bool)
-    program = run, (LayerCache(keys, keys), [shape((12, 999), jnp.float32)], batch)
+    program = run, (KeyValues(keys, keys), [shape((12, 999), jnp.float32)], batch)
     for count in (1, 4):
         compiled = tpu.compile_for(program, chips[:count])
         text = compiled.as_text()
