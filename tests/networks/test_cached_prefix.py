@@ -1,35 +1,19 @@
 """Canvases read in part, and prefixes that grow, against networks that read everything."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_networks import NETWORKS, make, run
 
-from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.networks.kv_cache import grow
 
-CONFIG = TransformerConfig(
-    vocab_size=17, embed_dim=16, num_heads=2, num_layers=2, head_dim=8, mlp_dim=24
-)
 CONFIGS = [{}, {"scan_layers": True}, {"relative_bias_per_layer": True}]
-NETWORKS = (DecoderOnly, EncoderDecoder)
 PREFIX = np.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
 CANVASES = jax.random.randint(jax.random.PRNGKey(1), (6, 5), 0, 17)
 POSITIONS = jnp.array([[4, 0], [1, 3], [2, 3], [0, 1], [3, 2], [4, 1]])
-
-
-def _make(network_class, **overrides):
-    network = network_class(dataclasses.replace(CONFIG, **overrides))
-    init = jax.jit(lambda: network.init(jax.random.PRNGKey(0), PREFIX, CANVASES[:3], "causal"))
-    return network, init()["params"]
-
-
-def _run(network, params, method):
-    return jax.jit(lambda params: network.apply({"params": params}, method=method))(params)
 
 
 def _take(x, positions):
@@ -48,9 +32,9 @@ def _read_again(module, kept_of, tokens, positions, length=5):
 @pytest.mark.parametrize("network_class", NETWORKS)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_positions_read_again_say_what_they_said(network_class, config):
-    network, params = _make(network_class, **config)
+    network, params = make(network_class, **config)
     tokens = jnp.take_along_axis(CANVASES, POSITIONS, axis=1)
-    whole, some, _ = _run(
+    whole, some, _ = run(
         network, params, lambda module: _read_again(module, CANVASES, tokens, POSITIONS)
     )
     np.testing.assert_allclose(some, _take(whole, POSITIONS), atol=1e-5)
@@ -59,17 +43,17 @@ def test_positions_read_again_say_what_they_said(network_class, config):
 @pytest.mark.parametrize("network_class", NETWORKS)
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_reading_every_position_of_another_canvas_equals_a_whole_pass(network_class, scan_layers):
-    network, params = _make(network_class, scan_layers=scan_layers)
+    network, params = make(network_class, scan_layers=scan_layers)
     other = (CANVASES + 3) % 17
     order = jnp.argsort(jax.random.uniform(jax.random.PRNGKey(2), other.shape), axis=1)
 
-    def run(module):
+    def read(module):
         tokens = jnp.take_along_axis(other, order, axis=1)
         _, some, kept = _read_again(module, CANVASES, tokens, order)
         whole, of_other, kept_of_other = _read_again(module, other, tokens, order)
         return (some, of_other, _take(whole, order)), (kept, kept_of_other)
 
-    states, memories = _run(network, params, run)
+    states, memories = run(network, params, read)
     np.testing.assert_allclose(states[0], states[2], atol=1e-5)
     np.testing.assert_allclose(states[1], states[2], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *memories)
@@ -77,11 +61,11 @@ def test_reading_every_position_of_another_canvas_equals_a_whole_pass(network_cl
 
 @pytest.mark.parametrize("network_class", NETWORKS)
 def test_positions_that_have_left_the_canvas_are_not_seen(network_class):
-    network, params = _make(network_class)
+    network, params = make(network_class)
     positions = POSITIONS % 3
     tokens = jnp.take_along_axis(CANVASES, positions, axis=1)
 
-    def run(module):
+    def read(module):
         noise = CANVASES.at[:, 3:].set(11)
         # The first three positions are those of canvases of three, what follows is noise.
         short, _, kept = _read_again(module, CANVASES[:, :3], tokens, positions)
@@ -95,13 +79,13 @@ def test_positions_that_have_left_the_canvas_are_not_seen(network_class):
         some, _ = module.denoise_at(cache, kept, tokens, positions, seen)
         return short, some
 
-    short, some = _run(network, params, run)
+    short, some = run(network, params, read)
     np.testing.assert_allclose(some, _take(short, positions), atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, {"start_token": True}], ids=str)
 def test_a_prefix_that_grew_is_as_if_it_had_been_there_from_the_beginning(config):
-    network, params = _make(DecoderOnly, **config)
+    network, params = make(DecoderOnly, **config)
     blocks = jax.random.randint(jax.random.PRNGKey(3), (2, 3, 4), 1, 17)
 
     def grown(module):
@@ -125,7 +109,7 @@ def test_a_prefix_that_grew_is_as_if_it_had_been_there_from_the_beginning(config
             states.append(module.decode(context, canvases, "causal_prefix", deterministic=True))
         return jnp.concatenate(states)
 
-    states = [_run(network, params, method) for method in (grown, whole)]
+    states = [run(network, params, method) for method in (grown, whole)]
     np.testing.assert_allclose(*states, atol=1e-5)
 
 
@@ -137,11 +121,11 @@ def test_a_prefix_that_grew_is_as_if_it_had_been_there_from_the_beginning(config
     ],
 )
 def test_prefixes_that_cannot_grow_are_refused(network_class, pattern, message):
-    network, params = _make(network_class)
+    network, params = make(network_class)
 
-    def run(module):
+    def read(module):
         cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), pattern)
         return module.extend_cached(cache, CANVASES[:3], pattern)
 
     with pytest.raises(ValueError, match=message):
-        _run(network, params, run)
+        run(network, params, read)

@@ -84,19 +84,11 @@ def attend(
     mask: Array,
     bias: Array | None,
 ) -> Array:
-    """Runs `flash_attention` on TPUs if it applies, else `otherwise`.
+    """Runs `flash_attention` on TPUs if it applies, else `otherwise` on the last four arguments.
 
-    The gradient is that of `otherwise`, recomputed from its arguments; nothing else is saved for
-    it, and none flows to `tables`.
-
-    Args:
-      otherwise: `(query, key_values, mask, bias)` -> attention of the shape of `query`.
-      tables: The bias by distance; None if the kernel should read `bias`, in which case that has
-        one group per row.
-      query: See `flash_attention`.
-      key_values: See `flash_attention`.
-      mask: See `flash_attention`.
-      bias: The bias that `otherwise` adds to attention logits.
+    Without `tables` the kernel reads `bias`, which then has one group per row. The gradient is that
+    of `otherwise`, recomputed from its arguments; nothing else is saved for it, and none flows to
+    `tables`.
     """
     if not applies(query, key_values):
         return otherwise(query, key_values, mask, bias)
@@ -192,12 +184,7 @@ def flash_attention(
 
 
 def _merge(parts: Sequence[Partial], shape: tuple[int, ...]) -> Array:
-    """Combines attention to parts into attention to all keys, `[batch, queries, heads, head_dim]`.
-
-    Args:
-      parts: Attention to each part of the keys.
-      shape: The shape of the result.
-    """
+    """Combines parts: `shape`, which is `[batch, queries, heads, head_dim]`."""
     top = functools.reduce(jnp.maximum, [part.top for part in parts])
     weights = [part.total * jnp.exp(part.top - top) for part in parts]
     total = functools.reduce(jnp.add, weights)
@@ -240,10 +227,7 @@ def _attend(
     bias: Array | None,
     dtype: DTypeLike,
 ) -> Partial:
-    """Computes attention to one part of the keys; `mixed` has type `dtype`.
-
-    The other arguments are those of `flash_attention` for this part.
-    """
+    """Runs `flash_attention` on one part of the keys; `mixed` has type `dtype`."""
     batch, num_queries, num_heads, head_dim = query.shape
     rows, num_keys = part.keys.shape[:2]
     width = num_heads * head_dim
@@ -307,8 +291,7 @@ def _cost(
     moved = query.size * (query.dtype.itemsize + result_bytes)
     moved += 2 * batch * tiles[0] * keys.shape[1] * width * keys.dtype.itemsize
     moved += batch * mask.shape[1] * mask.shape[2] * (1 if mask.shape[1] > 1 else tiles[0])
-    moved += bias_bytes
-    moved += 2 * 4 * batch * queries * LANES
+    moved += bias_bytes + 2 * 4 * batch * queries * LANES
     return pl.CostEstimate(
         flops=4 * pairs * width, transcendentals=pairs * num_heads, bytes_accessed=moved
     )
