@@ -43,9 +43,7 @@ def test_recomputed_positions_have_the_same_states(network_class, config):
 @pytest.mark.parametrize(
     ("network_class", "scan_layers"), [(DecoderOnly, False), (EncoderDecoder, True)]
 )
-def test_recomputing_every_position_equals_a_whole_pass(
-    network_class, scan_layers
-):
+def test_recomputing_every_position_equals_a_whole_pass(network_class, scan_layers):
     network, params = make(network_class, scan_layers=scan_layers)
     other = (CANVASES + 3) % 17
     order = jnp.argsort(jax.random.uniform(jax.random.PRNGKey(2), other.shape), axis=1)
