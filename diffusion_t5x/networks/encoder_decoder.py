@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -27,13 +25,6 @@ class EncodedPrefix(flax.struct.PyTreeNode):
 
     hidden: Array
     segment_ids: Array
-
-    reread: ClassVar[int] = 0
-
-    @property
-    def read_once(self) -> int:
-        """Positions that are read once for all passes over a target."""
-        return self.hidden.shape[1]
 
 
 def shift_right(tokens: Array, segment_ids: Array | None) -> Array:

@@ -8,8 +8,6 @@ distance of their indices, in every row alike, so one position bias serves the w
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -29,13 +27,6 @@ class Prefix(flax.struct.PyTreeNode):
     tokens: Array
     segment_ids: Array
     packed: bool = flax.struct.field(pytree_node=False, default=False)
-
-    read_once: ClassVar[int] = 0
-
-    @property
-    def reread(self) -> int:
-        """Positions that each pass over a target reads again."""
-        return self.tokens.shape[1]
 
 
 def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Prefix:
