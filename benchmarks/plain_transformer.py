@@ -1,7 +1,7 @@
-"""A baseline where T5X is not installed: a plain causal transformer of the same size.
+"""The baseline of benchmarks without T5X: a plain causal transformer of the same size.
 
-Written for nothing but to be read: a bias and weights for every row of attention, the logits of the
-whole batch at once, and decoding with a cache of static length. Numbers are not compared with it.
+It is written for readability alone: a bias and weights for every row of attention, the logits of
+the whole batch at once, and decoding with a cache of static length. No published result uses it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _params(shape: Shape) -> Any:
         for _ in range(shape.num_layers)
     ]
     embedding = draw(next(keys), (shape.vocab_size, shape.embed_dim))
-    bias = draw(next(keys), (4096, shape.num_heads))  # of each distance backwards
+    bias = draw(next(keys), (4096, shape.num_heads))  # one row per distance backwards
     return {"embedding": embedding, "bias": bias, "layers": layers}
 
 
@@ -50,9 +50,9 @@ def _norm(x: Array) -> Array:
 def _stack(
     shape: Shape, params: Any, tokens: Array, positions: Array, caches: Any
 ) -> tuple[Array, Any]:
-    """`tokens [batch, length]` at `positions [length]`; logits, and the keys and values seen."""
+    """Reads `tokens [batch, length]` at `positions [length]`; returns logits and new caches."""
     x = params["embedding"][tokens]
-    kept = []
+    new_caches = []
     for layer, cache in zip(params["layers"], caches, strict=True):
         y = _norm(x)
         heads = (*tokens.shape, shape.num_heads, shape.head_dim)
@@ -62,8 +62,8 @@ def _stack(
                 jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
                 for old, new in zip(cache, (keys, values), strict=True)
             )
-        kept.append((keys, values))
-        distance = positions[:, None] - jnp.arange(keys.shape[1])
+        new_caches.append((keys, values))
+        distance = positions[:, None] - jnp.arange(keys.shape[1])  # [length, keys]
         bias = jnp.moveaxis(params["bias"][jnp.maximum(distance, 0)], -1, 0)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, keys) + bias
         weights = jax.nn.softmax(jnp.where(distance >= 0, logits, -1e10), axis=-1)
@@ -71,7 +71,7 @@ def _stack(
         x = x + mixed.reshape(*tokens.shape, -1) @ layer["out"]
         y = _norm(x)
         x = x + (jax.nn.gelu(y @ layer["gate"]) * (y @ layer["up"])) @ layer["down"]
-    return _norm(x) @ params["embedding"].T, kept
+    return _norm(x) @ params["embedding"].T, new_caches
 
 
 def _tokens(shape: Shape, size: tuple[int, int]) -> Array:
@@ -79,7 +79,7 @@ def _tokens(shape: Shape, size: tuple[int, int]) -> Array:
 
 
 def gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, Any]:
-    """Compiled loss and gradient, and arguments."""
+    """Compiles loss and gradient; returns the executable and its arguments."""
 
     def loss(params: Any, tokens: Array) -> Array:
         inputs = jnp.pad(tokens[:, :-1], [(0, 0), (1, 0)])
@@ -92,7 +92,7 @@ def gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, Any]:
 
 
 def decoding(shape: Shape, batch_size: int, prefix: int, length: int) -> tuple[Any, Any]:
-    """Compiled greedy decoding with a key-value cache, and arguments."""
+    """Compiles greedy decoding with a key-value cache; returns it and its arguments."""
 
     def decode(params: Any, tokens: Array) -> Array:
         size = (batch_size, prefix + length, shape.num_heads, shape.head_dim)

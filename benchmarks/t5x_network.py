@@ -1,4 +1,4 @@
-"""T5X's decoder-only example as baseline; needs T5X on the Python path."""
+"""The baseline of benchmarks: T5X's decoder-only example, with T5X on the Python path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _model(shape: Shape, dtype: str = "float32") -> Any:
         dropout_rate=0.0,
         logits_via_embedding=True,
     )
-    # No token ends a text, so that each is as long as it is asked to be.
+    # No token ends a text, so that every text has the requested length.
     vocabulary = types.SimpleNamespace(vocab_size=shape.vocab_size, eos_id=shape.vocab_size)
     return t5x.models.DecoderOnlyModel(
         network.DecoderWrapper(config), vocabulary, None, inputs_bidirectional_attention=False
@@ -47,7 +47,7 @@ def _arguments(shape: Shape, model: Any, batch_size: int, prefix: int, length: i
 
 
 def gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, Any]:
-    """Compiled loss and gradient, and arguments."""
+    """Compiles loss and gradient; returns the executable and its arguments."""
     model = _model(shape)
     args = _arguments(shape, model, batch_size, 0, length)
 
@@ -58,7 +58,7 @@ def gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, Any]:
 
 
 def decoding(shape: Shape, batch_size: int, prefix: int, length: int) -> tuple[Any, Any]:
-    """Compiled greedy decoding with a key-value cache, and arguments."""
+    """Compiles greedy decoding with a key-value cache; returns it and its arguments."""
     model = _model(shape)
     args = _arguments(shape, model, batch_size, prefix, prefix + length)
 
@@ -70,7 +70,7 @@ def decoding(shape: Shape, batch_size: int, prefix: int, length: int) -> tuple[A
 
 
 def abstract_gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, tuple[Any, ...]]:
-    """Loss and gradient in bfloat16, and the shapes of its parameters and batch."""
+    """Returns loss and gradient in bfloat16, and the shapes of parameters and batch."""
     model = _model(shape, "bfloat16")
 
     def gradient(params: Any, batch: Any) -> Any:
@@ -80,7 +80,7 @@ def abstract_gradient(shape: Shape, batch_size: int, length: int) -> tuple[Any, 
 
 
 def abstract_token(shape: Shape, batch_size: int, length: int) -> tuple[Any, tuple[Any, ...]]:
-    """The greedy step of decoding in bfloat16, and the shapes of its arguments; see `tpu`."""
+    """Returns a step of greedy decoding in bfloat16, and the shapes of its arguments."""
     model = _model(shape, "bfloat16")
 
     def run(params: Any, cache: Any, tokens: jax.Array) -> Any:
@@ -108,7 +108,7 @@ def abstract_token(shape: Shape, batch_size: int, length: int) -> tuple[Any, tup
 
 
 def abstract_pass(shape: Shape, batch_size: int, length: int) -> tuple[Any, tuple[Any, ...]]:
-    """One pass over whole texts in bfloat16, with the argmax of every position."""
+    """Returns a pass over whole texts in bfloat16 that takes the argmax of every position."""
     model = _model(shape, "bfloat16")
 
     def read(params: Any, batch: Any) -> jax.Array:

@@ -44,6 +44,7 @@ MODULES = {
     "losses": "objectives.losses",
     "metric_logs": "training.metric_logs",
     "networks.cache": "networks.kv_cache",
+    "networks.data_parts": "networks.sharding",
     "networks.devices": "networks.sharding",
     "networks.flash_attention": "networks.kernels.flash_attention",
     "networks.layout": "networks.row_layout",

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_t5x.networks.attention import repeat_rows
-from diffusion_t5x.networks.kv_cache import DecodeCache, grow
+from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat_rows
 
 Array = jax.Array
 # Low enough to be never drawn and to weigh nothing, finite so that sums and gradients stay finite.
@@ -68,17 +67,17 @@ class BoundNetwork:
         is_forbidden = np.isin(np.arange(logits.shape[-1]), self.forbidden)
         return jnp.where(is_forbidden, FORBIDDEN_LOGIT, logits)
 
-    def prefill(self, max_length: int, repeats: int) -> tuple[DecodeCache, Array]:
+    def prefill(self, max_length: int, repeats: int) -> tuple[KVCache, Array]:
         """Reads the prefixes into a cache: see `interfaces.Network.prefill`."""
         return self._apply(
             self.module.prefill, self.context, self.attention_pattern, max_length, repeats
         )
 
-    def append_token(self, cache: DecodeCache, tokens: Array) -> tuple[DecodeCache, Array]:
+    def append_token(self, cache: KVCache, tokens: Array) -> tuple[KVCache, Array]:
         """Appends `tokens [rows]`; returns the cache and `[rows, embed]`."""
         return self._apply(self.module.step, cache, tokens, self.attention_pattern)
 
-    def add_room(self, cache: DecodeCache, room: int) -> DecodeCache:
+    def add_room(self, cache: KVCache, room: int) -> KVCache:
         """Returns the cache with room for `room` more tokens."""
         return grow(cache, room)
 
@@ -111,7 +110,7 @@ class CachedBoundNetwork(BoundNetwork):
       cache: keys and values of the prefixes.
     """
 
-    cache: DecodeCache
+    cache: KVCache
 
     def forward(self, canvas: Array, rng: Array | None) -> Array:
         """Computes hidden states of the canvas, after cached prefixes and without dropout."""
@@ -123,11 +122,11 @@ class CachedBoundNetwork(BoundNetwork):
         """Returns the network for `n` rows per prefix, which share its cache."""
         return dataclasses.replace(self, batch_size=self.batch_size * n)
 
-    def with_cache(self, cache: DecodeCache) -> CachedBoundNetwork:
+    def with_cache(self, cache: KVCache) -> CachedBoundNetwork:
         """Returns the network with other cached prefixes."""
         return dataclasses.replace(self, cache=cache)
 
-    def append_tokens(self, cache: DecodeCache, tokens: Array) -> DecodeCache:
+    def append_tokens(self, cache: KVCache, tokens: Array) -> KVCache:
         """Appends `tokens [batch, length]` to each prefix.
 
         Raises:

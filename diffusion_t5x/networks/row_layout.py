@@ -1,9 +1,9 @@
-"""How `[prefix; target]` is laid out in a row, so that distances never depend on padding.
+"""The layout of `[prefix; target]` in a row, in which distances never depend on padding.
 
-SeqIO hands over prefixes and targets as two arrays, each padded at its end, perhaps packed. Here
-both are merged into one row in which each text is contiguous: all padding first, then the prefix
-and target of the first text, then those of the second. The distance between two tokens of a text
-is then the distance of their indices, in every row alike, so one position bias serves the batch.
+SeqIO provides prefixes and targets as two arrays, each padded at its end, perhaps packed. They are
+merged into one row in which each text is contiguous: all padding first, then the prefix and target
+of the first text, then those of the second. The distance between two tokens of a text is then the
+distance of their indices, in every row alike, so one position bias serves the whole batch.
 """
 
 from __future__ import annotations
@@ -15,64 +15,58 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class Prefix:
+class Prefix(flax.struct.PyTreeNode):
     """Prefix tokens with their padding moved to the front, unless packed.
 
     Attributes:
       tokens: `[batch, prefix_length]` int32.
       segment_ids: `[batch, prefix_length]` int32; 0 is padding. Without packing, 1 is text.
-      packed: whether rows hold several texts; static.
+      packed: Rows hold several texts.
     """
 
     tokens: Array
     segment_ids: Array
     packed: bool = flax.struct.field(pytree_node=False, default=False)
 
-    read_once = 0
-
-    @property
-    def reread(self) -> int:
-        """Positions that each pass over a target reads again."""
-        return self.tokens.shape[1]
-
 
 def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Prefix:
     """Right-aligns unpacked prefixes.
 
-    A row without any prefix token reads its last padding token as the start of the text, so that
+    A row without any prefix token uses its last padding token as the start of the text, so that
     there is always a token from which the first target token is predicted.
 
     Args:
       tokens: `[batch, prefix_length]` int32, padded with 0 at the end.
-      segment_ids: `[batch, prefix_length]`, where rows are packed.
-      start: put a 0 before the first token of every text, which makes the prefix one token longer;
+      segment_ids: `[batch, prefix_length]` int32 if rows are packed, else None.
+      start: Put a 0 before the first token of every text, which makes the prefix one token longer;
         packed rows are left to `start_texts`.
     """
     if segment_ids is not None:
         return Prefix(tokens, segment_ids, packed=True)
     length = tokens.shape[1]
-    used = jnp.max(jnp.where(tokens != 0, jnp.arange(length) + 1, 0), axis=1, keepdims=True)
+    ends = jnp.where(tokens != 0, jnp.arange(length) + 1, 0)  # [batch, prefix_length]
+    used = jnp.max(ends, axis=1, keepdims=True)  # [batch, 1]
     width = length + start
-    index = jnp.arange(width)[None]
-    source = index - (width - used)
-    aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)
+    index = jnp.arange(width)[None]  # [1, width]
+    source = index - (width - used)  # [batch, width]; negative for padding
+    aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)  # [batch, width]
     is_text = (source >= (-1 if start else 0)) | (index == width - 1)
     return Prefix(jnp.where(source >= 0, aligned, 0), is_text.astype(jnp.int32))
 
 
 def extend_prefix(prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
-    """Prefixes `[batch, prefix_length + length]` that go on with the first `counts` of `tokens`.
+    """Appends the first `counts` of `tokens` to prefixes: `[batch, prefix_length + length]`.
 
     Args:
-      prefix: as `read_prefix` returns it, not packed.
+      prefix: Prefixes from `read_prefix`, not packed.
       tokens: `[batch, length]` int32.
       counts: `[batch]` int32.
     """
-    width = prefix.tokens.shape[1] + tokens.shape[1]
-    both = jnp.concatenate([prefix.tokens, tokens], axis=1)
-    segment_ids = jnp.pad(prefix.segment_ids, ((0, 0), (0, tokens.shape[1])), constant_values=1)
-    source = jnp.arange(width) - (tokens.shape[1] - counts)[:, None]
+    length = tokens.shape[1]
+    width = prefix.tokens.shape[1] + length
+    both = jnp.concatenate([prefix.tokens, tokens], axis=1)  # [batch, width]
+    segment_ids = jnp.pad(prefix.segment_ids, ((0, 0), (0, length)), constant_values=1)
+    source = jnp.arange(width) - (length - counts)[:, None]  # [batch, width]; negative for padding
 
     def align(x: Array) -> Array:
         return jnp.where(source >= 0, jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1), 0)
@@ -80,16 +74,15 @@ def extend_prefix(prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
     return Prefix(align(both), align(segment_ids))
 
 
-@flax.struct.dataclass
-class Row:
+class Row(flax.struct.PyTreeNode):
     """Prefix and target in one row.
 
     Attributes:
       tokens: `[batch, prefix_length + length]` int32.
-      segment_ids: same shape; 0 is padding.
-      is_prefix: same shape, bool.
-      target_index: `[batch, length]`, where each target token went; None where all targets are
-        simply the last `length` tokens of the row.
+      segment_ids: int32 of the same shape; 0 is padding.
+      is_prefix: bool of the same shape.
+      target_index: `[batch, length]` int32, the index of each target token in the row; None if the
+        targets are the last `length` tokens of every row.
     """
 
     tokens: Array
@@ -99,13 +92,13 @@ class Row:
 
 
 def merge(prefix: Prefix, target: Array, segment_ids: Array | None) -> Row:
-    """One contiguous row per example.
+    """Merges prefixes and targets into one contiguous row per example.
 
     Args:
-      prefix: as `read_prefix` returns it.
+      prefix: Prefixes from `read_prefix`.
       target: `[batch, length]` int32, target tokens or canvas; without packing every position is
         part of the text, padding included.
-      segment_ids: `[batch, length]`, where rows are packed.
+      segment_ids: `[batch, length]` int32 if rows are packed, else None.
 
     Raises:
       ValueError: if only one of prefix and target is packed.
@@ -114,25 +107,29 @@ def merge(prefix: Prefix, target: Array, segment_ids: Array | None) -> Row:
         raise ValueError("prefix and target must both be packed (segment ids) or both not.")
     if segment_ids is None:
         segment_ids = jnp.ones_like(target)
-    tokens = jnp.concatenate([prefix.tokens, target], axis=1)
+    tokens = jnp.concatenate([prefix.tokens, target], axis=1)  # [batch, prefix_length + length]
     segments = jnp.concatenate([prefix.segment_ids, segment_ids], axis=1)
     prefix_length = prefix.tokens.shape[1]
     is_prefix = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < prefix_length, tokens.shape)
     if not prefix.packed:
         return Row(tokens, segments, is_prefix, None)
-    order = jnp.argsort(segments, axis=1, stable=True)
-    where = jnp.argsort(order, axis=1)
-    take = lambda x: jnp.take_along_axis(x, order, axis=1)  # noqa: E731
+    # A stable sort keeps the order of tokens in a text, and its prefix before its target.
+    order = jnp.argsort(segments, axis=1, stable=True)  # row index -> index in `tokens`
+    where = jnp.argsort(order, axis=1)  # index in `tokens` -> row index
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x, order, axis=1)
+
     return Row(take(tokens), take(segments), take(is_prefix), where[:, prefix_length:])
 
 
 def start_texts(row: Row) -> Row:
-    """A packed row whose texts begin with a 0, each token one place later, the last one left out.
+    """Begins each text of a packed row with a 0 and shifts its tokens right; drops the last one.
 
     The token at a position is then the one that predicts what `row` has there, and the last prefix
     token is where the target begins.
     """
-    before = jnp.pad(row.segment_ids, [(0, 0), (1, 0)])[:, :-1]
+    before = jnp.pad(row.segment_ids, [(0, 0), (1, 0)])[:, :-1]  # segment of the token before
     inside = row.segment_ids == before
 
     def shift(x: Array, first: int | bool) -> Array:
@@ -142,20 +139,20 @@ def start_texts(row: Row) -> Row:
 
 
 def take_targets(hidden: Array, row: Row, length: int, before: bool) -> Array:
-    """Hidden states of the target tokens: `[batch, length, embed]`.
+    """Picks the hidden states of the target tokens: `[batch, length, embed]`.
 
     Args:
       hidden: `[batch, prefix_length + length, embed]`.
-      row: the layout of `hidden`.
-      length: number of target tokens.
-      before: take the state of the token before each, which predicts it.
+      row: The layout of `hidden`.
+      length: Number of target tokens.
+      before: Take the state of the token before each target token, which predicts it.
     """
     shift = 1 if before else 0
     if row.target_index is None:
         start = hidden.shape[1] - length - shift
         return hidden[:, start : start + length]
-    index = jnp.maximum(row.target_index - shift, 0)
-    taken = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    index = jnp.maximum(row.target_index - shift, 0)  # [batch, length]
+    taken = jnp.take_along_axis(hidden, index[..., None], axis=1)  # [batch, length, embed]
     # A packed text without a prefix must not be predicted from the text before it.
     segment = jnp.take_along_axis(row.segment_ids, row.target_index, axis=1)
     same_text = jnp.take_along_axis(row.segment_ids, index, axis=1) == segment

@@ -76,7 +76,7 @@ def test_programs_have_the_shapes_that_they_are_named_for():
     for canvas in (15, 4):  # all of the text, then its end after a cached beginning
         function, arguments = tpu_programs.denoising_step(shape, 2, 16, canvas, 2**20)
         assert jax.eval_shape(function, *arguments).argmax.shape == (2, canvas)
-        cached = "DecodeCache" in type(arguments[1]).__name__
+        cached = "KVCache" in type(arguments[1]).__name__
         assert cached == (canvas == 4)
     function, arguments = tpu_programs.active_step(shape, 2, 16, 4, 2**20)
     kept, readout = jax.eval_shape(function, *arguments)

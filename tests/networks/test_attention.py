@@ -1,12 +1,15 @@
-"""Distance buckets and masks by hand and by brute force."""
+"""Distance buckets, masks, biases and row chunks, by hand and by brute force."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_t5x.networks import attention
 from diffusion_t5x.networks.attention import relative_position_bucket
+from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.objectives.attention_patterns import make_mask
 
 
@@ -47,3 +50,24 @@ def test_masks_by_hand():
     segments, is_prefix = jnp.ones((1, 4), int), jnp.array([[True, True, False, False]])
     cached = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     np.testing.assert_array_equal(make_mask("cached_prefix", segments, is_prefix)[0], cached)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(4, 1), (4, 3)])
+@pytest.mark.parametrize("groups", [1, 2, 4, "all"])
+def test_a_row_has_the_bias_of_its_group(rows, n, groups):
+    groups = rows * n if groups == "all" else groups
+    keys = jax.random.split(jax.random.PRNGKey(0))
+    logits = jax.random.normal(keys[0], (rows, 2, n, 3, 5))
+    bias = jax.random.normal(keys[1], (groups, 2, 3, 5))
+    found = attention._add_bias(logits, bias)
+    for row in range(rows):
+        for copy in range(n):
+            group = (row * n + copy) * groups // (rows * n)
+            expected = np.asarray(logits[row, :, copy]) + np.asarray(bias[group])
+            np.testing.assert_allclose(found[row, :, copy], expected, rtol=1e-6)
+
+
+def test_one_query_is_attended_at_once_so_that_no_cache_is_copied():
+    config = TransformerConfig(50, 8, 2, 1, 4, 16, attention_block_logits=1)
+    assert attention._num_chunks(8, config, 8, 1, 4096) == 1
+    assert attention._num_chunks(8, config, 8, 2, 4096) == 8

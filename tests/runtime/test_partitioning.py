@@ -233,7 +233,7 @@ for block_logits in (2**20, 1):
 partitioner = PjitPartitioner(2)
 rules = [("batch", ("data", "model"))]
 with jax.set_mesh(partitioner.mesh), nn_partitioning.axis_rules(rules):
-    out.append(attention._num_blocks(16, model.module.config, 16, (6, 6)))
+    out.append(attention._num_chunks(16, model.module.config, 16, 6, 6))
 print(json.dumps(out))
 """
 

@@ -1,46 +1,52 @@
-"""Attention with T5's distance bias as one TPU kernel, which keeps no logits in main memory.
+"""Attention with T5's position bias as one TPU kernel that keeps no logits in main memory.
 
-A program takes a block of queries and a block of keys, all heads of a row. The softmax is kept up
-to date from block to block, in float32, as by Dao et al. 2022 (arXiv 2205.14135). Where queries
-follow one another, the bias of a block depends on distances alone, so it comes from one line of
-numbers per head, each row of the block one place further than the one before. The bias of queries
-from here and there is read as it is.
+Experimental: it has run only as Pallas interprets it, and compiles ahead of time for TPUs; on a TPU
+it has never run.
 
-Heads lie side by side in the last dimension, as the projections leave them. Where several fit into
-a register's 128 lanes, each takes its turn with the lanes of the others set to 0: the units of a
-TPU that multiply matrices are as wide, so that this costs no more than heads apart.
+A kernel instance takes a tile of queries and a tile of keys, all heads of a row. The softmax is
+updated from tile to tile in float32, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). If
+queries are consecutive, the bias of a tile depends on distances alone: it is expanded from one
+table row per head, shifted by one place for each query. For scattered queries the bias is passed
+explicitly.
+
+Heads lie side by side in the last dimension, as the projections leave them. If several share a
+register's 128 lanes, each is computed with the lanes of the others set to 0; since a TPU's matrix
+units are 128 lanes wide, this costs no more than separate heads.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
-from diffusion_t5x.networks.sharding import device_kind, mesh_axes, parts_of
+from diffusion_t5x.networks.kv_cache import KeyValues
+from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
 
 Array = jax.Array
+Ref: TypeAlias = Any  # An array in a TPU's fast memory, inside the kernel.
 by_platform = jax.lax.platform_dependent
 
-LANES = 128
-QUERIES, KEYS = 256, 512  # of a block
-MASKED, ABSENT = -1e10, -1e30
+LANES = 128  # Width of a register.
+QUERIES, KEYS = 256, 512  # Size of a tile.
+MASKED, ABSENT = -1e10, -1e30  # Logits of keys that are not seen, and beyond the last key.
 VMEM_BYTES = 64 * 2**20
 
 
 class Partial(NamedTuple):
-    """Attention to some of the keys.
+    """Attention to a part of the keys, which `_merge` combines with other parts.
 
     Attributes:
       mixed: `[batch, queries, heads * head_dim]`, values weighted by a softmax over these keys.
-      top: `[batch, queries, LANES]` float32, each head's largest logit in a lane of its own.
-      total: the same of the sum of exp(logit - top).
+      top: `[batch, queries, LANES]` float32, the largest logit of head `i` in lane `i`.
+      total: `[batch, queries, LANES]` float32, the sum of exp(logit - top) of each head.
     """
 
     mixed: Array
@@ -48,24 +54,24 @@ class Partial(NamedTuple):
     total: Array
 
 
-def applies(query: Array, memories: Sequence[Any]) -> bool:
-    """Whether the kernel takes attention of these shapes.
+def applies(query: Array, key_values: Sequence[KeyValues]) -> bool:
+    """Returns True if the kernel supports these shapes on these devices.
 
-    There must be more than one query, as a single one is better served by reading its keys once.
-    The heads of a device must fill registers: several share 128 lanes, or one takes several times
-    as many. Rows and heads must be split evenly among devices. And TPUs before v5 cannot shift each
-    row of a register by another number of places.
+    It needs more than one query, since a single one reads its keys only once anyway. The heads of a
+    device must fill registers: several share 128 lanes, or one takes a multiple of them. Rows and
+    heads must be split evenly among devices. TPUs before v5 are not supported, since they cannot
+    shift each row of a register by a different number of places.
     """
     if device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
         return False
     _, queries, num_heads, head_dim = query.shape
-    parts, head_parts = parts_of("batch"), parts_of("heads")
-    if queries == 1 or parts is None or head_parts is None:
+    shards, head_shards = shard_count("batch"), shard_count("heads")
+    if queries == 1 or shards is None or head_shards is None:
         return False
-    rows = min(memory.keys.shape[0] for memory in memories)
-    if rows % parts or num_heads % head_parts:
+    rows = min(part.keys.shape[0] for part in key_values)
+    if rows % shards or num_heads % head_shards:
         return False
-    heads = num_heads // head_parts
+    heads = num_heads // head_shards
     whole = LANES % head_dim == 0 or head_dim % LANES == 0
     return whole and heads * head_dim % LANES == 0 and heads <= LANES
 
@@ -74,25 +80,25 @@ def attend(
     otherwise: Callable[..., Array],
     tables: Sequence[Array] | None,
     query: Array,
-    memories: Sequence[Any],
+    key_values: Sequence[KeyValues],
     mask: Array,
     bias: Array | None,
 ) -> Array:
-    """`flash_attention` on TPUs, where it applies; else `otherwise(query, memories, mask, bias)`.
+    """Runs `flash_attention` on TPUs if it applies, else `otherwise` on the last four arguments.
 
-    Without `tables` the kernel reads `bias`, in which each row has its own. The gradient is that of
-    `otherwise`, computed from its arguments: nothing else is kept for it, and none flows to
+    Without `tables` the kernel reads `bias`, which then has one group per row. The gradient is that
+    of `otherwise`, recomputed from its arguments; nothing else is saved for it, and none flows to
     `tables`.
     """
-    if not applies(query, memories):
-        return otherwise(query, memories, mask, bias)
+    if not applies(query, key_values):
+        return otherwise(query, key_values, mask, bias)
 
-    def elsewhere(query: Array, memories: Any, mask: Array, bias: Any, tables: Any) -> Array:
+    def elsewhere(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
         del tables
-        return otherwise(query, memories, mask, bias)
+        return otherwise(query, key_values, mask, bias)
 
-    def on_tpu(query: Array, memories: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        return _on_each_device(query, memories, mask, tables, bias if tables is None else None)
+    def on_tpu(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
+        return _on_each_device(query, key_values, mask, tables, bias if tables is None else None)
 
     @jax.custom_vjp
     def attend(*arguments: Any) -> Array:
@@ -102,71 +108,73 @@ def attend(
         return attend(*arguments), arguments
 
     def backward(arguments: Any, cotangent: Array) -> tuple[Any, ...]:
-        query, memories, mask, bias, _ = arguments
-        recomputed = lambda query, memories, bias: otherwise(query, memories, mask, bias)  # noqa: E731
-        _, pull = jax.vjp(recomputed, query, memories, bias)
-        d_query, d_memories, d_bias = pull(cotangent)
-        return d_query, d_memories, None, d_bias, None
+        query, key_values, mask, bias, _ = arguments
+
+        def recomputed(query: Array, key_values: Any, bias: Array | None) -> Array:
+            return otherwise(query, key_values, mask, bias)
+
+        _, pull = jax.vjp(recomputed, query, key_values, bias)
+        d_query, d_key_values, d_bias = pull(cotangent)
+        return d_query, d_key_values, None, d_bias, None
 
     attend.defvjp(forward, backward)
-    return attend(query, list(memories), mask, bias, tables)
+    return attend(query, list(key_values), mask, bias, tables)
 
 
 def _on_each_device(
     query: Array,
-    memories: Sequence[Any],
+    key_values: Sequence[KeyValues],
     mask: Array,
     tables: Sequence[Array] | None,
     bias: Array | None,
 ) -> Array:
-    """`flash_attention` of the rows and heads that each device has."""
+    """Runs `flash_attention` on each device's rows and heads."""
     if jax.sharding.get_abstract_mesh().size <= 1:
-        return flash_attention(query, memories, mask, tables, bias)
+        return flash_attention(query, key_values, mask, tables, bias)
     batch, heads = mesh_axes("batch"), mesh_axes("heads")
-    of_rows = PartitionSpec(batch, None, heads, None)
-    own_mask = PartitionSpec(batch if mask.shape[0] > 1 else None, None, None)
+    row_spec = PartitionSpec(batch, None, heads, None)
     specs = (
-        of_rows,
-        jax.tree.map(lambda _: of_rows, memories),
-        own_mask,
+        row_spec,
+        jax.tree.map(lambda _: row_spec, key_values),
+        PartitionSpec(batch if mask.shape[0] > 1 else None, None, None),
         jax.tree.map(lambda _: PartitionSpec(heads, None), tables),
         None if bias is None else PartitionSpec(batch, heads, None, None),
     )
-    mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=of_rows, check_vma=False)
-    return mapped(query, memories, mask, tables, bias)
+    mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=row_spec, check_vma=False)
+    return mapped(query, key_values, mask, tables, bias)
 
 
 def flash_attention(
     query: Array,
-    memories: Sequence[Any],
+    key_values: Sequence[KeyValues],
     mask: Array,
     tables: Sequence[Array] | None,
     bias: Array | None,
 ) -> Array:
-    """Softmax attention of `query [batch, queries, heads, head_dim]`; returns its shape.
+    """Computes softmax attention of `query [batch, queries, heads, head_dim]`; keeps its shape.
 
     Args:
-      query: what asks.
-      memories: each with `keys` and `values [rows, keys, heads, head_dim]`, one after the other;
-        row `i` serves rows `i * n ... i * n + n - 1` of `query`, `n = batch / rows`.
-      mask: bool, `[batch or 1, queries or 1, keys]`, the keys of all memories.
-      tables: for each memory the bias by distance, `[heads, queries + keys - 1]`: that of the last
-        query and the first key, then ever further to the right, up to that of the first query and
-        the last key. None without a bias, or with one that distances alone do not tell.
-      bias: that one: `[batch, heads, queries, keys]`, the keys of all memories; None without.
+      query: The queries.
+      key_values: Parts of the keys and values, in the order of `keys` below. A part has
+        `[rows, part_keys, heads, head_dim]`; row `i` serves rows `i * n ... i * n + n - 1` of
+        `query`, where `n = batch / rows`.
+      mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
+      tables: For each part the bias by distance, `[heads, queries + part_keys - 1]`, from that of
+        the last query and the first key to that of the first query and the last key. None without
+        a bias, or if it depends on more than distances.
+      bias: In the latter case, `[batch, heads, queries, keys]`; otherwise None.
     """
     parts, start = [], 0
-    for number, memory in enumerate(memories):
-        end = start + memory.keys.shape[1]
+    for number, part in enumerate(key_values):
+        end = start + part.keys.shape[1]
         parts.append(
             _attend(
                 query,
-                memory.keys,
-                memory.values,
+                part,
                 mask[..., start:end],
                 None if tables is None else tables[number],
                 None if bias is None else bias[..., start:end],
-                jnp.float32 if len(memories) > 1 else query.dtype,
+                jnp.float32 if len(key_values) > 1 else query.dtype,
             )
         )
         start = end
@@ -176,91 +184,91 @@ def flash_attention(
 
 
 def _merge(parts: Sequence[Partial], shape: tuple[int, ...]) -> Array:
-    """Attention to the keys of all parts: `shape`, `[batch, queries, heads, head_dim]`."""
+    """Combines parts: `shape`, which is `[batch, queries, heads, head_dim]`."""
     top = functools.reduce(jnp.maximum, [part.top for part in parts])
     weights = [part.total * jnp.exp(part.top - top) for part in parts]
-    total = sum(weights)
-    shares = [(weight / total)[..., : shape[2], None] for weight in weights]
-    return sum(share * part.mixed.reshape(shape) for share, part in zip(shares, parts, strict=True))
+    total = functools.reduce(jnp.add, weights)
+    shares = [(weight / total)[..., : shape[2], None] for weight in weights]  # [b, q, heads, 1]
+    mixed = [share * part.mixed.reshape(shape) for share, part in zip(shares, parts, strict=True)]
+    return functools.reduce(jnp.add, mixed)
 
 
-def _windows(table: Array, keys: int, blocks: tuple[int, int], sizes: tuple[int, int]) -> Array:
-    """What of a table each pair of blocks needs: `[query blocks, key blocks, heads, numbers]`.
+def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, int]) -> Array:
+    """Cuts out the part of a table that each tile needs: `[query tiles, key tiles, heads, width]`.
 
-    The bias of a block's first query and first key stands at a multiple of `LANES`, since registers
-    are moved as wholes more easily.
+    The bias of a tile's first query and first key stands at a multiple of `LANES`, since whole
+    registers are moved more easily.
 
     Args:
       table: `[heads, queries + keys - 1]`.
-      keys: of the memory.
-      blocks: how many blocks of queries and of keys.
-      sizes: queries and keys of a block.
+      keys: Number of keys.
+      tiles: Numbers of query tiles and of key tiles.
+      sizes: Queries and keys of a tile.
     """
     queries = table.shape[1] + 1 - keys
-    first, numbers = _registers(sizes[0]), sum(map(_registers, sizes))
-    distance = jnp.arange(blocks[1]) * sizes[1] - jnp.arange(blocks[0])[:, None] * sizes[0]
-    index = distance[..., None] + jnp.arange(numbers) - first + queries - 1
+    first, width = _registers(sizes[0]), sum(map(_registers, sizes))
+    # Distance from each tile's first query to its first key: [query tiles, key tiles].
+    distance = jnp.arange(tiles[1]) * sizes[1] - jnp.arange(tiles[0])[:, None] * sizes[0]
+    index = distance[..., None] + jnp.arange(width) - first + queries - 1  # [.., .., width]
     index = jnp.clip(index, 0, table.shape[1] - 1)
     return jnp.moveaxis(table.astype(jnp.float32)[:, index], 0, 2)
 
 
 def _registers(size: int) -> int:
-    """The next multiple of `LANES`."""
+    """Rounds up to a multiple of `LANES`."""
     return -(-size // LANES) * LANES
 
 
 def _attend(
     query: Array,
-    keys: Array,
-    values: Array,
+    part: KeyValues,
     mask: Array,
     table: Array | None,
     bias: Array | None,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Partial:
-    """Attention to one memory; see `flash_attention`. `mixed` is of type `dtype`."""
+    """Runs `flash_attention` on one part of the keys; `mixed` has type `dtype`."""
     batch, num_queries, num_heads, head_dim = query.shape
-    rows, num_keys = keys.shape[:2]
+    rows, num_keys = part.keys.shape[:2]
     width = num_heads * head_dim
-    # A block of one key is what the compiler takes for a product with a vector, and fails.
+    # The compiler takes a tile of one key for a matrix-vector product, and fails.
     sizes = min(num_queries, QUERIES), min(num_keys, KEYS) if num_keys > 1 else LANES
-    blocks = pl.cdiv(num_queries, sizes[0]), pl.cdiv(num_keys, sizes[1])
+    tiles = pl.cdiv(num_queries, sizes[0]), pl.cdiv(num_keys, sizes[1])
     per_row = batch // rows
-    arguments = [x.reshape(*x.shape[:2], width) for x in (query, keys, values)]
+    arguments = [x.reshape(*x.shape[:2], width) for x in (query, part.keys, part.values)]
     arguments.append(mask.astype(jnp.int8))
     own_rows, own_queries = mask.shape[0] > 1, mask.shape[1] > 1
-    of_queries = pl.BlockSpec((1, sizes[0], width), lambda b, i, j: (b, i, 0))
-    of_keys = pl.BlockSpec((1, sizes[1], width), lambda b, i, j: (b // per_row, j, 0))
-    of_mask = pl.BlockSpec(
+    query_spec = pl.BlockSpec((1, sizes[0], width), lambda b, i, j: (b, i, 0))
+    key_spec = pl.BlockSpec((1, sizes[1], width), lambda b, i, j: (b // per_row, j, 0))
+    mask_spec = pl.BlockSpec(
         (1, sizes[0] if own_queries else 1, sizes[1]),
         lambda b, i, j: (b if own_rows else 0, i if own_queries else 0, j),
     )
-    specs = [of_queries, of_keys, of_keys, of_mask]
-    read_bias, bias_bytes = None, 0
+    specs = [query_spec, key_spec, key_spec, mask_spec]
+    read_bias: Callable[..., Array] | None = None
+    bias_bytes = 0
     if table is not None:
-        windows = _windows(table, num_keys, blocks, sizes)
+        windows = _windows(table, num_keys, tiles, sizes)
         read_bias, bias_bytes = _bias_by_distance, 4 * batch * windows.size
         arguments.append(windows)
         specs.append(pl.BlockSpec((1, 1, *windows.shape[2:]), lambda b, i, j: (i, j, 0, 0)))
     elif bias is not None:
-        read_bias, bias_bytes = _bias_as_it_is, bias.size * bias.dtype.itemsize
+        read_bias, bias_bytes = _explicit_bias, bias.size * bias.dtype.itemsize
         arguments.append(bias)
         specs.append(pl.BlockSpec((1, num_heads, *sizes), lambda b, i, j: (b, 0, i, j)))
     per_head = jax.ShapeDtypeStruct((batch, num_queries, LANES), jnp.float32)
-    of_heads = pl.BlockSpec((1, sizes[0], LANES), lambda b, i, j: (b, i, 0))
+    head_spec = pl.BlockSpec((1, sizes[0], LANES), lambda b, i, j: (b, i, 0))
     results = pl.pallas_call(
         functools.partial(_kernel, head_dim, num_keys, read_bias),
-        grid=(batch, *blocks),
+        grid=(batch, *tiles),
         in_specs=specs,
-        out_specs=[of_queries, of_heads, of_heads],
+        out_specs=[query_spec, head_spec, head_spec],
         out_shape=[jax.ShapeDtypeStruct(arguments[0].shape, dtype), per_head, per_head],
         scratch_shapes=[pltpu.VMEM((sizes[0], width), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        cost_estimate=_cost(
-            arguments[:4], num_heads, blocks, jnp.dtype(dtype).itemsize, bias_bytes
-        ),
+        cost_estimate=_cost(arguments[:4], num_heads, tiles, jnp.dtype(dtype).itemsize, bias_bytes),
         name="flash_attention",
     )(*arguments)
     return Partial(*results)
@@ -269,51 +277,50 @@ def _attend(
 def _cost(
     arguments: Sequence[Array],
     num_heads: int,
-    blocks: tuple[int, int],
+    tiles: tuple[int, int],
     result_bytes: int,
     bias_bytes: int,
 ) -> pl.CostEstimate:
-    """Of the two products of matrices, and of what moves to and from main memory.
+    """Estimates the cost of the two matrix products and of the traffic with main memory.
 
-    Keys and values are read again for each block of queries, the mask for each row.
+    Keys and values are read again for each tile of queries, the mask for each row.
     """
     query, keys, _, mask = arguments
     batch, queries, width = query.shape
     pairs = batch * queries * keys.shape[1]
     moved = query.size * (query.dtype.itemsize + result_bytes)
-    moved += 2 * batch * blocks[0] * keys.shape[1] * width * keys.dtype.itemsize
-    moved += batch * mask.shape[1] * mask.shape[2] * (1 if mask.shape[1] > 1 else blocks[0])
-    moved += bias_bytes
-    moved += 2 * 4 * batch * queries * LANES
+    moved += 2 * batch * tiles[0] * keys.shape[1] * width * keys.dtype.itemsize
+    moved += batch * mask.shape[1] * mask.shape[2] * (1 if mask.shape[1] > 1 else tiles[0])
+    moved += bias_bytes + 2 * 4 * batch * queries * LANES
     return pl.CostEstimate(
         flops=4 * pairs * width, transcendentals=pairs * num_heads, bytes_accessed=moved
     )
 
 
 def _kernel(
-    head_dim: int, num_keys: int, read_bias: Callable[..., Array] | None, *refs: Any
+    head_dim: int, num_keys: int, read_bias: Callable[..., Array] | None, *refs: Ref
 ) -> None:
-    """One block of queries and one of keys; the blocks of keys come one after the other."""
+    """Processes one tile of queries and one of keys; a row's tiles of keys come in order."""
     query_ref, key_ref, value_ref, mask_ref, *bias_ref, mixed_ref, top_ref, total_ref, sum_ref = (
         refs
     )
-    block, last = pl.program_id(2), pl.num_programs(2) - 1
-    num_queries, block_keys = query_ref.shape[1], key_ref.shape[1]
-    shape = num_queries, block_keys
+    tile, last = pl.program_id(2), pl.num_programs(2) - 1
+    num_queries, tile_keys = query_ref.shape[1], key_ref.shape[1]
+    shape = num_queries, tile_keys
 
-    @pl.when(block == 0)
+    @pl.when(tile == 0)
     def _() -> None:
         top_ref[...] = jnp.full_like(top_ref, ABSENT)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     visible = jnp.broadcast_to(mask_ref[0].astype(jnp.int32), shape) != 0
-    unseen: Any = MASKED
-    ragged = num_keys % block_keys != 0
-    if ragged:  # What lies beyond the last key is arbitrary.
-        there = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_keys - block * block_keys
-        visible &= there
-        unseen = jnp.where(there, MASKED, ABSENT)
+    unseen: float | Array = MASKED
+    ragged = num_keys % tile_keys != 0
+    if ragged:  # Memory beyond the last key is arbitrary.
+        in_range = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_keys - tile * tile_keys
+        visible &= in_range
+        unseen = jnp.where(in_range, MASKED, ABSENT)
     width = max(LANES, head_dim)
     heads = width // head_dim
     lane_head = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) // head_dim
@@ -324,26 +331,26 @@ def _kernel(
         query, keys, values = (ref[0, :, lanes] for ref in (query_ref, key_ref, value_ref))
         if ragged:
             index = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
-            values = jnp.where(index < num_keys - block * block_keys, values, 0)
+            values = jnp.where(index < num_keys - tile * tile_keys, values, 0)
         for number in range(heads):
             head = group * heads + number
-            own = lane_head == number
-            logits = _dot(jnp.where(own, query, 0), keys, 1)
+            own = lane_head == number  # [1, width]
+            logits = _dot(jnp.where(own, query, 0), keys, 1)  # [queries, keys]
             if read_bias is not None:
                 logits += read_bias(bias_ref[0], head, shape)
             logits = jnp.where(visible, logits, unseen)
-            of_head = head_lane == head
-            before = _only(of_head, top_ref[0])
+            own_lane = head_lane == head  # [1, LANES]
+            before = _only(own_lane, top_ref[0])  # [queries, 1]
             top = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
             weights = jnp.exp(logits - top)
             scale = jnp.exp(before - top)
-            total = _only(of_head, total_ref[0]) * scale + jnp.sum(weights, axis=1, keepdims=True)
+            total = _only(own_lane, total_ref[0]) * scale + jnp.sum(weights, axis=1, keepdims=True)
             mixed = sum_ref[:, lanes] * scale + _dot(weights.astype(values.dtype), values, 0)
             sum_ref[:, lanes] = jnp.where(own, mixed, sum_ref[:, lanes])
-            top_ref[0] = jnp.where(of_head, top, top_ref[0])
-            total_ref[0] = jnp.where(of_head, total, total_ref[0])
+            top_ref[0] = jnp.where(own_lane, top, top_ref[0])
+            total_ref[0] = jnp.where(own_lane, total, total_ref[0])
 
-            @pl.when(block == last)
+            @pl.when(tile == last)
             def _(own: Array = own, mixed: Array = mixed, total: Array = total) -> None:
                 result = (mixed / total).astype(mixed_ref.dtype)
                 mixed_ref[0, :, lanes] = jnp.where(own, result, mixed_ref[0, :, lanes])
@@ -354,26 +361,26 @@ def _kernel(
 
 
 def _dot(left: Array, right: Array, axis: int) -> Array:
-    """The product over `left`'s last axis and `right`'s `axis`, in float32."""
+    """Multiplies over `left`'s last axis and `right`'s `axis`, in float32."""
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _only(of_head: Array, values: Array) -> Array:
-    """`values [queries, LANES]` of one head: `[queries, 1]`."""
-    return jnp.sum(jnp.where(of_head, values, 0), axis=1, keepdims=True)
+def _only(own_lane: Array, values: Array) -> Array:
+    """Picks one head's lane of `values [queries, LANES]`: `[queries, 1]`."""
+    return jnp.sum(jnp.where(own_lane, values, 0), axis=1, keepdims=True)
 
 
-def _bias_as_it_is(bias_ref: Any, head: Array, shape: tuple[int, int]) -> Array:
-    """The bias of one head, `shape`, of a block `[1, heads, queries, keys]`."""
+def _explicit_bias(bias_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
+    """Reads one head's bias, `shape`, from a tile `[1, heads, queries, keys]`."""
     return bias_ref[0, pl.ds(head, 1)].reshape(shape).astype(jnp.float32)
 
 
-def _bias_by_distance(window_ref: Any, head: Array, shape: tuple[int, int]) -> Array:
-    """The bias of one head, `shape`: its window, each of the block's rows one place further."""
-    window = window_ref[0, 0, pl.ds(head, 1), :]
-    numbers = window.shape[1]
-    rows = jnp.broadcast_to(window, (shape[0], numbers))
-    # The bias of the first query begins at number `_registers(queries)`.
-    shift = numbers - _registers(shape[0])
+def _bias_by_distance(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
+    """Expands one head's window to the bias of a tile, `shape`: each row is shifted by one more."""
+    window = window_ref[0, 0, pl.ds(head, 1), :]  # [1, width]
+    width = window.shape[1]
+    rows = jnp.broadcast_to(window, (shape[0], width))
+    # The bias of the first query begins at `_registers(queries)`.
+    shift = width - _registers(shape[0])
     return pltpu.roll(rows, shift, 1, stride=1, stride_axis=0)[:, : shape[1]]

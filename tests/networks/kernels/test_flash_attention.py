@@ -8,22 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_networks import QUICK, hidden, make, run
 
 from diffusion_t5x import compiled_program
 from diffusion_t5x.networks import attention
-from diffusion_t5x.networks.attention import LayerCache
-from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.networks.kernels import flash_attention
-from diffusion_t5x.networks.kv_cache import grow
+from diffusion_t5x.networks.kv_cache import KeyValues, grow
 from diffusion_t5x.objectives.attention_patterns import ATTENTION_PATTERNS, make_mask
 from diffusion_t5x.training import topologies
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes: of queries, of each memory's rows and keys, of heads, and of the mask's queries."""
+    """Shapes of queries, of each part's rows and keys, of heads, and of the mask."""
 
     batch: int
     queries: int
@@ -35,17 +34,17 @@ class Case:
 
 
 CASES = {
-    "ragged blocks": Case(2, 37, (2,), (41,), (2, 64), (2, 37)),
+    "ragged tiles": Case(2, 37, (2,), (41,), (2, 64), (2, 37)),
     "prefixes that canvases share": Case(4, 18, (2, 4), (24, 18), (4, 32), (4, 1)),
-    "prefixes of one token": Case(4, 18, (2, 4), (1, 18), (4, 32), (4, 1)),
+    "prefixes of one token": Case(4, 18, (2, 4), (1, 18), (2, 64), (4, 1)),
     "no bias, a head of two registers": Case(1, 16, (1,), (17,), (1, 256), (1, 16), None),
-    "own positions, a prefix of 1": Case(4, 21, (2, 4), (1, 50), (4, 32), (4, 1), "of each row"),
+    "own positions, a prefix of 1": Case(4, 21, (2, 4), (1, 50), (2, 64), (4, 1), "of each row"),
 }
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernel wherever there is no TPU, in small blocks; the list grows with each call."""
+    """Interprets the kernel, with small tiles, in place of XLA; a list of all its calls."""
     calls = []
     real = flash_attention.flash_attention
 
@@ -63,21 +62,21 @@ def interpreted(monkeypatch):
 
 
 def _arguments(case):
-    """Query, memories, mask and tables, and the bias that these stand for."""
+    """Query, key_values, mask and tables, and the bias that these stand for."""
     rng = np.random.default_rng(0)
     make = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     query = make(case.batch, case.queries, *case.heads)
-    memories = [
-        LayerCache(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
+    key_values = [
+        KeyValues(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
         for rows, keys in zip(case.rows, case.keys, strict=True)
     ]
     mask = rng.random((*case.mask, sum(case.keys))) < 0.7
     mask[0, 0] = False  # A query that sees nothing mixes all values alike.
     if case.bias is None:
-        return query, memories, mask, None, None
+        return query, key_values, mask, None, None
     if case.bias == "of each row":
         bias = make(case.batch, case.heads[0], case.queries, sum(case.keys))
-        return query, memories, mask, None, bias
+        return query, key_values, mask, None, bias
     sizes = [case.queries + keys - 1 for keys in case.keys]
     tables = [jnp.asarray(make(case.heads[0], size)) for size in sizes]
     bias = np.empty((1, case.heads[0], case.queries, sum(case.keys)), np.float32)
@@ -87,15 +86,15 @@ def _arguments(case):
             for j in range(keys):
                 bias[0, :, i, start + j] = np.asarray(table)[:, j - i + case.queries - 1]
         start += keys
-    return query, memories, mask, tables, bias
+    return query, key_values, mask, tables, bias
 
 
-def _reference(query, memories, mask, bias, cotangent):
+def _reference(query, key_values, mask, bias, cotangent):
     """Attention and its gradients (query, keys, values, bias) in float64, by their formulas."""
     batch = len(query)
     repeated = lambda x: np.repeat(x.astype(np.float64), batch // len(x), axis=0)  # noqa: E731
-    keys = np.concatenate([repeated(m.keys) for m in memories], axis=1)
-    values = np.concatenate([repeated(m.values) for m in memories], axis=1)
+    keys = np.concatenate([repeated(m.keys) for m in key_values], axis=1)
+    values = np.concatenate([repeated(m.values) for m in key_values], axis=1)
     logits = np.einsum("bqhd,bkhd->bhqk", query.astype(np.float64), keys)
     logits += 0 if bias is None else bias
     seen = np.broadcast_to(mask[:, None], logits.shape)
@@ -109,11 +108,11 @@ def _reference(query, memories, mask, bias, cotangent):
     d_query = np.einsum("bhqk,bkhd->bqhd", d_logits, keys)
     d_keys = np.einsum("bhqk,bqhd->bkhd", d_logits, query)
     gradients, start = [], 0
-    for memory in memories:
-        rows, count = memory.keys.shape[:2]
-        part = slice(start, start + count)
+    for part in key_values:
+        rows, count = part.keys.shape[:2]
+        positions = slice(start, start + count)
         summed = lambda x: x.reshape(rows, -1, *x.shape[1:]).sum(1)  # noqa: E731, B023
-        gradients.append(LayerCache(summed(d_keys[:, part]), summed(d_values[:, part])))
+        gradients.append(KeyValues(summed(d_keys[:, positions]), summed(d_values[:, positions])))
         start += count
     d_bias = None
     if bias is not None:
@@ -123,23 +122,23 @@ def _reference(query, memories, mask, bias, cotangent):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
-    query, memories, mask, tables, bias = _arguments(case)
+    query, key_values, mask, tables, bias = _arguments(case)
     cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
 
-    def by_xla(query, memories, mask, bias):
-        return attention._attend_in_blocks(1, min(case.rows), None, query, memories, mask, bias)
+    def by_xla(query, key_values, mask, bias):
+        return attention._attend_in_chunks(1, min(case.rows), None, query, key_values, mask, bias)
 
-    @jax.jit
-    def run(query, memories, bias):
-        def attend(query, memories, bias):
-            return flash_attention.attend(by_xla, tables, query, memories, mask, bias)
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def attend_and_differentiate(query, key_values, bias):
+        def attend(query, key_values, bias):
+            return flash_attention.attend(by_xla, tables, query, key_values, mask, bias)
 
-        mixed, pull = jax.vjp(attend, query, memories, bias)
+        mixed, pull = jax.vjp(attend, query, key_values, bias)
         return mixed, pull(cotangent)
 
-    mixed, gradients = run(query, memories, bias)
+    mixed, gradients = attend_and_differentiate(query, key_values, bias)
     assert len(interpreted) == 1
-    expected, expected_gradients = _reference(query, memories, mask, bias, cotangent)
+    expected, expected_gradients = _reference(query, key_values, mask, bias, cotangent)
     np.testing.assert_allclose(mixed, expected, atol=2e-5)
     for got, wanted in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
@@ -150,24 +149,21 @@ def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
 @pytest.mark.parametrize("packed", [False, True])
 def test_masks_of_all_patterns_are_as_by_xla(interpreted, packed):
     case = Case(2, 40, (2,), (40,), (2, 64), (2, 40))
-    query, memories, _, tables, bias = _arguments(case)
+    query, key_values, _, tables, bias = _arguments(case)
     segments = np.ones((2, 40), int)
     segments[0, :5] = 0  # padding
     if packed:
         segments[1, 17:] = 2
     is_prefix = np.broadcast_to(np.arange(40) < 23, segments.shape)
     attend = flash_attention.flash_attention
-    fused = jax.jit(lambda mask: attend(query, memories, mask, tables, None))
-    plain = jax.jit(lambda mask: attention._attend(query, memories, mask, bias, None))
+    fused = jax.jit(lambda mask: attend(query, key_values, mask, tables, None))
+    plain = jax.jit(lambda mask: attention._attend(query, key_values, mask, bias, None))
     for pattern in ATTENTION_PATTERNS:
         mask = make_mask(pattern, segments, is_prefix)
         np.testing.assert_allclose(fused(mask), plain(mask), atol=2e-5, err_msg=pattern)
     assert interpreted
 
 
-CONFIG = TransformerConfig(
-    vocab_size=17, embed_dim=16, num_heads=2, num_layers=1, head_dim=64, mlp_dim=24
-)
 PREFIX = np.array([[5, 6, 7, 8, 9, 2, 3], [3, 4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
 CANVASES = np.random.default_rng(0).integers(0, 17, (6, 8))
 POSITIONS = np.random.default_rng(1).permuted(np.tile(np.arange(8), (6, 1)), axis=1)[:, :4]
@@ -175,11 +171,9 @@ POSITIONS = np.random.default_rng(1).permuted(np.tile(np.arange(8), (6, 1)), axi
 
 def _networks(network_class, **overrides):
     """The same parameters, with and without the kernel."""
-    config = dataclasses.replace(CONFIG, **overrides)
-    network = network_class(config)
-    init = jax.jit(lambda: network.init(jax.random.PRNGKey(0), PREFIX, CANVASES[:3], "causal"))
-    params = init()["params"]
-    fused = network_class(dataclasses.replace(config, attention_kernel="fused"))
+    overrides = {"num_layers": 1, "head_dim": 64, **overrides}
+    network, params = make(network_class, **overrides)
+    fused = network_class(dataclasses.replace(network.config, attention_kernel="fused"))
     return params, network, fused
 
 
@@ -194,8 +188,8 @@ def test_a_network_and_its_gradient_are_as_without_the_kernel(interpreted):
 
     results = []
     for network in networks:
-        run = jax.jit(jax.value_and_grad(functools.partial(loss, network), has_aux=True))
-        results.append(run(params))
+        gradient = jax.value_and_grad(functools.partial(loss, network), has_aux=True)
+        results.append(jax.jit(gradient, compiler_options=QUICK)(params))
         assert bool(interpreted) == (network is networks[1])
     ((_, plain), plain_gradient), ((_, fused), fused_gradient) = results
     np.testing.assert_allclose(fused, plain, atol=2e-4)
@@ -211,7 +205,7 @@ def test_canvases_that_share_a_cached_prefix_are_as_without_the_kernel(interpret
 
     def denoise(module):
         cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), "causal_prefix")
-        if network_class is DecoderOnly:  # room for blocks to come, of which one has
+        if network_class is DecoderOnly:  # room for blocks, one of which is there
             cache = module.extend_cached(grow(cache, 5), CANVASES[:3, :2], "causal_prefix")
         hidden, kept = module.denoise(cache, CANVASES)
         calls = len(interpreted)
@@ -220,23 +214,15 @@ def test_canvases_that_share_a_cached_prefix_are_as_without_the_kernel(interpret
         assert (len(interpreted) > calls) == (module.config.attention_kernel == "fused")
         return hidden, again
 
-    plain, fused = (
-        jax.jit(lambda params, n=network: n.apply({"params": params}, method=denoise))(params)
-        for network in networks
-    )
+    plain, fused = (run(network, params, denoise) for network in networks)
     for got, wanted in zip(fused, plain, strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-4)
 
 
 def test_elsewhere_it_is_attention_by_xla():
-    params, plain, fused = _networks(DecoderOnly)
-    logits = [
-        jax.jit(
-            lambda params, n=network: n.apply({"params": params}, PREFIX, CANVASES[:3], "causal")
-        )(params)
-        for network in (plain, fused)
-    ]
-    np.testing.assert_array_equal(*logits)
+    params, *networks = _networks(DecoderOnly)
+    states = [hidden(network, params, PREFIX, CANVASES[:3], "causal") for network in networks]
+    np.testing.assert_array_equal(*states)
 
 
 @pytest.mark.parametrize(
@@ -255,14 +241,14 @@ def test_it_applies_where_heads_fill_registers_and_there_are_several_queries(
     queries, heads, expected
 ):
     query, keys = jnp.zeros((2, queries, *heads)), jnp.zeros((2, 3, *heads))
-    assert flash_attention.applies(query, [LayerCache(keys, keys)]) is expected
+    assert flash_attention.applies(query, [KeyValues(keys, keys)]) is expected
 
 
 def test_tpus_before_v5_are_left_to_xla(monkeypatch):
     keys = jnp.zeros((2, 3, 2, 64))
     for kind, expected in (("TPU v4", False), ("TPU v5 lite", True), ("TPU v5", True)):
         monkeypatch.setattr(flash_attention, "device_kind", lambda kind=kind: kind)
-        assert flash_attention.applies(keys, [LayerCache(keys, keys)]) is expected
+        assert flash_attention.applies(keys, [KeyValues(keys, keys)]) is expected
 
 
 def test_dropout_is_left_to_xla(interpreted):
@@ -272,8 +258,8 @@ def test_dropout_is_left_to_xla(interpreted):
         return module.decode(module.encode(PREFIX, deterministic=False), CANVASES[:3], "causal",
                              deterministic=False)  # fmt: skip
 
-    run = functools.partial(fused.apply, {"params": params})
-    jax.eval_shape(lambda: run(method=train, rngs={"dropout": jax.random.PRNGKey(0)}))
+    apply = functools.partial(fused.apply, {"params": params}, method=train)
+    jax.eval_shape(lambda: apply(rngs={"dropout": jax.random.PRNGKey(0)}))
     assert not interpreted
 
 
@@ -285,13 +271,13 @@ def test_it_compiles_for_tpus_and_moves_no_row_to_another_chip():
     shape = jax.ShapeDtypeStruct
     keys = shape((8, 700, 12, 64), jnp.bfloat16)
 
-    def run(memory, tables, batch):
+    def run(part, tables, batch):
         query, mask = batch
-        by_xla = functools.partial(attention._attend_in_blocks, 1, 8, None)
-        return flash_attention.attend(by_xla, tables, query, [memory], mask, None)
+        by_xla = functools.partial(attention._attend_in_chunks, 1, 8, None)
+        return flash_attention.attend(by_xla, tables, query, [part], mask, None)
 
     batch = shape((8, 300, 12, 64), jnp.bfloat16), shape((8, 300, 700), bool)
-    program = run, (LayerCache(keys, keys), [shape((12, 999), jnp.float32)], batch)
+    program = run, (KeyValues(keys, keys), [shape((12, 999), jnp.float32)], batch)
     for count in (1, 4):
         compiled = tpu.compile_for(program, chips[:count])
         text = compiled.as_text()

@@ -1,0 +1,236 @@
+"""Stacks of transformer layers, with self-attention, cross-attention and a key-value cache."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning as nn_partitioning
+
+from diffusion_t5x.networks.attention import MultiHeadAttention, RelativePositionBias
+from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
+from diffusion_t5x.networks.kv_cache import KeyValues, KVCache, PerLayer
+from diffusion_t5x.networks.layers import HIDDEN_AXES, GatedMlp, RMSNorm
+
+Array = jax.Array
+
+
+class Attended(flax.struct.PyTreeNode):
+    """What all layers of a stack attend to in one call, besides their input and a cache.
+
+    Attributes:
+      mask: `[batch or 1, queries, keys]` bool, of self-attention. Cached keys come first.
+      query_positions: `[queries]` or `[batch, queries]` int32.
+      key_positions: `[keys]` int32.
+      index: Where this call's keys and values are written: a scalar for the cache, or
+        `[batch, queries]` for a canvas; None to append them to the cache for this call only.
+      encoded: `[batch, encoder_length, embed]`, the encoder's output; None if the cache holds its
+        keys and values, or without cross-attention.
+      encoded_mask: `[batch, 1 or queries, encoder_length]` bool; None for no cross-attention.
+      bias: `[groups, heads, queries, keys]`, the position bias that all layers share; None if each
+        layer has its own. The stack fills it in.
+      tables: The same bias by distance (see `_position_bias`). The stack fills it in.
+    """
+
+    mask: Array
+    query_positions: Array
+    key_positions: Array
+    index: Array | None = None
+    encoded: Array | None = None
+    encoded_mask: Array | None = None
+    bias: Array | None = None
+    tables: list[Array] | None = None
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention if there is an encoder, and feed-forward, pre-norm.
+
+    Attributes:
+      config: The network's configuration.
+      num_buckets: Number of distance buckets.
+      deterministic: Disables dropout.
+      keep_key_values: Return the keys and values that were attended to.
+    """
+
+    config: TransformerConfig
+    num_buckets: int
+    deterministic: bool
+    keep_key_values: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        cached: KeyValues | None,
+        canvas: KeyValues | None,
+        encoded: KeyValues | None,
+        attended: Attended,
+    ) -> tuple[Array, tuple[KeyValues | None, KeyValues | None]]:
+        """Applies the layer.
+
+        Args:
+          x: `[batch, length, embed]`.
+          cached: Cached keys and values of earlier tokens, to attend to; None for `x` alone.
+          canvas: Keys and values of a canvas, of which `x` is recomputed; None for no canvas.
+          encoded: Cached keys and values of the encoder's output; None to compute them.
+          attended: Mask, positions and the encoder's output.
+
+        Returns:
+          Hidden states of the shape of `x`; and if they are kept, the keys and values with those of
+          `x` among them, and those of the encoder's output.
+        """
+        config, deterministic = self.config, self.deterministic
+        dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+        attention = MultiHeadAttention(config, name="self_attention")
+        y = RMSNorm(config, name="pre_self_attention_layer_norm")(x)
+        key_values = _write(attention.keys_values(y), cached, canvas, attended.index)
+        bias, tables = attended.bias, attended.tables
+        if bias is None:
+            bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
+            bias, tables = _position_bias(bias_of, attended, x.shape[0])
+        y = attention(y, key_values, attended.mask, bias, tables, deterministic=deterministic)
+        x = x + dropout(y, deterministic=deterministic)
+        if attended.encoded_mask is not None:
+            cross = MultiHeadAttention(config, name="encoder_decoder_attention")
+            y = RMSNorm(config, name="pre_cross_attention_layer_norm")(x)
+            if encoded is None:
+                assert attended.encoded is not None
+                encoded = cross.keys_values(attended.encoded)
+            y = cross(y, [encoded], attended.encoded_mask, None, None, deterministic=deterministic)
+            x = x + dropout(y, deterministic=deterministic)
+        y = RMSNorm(config, name="pre_mlp_layer_norm")(x)
+        y = GatedMlp(config, name="mlp")(y, deterministic)
+        x = x + dropout(y, deterministic=deterministic)
+        x = nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
+        return x, (key_values[-1], encoded) if self.keep_key_values else (None, None)
+
+
+def _write(
+    new: KeyValues, cached: KeyValues | None, canvas: KeyValues | None, index: Array | None
+) -> list[KeyValues]:
+    """Returns the keys and values to attend to, the last of which hold `new` (see `Attended`)."""
+    if canvas is not None:
+        assert index is not None
+        rows = jnp.arange(index.shape[0])[:, None]  # [batch, 1], beside index [batch, queries]
+        new = jax.tree.map(lambda old, x: old.at[rows, index].set(x), canvas, new)
+    elif index is not None:
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        return [jax.tree.map(lambda old, x: write(old, x, index), cached, new)]
+    return [new] if cached is None else [cached, new]
+
+
+def _position_bias(
+    bias_of: RelativePositionBias, attended: Attended, batch_size: int
+) -> tuple[Array, list[Array] | None]:
+    """Computes the position bias, and the tables that `flash_attention` needs of it.
+
+    Returns:
+      The bias `[groups, heads, queries, keys]`; and one table `[heads, queries + keys - 1]` for
+      cached keys, unless this call writes into the cache, and one for the call's own keys. There
+      are no tables, but None, if rows have positions of their own or the kernel is not used.
+    """
+    queries, keys = attended.query_positions, attended.key_positions
+    bias = bias_of(queries, keys, batch_size)
+    if bias_of.config.attention_kernel == "xla" or queries.ndim > 1:
+        return bias, None
+    cached = 0 if attended.index is not None else len(keys) - len(queries)
+    tables = []
+    for start, end in ((0, cached), (cached, len(keys))):
+        if start < end:
+            # From the last query and the first key to the first query and the last key.
+            distances = jnp.arange(end - start + len(queries) - 1)
+            tables.append(bias_of(queries[-1:], keys[start] + distances, 1)[0, :, 0])
+    return bias, tables
+
+
+class Stack(nn.Module):
+    """Transformer layers, their relative position bias, and a final norm.
+
+    Attributes:
+      config: The network's configuration.
+      num_layers: Number of layers.
+      num_buckets: Number of distance buckets.
+    """
+
+    config: TransformerConfig
+    num_layers: int
+    num_buckets: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        attended: Attended,
+        *,
+        deterministic: bool,
+        cache: KVCache | None = None,
+        canvas: PerLayer = None,
+        keep_key_values: bool = False,
+    ) -> tuple[Array, PerLayer, PerLayer]:
+        """Applies all layers.
+
+        Args:
+          x: `[batch, length, embed]`.
+          attended: Mask, positions and the encoder's output.
+          deterministic: Disables dropout.
+          cache: Cached keys and values to attend to.
+          canvas: Keys and values of a canvas, of which `x` is recomputed.
+          keep_key_values: Return keys and values of all layers.
+
+        Returns:
+          `[batch, length, embed]`; and if they are kept, the keys and values of each layer with
+          those of `x` among them, and those of the encoder's output.
+        """
+        config = self.config
+        if not config.relative_bias_per_layer:
+            bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
+            bias, tables = _position_bias(bias_of, attended, x.shape[0])
+            attended = attended.replace(bias=bias, tables=tables)
+        layer = TransformerLayer
+        if config.remat != "none":
+            layer = nn_partitioning.remat(
+                layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers
+            )
+        make = functools.partial(
+            layer,
+            config=config,
+            num_buckets=self.num_buckets,
+            deterministic=deterministic,
+            keep_key_values=keep_key_values,
+        )
+        past = (None, canvas, None) if cache is None else (cache.key_values, canvas, cache.encoded)
+        key_values: PerLayer
+        encoded: PerLayer
+        if config.scan_layers:
+            scanned = nn_partitioning.scan_with_axes(
+                lambda layer, x, past, attended: layer(x, *past, attended),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=self.num_layers,
+                axis_name="layers",
+            )
+            x, (key_values, encoded) = scanned(make(name="layers"), x, past, attended)
+        else:
+            kept = []
+            for number in range(self.num_layers):
+                own, own_canvas, own_encoded = (_layer(per_layer, number) for per_layer in past)
+                x, new = make(name=f"layers_{number}")(x, own, own_canvas, own_encoded, attended)
+                kept.append(new)
+            key_values, encoded = (_per_layer(list(parts)) for parts in zip(*kept, strict=True))
+        x = RMSNorm(config, name="final_layer_norm")(x)
+        x = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(x, deterministic)
+        return x, key_values, encoded
+
+
+def _layer(per_layer: PerLayer, number: int) -> KeyValues | None:
+    """Returns the keys and values of one layer that is not scanned."""
+    return per_layer[number] if isinstance(per_layer, list) else None
+
+
+def _per_layer(kept: list[KeyValues | None]) -> PerLayer:
+    """Returns the keys and values of all layers, or None if they were not kept."""
+    return [x for x in kept if x is not None] or None
