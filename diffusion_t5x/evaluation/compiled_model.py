@@ -12,6 +12,7 @@ import numpy as np
 
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import end_text
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 
@@ -40,7 +41,7 @@ class CompiledFunction(Generic[Output]):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         partitioner: PjitPartitioner,
         random_seed: int,
         batch_size: int,
@@ -49,7 +50,7 @@ class CompiledFunction(Generic[Output]):
         """Prepares the function.
 
         Args:
-          model: A `models.Model`, or another of its interface.
+          model: The model.
           partitioner: Devices and sharding.
           random_seed: Seed of the key that a batch's position is folded into.
           batch_size: Rows that a batch is padded to.

@@ -29,6 +29,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     Scorer,
     run_batches,
 )
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.files import write_atomically
@@ -39,7 +40,7 @@ from diffusion_t5x.runtime.train_state import abstract_params
 Metrics = dict[str, float]
 
 
-def find_tasks(model: Any, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
+def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
     """Returns the tasks that a configuration names, mixtures resolved.
 
     Raises:
@@ -66,7 +67,7 @@ class InferenceEvaluator:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         dataset_cfg: datasets.DatasetConfig,
         partitioner: PjitPartitioner,
         output_dir: str,
@@ -79,7 +80,7 @@ class InferenceEvaluator:
         """Reads the data.
 
         Args:
-          model: A `models.Model`, or another of its interface.
+          model: The model.
           dataset_cfg: Tasks and split; its lengths may be None for the longest example's.
           partitioner: Devices and sharding.
           output_dir: Directory that gets `{task}/predictions-{step}.jsonl`.
@@ -88,9 +89,8 @@ class InferenceEvaluator:
           return_all_decodes: Pass all samples that the decoder reranks to the metrics.
           num_decodes: Candidates per example, each a text that the decoder gave as its best; above
             1 the metrics get all of them, as pass@k needs.
-          decodes_per_chunk: Candidates per example that are decoded, kept and judged at a time.
-            Chunk `c` has keys of its own, so that it does not depend on which others are drawn. A
-            batch holds `batch_size` of them at once in any case.
+          decodes_per_chunk: Candidates per example that are decoded, kept and judged at a time;
+            a chunk has random keys of its own. Batches hold `batch_size` of them in any case.
 
         Raises:
           ValueError: if a task is unknown or of another vocabulary than the model, none has metrics
@@ -105,11 +105,9 @@ class InferenceEvaluator:
         datasets.import_task_module(dataset_cfg.module)
         self._model, self._cfg = model, dataset_cfg
         self._output_dir = pathlib.Path(output_dir)
-        size = dataset_cfg.batch_size
-        self._predict = Predictor(
-            model, partitioner, random_seed, size, return_all_decodes=return_all_decodes
-        )
-        self._score = Scorer(model, partitioner, random_seed, size)
+        common = model, partitioner, random_seed, dataset_cfg.batch_size
+        self._predict = Predictor(*common, return_all_decodes=return_all_decodes)
+        self._score = Scorer(*common)
         self.settings = {
             "split": dataset_cfg.split,
             "decoder": repr(getattr(model, "decoder", None)),
@@ -295,7 +293,7 @@ def _text(example: Mapping[str, Any], feature: str, vocabulary: Any) -> str | No
 
 def evaluate(
     *,
-    model: Any,
+    model: Model,
     dataset_cfg: datasets.DatasetConfig,
     restore_checkpoint_cfg: RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
@@ -312,7 +310,7 @@ def evaluate(
     is known, `results.json` and `results.md` at the end.
 
     Args:
-      model: A `models.Model`, or another of its interface.
+      model: The model.
       dataset_cfg: Tasks and split.
       restore_checkpoint_cfg: The checkpoints.
       partitioner: Devices and sharding.

@@ -29,6 +29,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     run_batches,
 )
 from diffusion_t5x.evaluation.evaluation import find_tasks
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -41,7 +42,7 @@ ExampleBatch = tuple[list[Example], datasets.Batch]
 
 def infer(
     *,
-    model: Any,
+    model: Model,
     dataset_cfg: datasets.DatasetConfig,
     restore_checkpoint_cfg: RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
@@ -61,7 +62,7 @@ def infer(
     kept in a file; a run that is killed and started again resumes after the last such file.
 
     Args:
-      model: A `models.Model`, or another of its interface.
+      model: The model.
       dataset_cfg: Tasks, split and lengths.
       restore_checkpoint_cfg: One checkpoint.
       partitioner: Devices and sharding.
@@ -131,7 +132,7 @@ def infer(
 
 
 def _examples(
-    model: Any, task: seqio.Task, cfg: datasets.DatasetConfig, shard_id: int, num_shards: int
+    model: Model, task: seqio.Task, cfg: datasets.DatasetConfig, shard_id: int, num_shards: int
 ) -> Iterator[tuple[Example, Example]]:
     """Yields (task features, model features) of each example of this shard."""
     dataset = task.get_dataset(

@@ -12,6 +12,7 @@ from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, sel
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_params
 
@@ -28,7 +29,7 @@ def show_step(tokens: np.ndarray, vocabulary: Any) -> str:
 
 def sample(
     *,
-    model: Any,
+    model: Model,
     restore_checkpoint_cfg: RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
     inputs: Sequence[str],
@@ -40,7 +41,7 @@ def sample(
     """Decodes `inputs` and prints each with its result.
 
     Args:
-      model: A `models.Model`, or another of its interface.
+      model: The model.
       restore_checkpoint_cfg: One checkpoint.
       partitioner: Devices and sharding. The texts are one batch, padded with rows of zeros to a
         multiple of the data-parallel shards; what the padding decodes to is dropped.

@@ -113,11 +113,10 @@ def _collect_row(
 
 
 def _seconds(run: pathlib.Path, step: int | None = None) -> float:
-    """Returns the seconds that a run trained for, until `step`."""
+    """Returns the seconds that a run trained for, until the last line logged up to `step`."""
     lines = [line for line in read_metrics(str(run)) if line["split"] == "train"]
     before = [line["seconds"] for line in lines if step is None or line["step"] <= step]
-    # A step before the first logged one has taken at most the seconds of that line.
-    return max(before) if before else min(line["seconds"] for line in lines)
+    return max(before, default=lines[0]["seconds"])  # a checkpoint may precede the first line
 
 
 def environment() -> dict[str, Any]:

@@ -378,6 +378,12 @@ def test_results_hold_a_row_per_method_and_count_the_whole_chain(tmp_path, fake,
     assert "embedded_translation_en_fr/ar2diff_N/train/checkpoint_10" in printed
 
 
+def test_a_checkpoint_before_the_first_line_of_metrics_counts_up_to_that_line(tmp_path):
+    line = {"step": 100, "split": "train", "seconds": 7.0}
+    write_atomically(tmp_path / "metrics.jsonl", json.dumps(line) + "\n")
+    assert report._seconds(tmp_path, 50) == report._seconds(tmp_path, 100) == 7.0
+
+
 def test_what_is_unknown_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(ValueError, match="experiment = 'tabel2' is unknown; did you mean 'table2'"):
         experiments.Run("tabel2", None, tmp_path)
