@@ -12,7 +12,7 @@ PACKAGE = "diffusion_t5x"
 # Old module -> new module, both inside this package.
 MODULES = {
     "blocks": "objectives.text_blocks",
-    "bound_network": "interfaces",
+    "bound_network": "networks.bound_network",
     "candidates": "evaluation.candidate_chunks",
     "checkpoint_fit": "checkpointing.reading",
     "checkpoint_integrity": "checkpointing.integrity",
@@ -32,6 +32,9 @@ MODULES = {
     "data.sources": "data.embedded.sources",
     "data.text_readers": "data.files.readers",
     "decoding.blocks": "decoding.block_decoding",
+    "decoding.denoising": "decoding.canvases",
+    "decoding.growth": "decoding.lengths",
+    "decoding.rerank": "interfaces",
     "disk_space": "runtime.disk_space",
     "drawing": "objectives.logits",
     "dry_run": "training.dry_run",
@@ -66,8 +69,9 @@ MODULES = {
     "trainer": "training.trainer",
     "watchdog": "runtime.watchdog",
 }
-# Old module of this package -> the module, outside of it, that does its work now.
+# Old module of this package -> the module that does its work now, in another way.
 REPLACED = {
+    "decoding.active_set": "diffusion_t5x.decoding.stopping",
     "decoding_speed": "benchmarks.figure3",
     "speed": "benchmarks.figure3",
     "speed_experiment": "benchmarks.figure3",

@@ -1,4 +1,4 @@
-"""Decodes given texts, and shows how a canvas became its text.
+"""Decodes texts given on the command line, and shows the denoising steps of a canvas if asked to.
 
 python -m diffusion_t5x.sample --gin_file=models/tiny.gin --gin_file=objectives/diffusion.gin \\
   --gin_file=runs/sample.gin --gin.NAME=VALUE ...
