@@ -117,12 +117,13 @@ def test_microbatch_losses_add_up_to_the_batch_loss(network_class, objective, fa
 
 class _NoCorruption:
     vocab_size = VOCAB
+    forbidden = ()
 
     def sample_rate(self, rng, batch_size):
         return jnp.zeros(batch_size)
 
     def corrupt(self, rng, tokens, rate):
-        return tokens
+        return tokens, jnp.zeros(tokens.shape, bool)
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)

@@ -38,5 +38,5 @@ def test_a_vocabulary_on_several_devices_gives_the_same_draws(monkeypatch):
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
     key = jax.random.PRNGKey(2)
     alone = _draw(logits, 500, key)
-    monkeypatch.setattr(logits_lib, "_vocabulary_may_be_split", lambda: True)
+    monkeypatch.setattr(logits_lib, "_vocabulary_may_be_sharded", lambda: True)
     np.testing.assert_array_equal(_draw(logits, 500, key), alone)
