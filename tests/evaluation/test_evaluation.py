@@ -148,7 +148,7 @@ def test_a_checkpoint_that_vanishes_before_all_tasks_are_evaluated_cannot_be_the
 
     restored = []
 
-    def restore(path, abstract):
+    def restore(path, **kwargs):
         restored.append(path)
         if path.endswith("_3"):
             raise FileNotFoundError(path)
