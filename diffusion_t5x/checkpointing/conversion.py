@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.core
 import flax.traverse_util
@@ -32,6 +32,9 @@ from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_all, read_together
 from diffusion_t5x.runtime.terminal import print_table
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
+
+if TYPE_CHECKING:
+    from diffusion_t5x.models import Model
 
 OURS = t5x_networks.OURS
 # Our layout with our names; T5X's layout with our names; T5X's layout with names of its networks.
@@ -64,7 +67,7 @@ def convert(
     destination: str,
     layout: str = OURS,
     *,
-    model: Any = None,
+    model: Model | None = None,
     partial: bool = False,
     dtype: str | None = None,
     dry_run: bool = False,
@@ -78,7 +81,7 @@ def convert(
       source: A checkpoint, ours or T5X's, or the directory of a run for its latest.
       destination: The directory to write into.
       layout: One of `FORMATS`.
-      model: The `models.Model` that the parameters must fit; None to infer the network.
+      model: The model that the parameters must fit; None to infer the network.
       partial: Whether to initialise the parameters that the checkpoint lacks or has in another
         shape, instead of raising an error.
       dtype: Type of the parameters written, such as 'bfloat16'; None to keep that of each.
@@ -124,7 +127,7 @@ def convert(
     return Conversion(str(final), step, arrays, dropped, notes)
 
 
-def _check_settings(layout: str, model: Any, partial: bool) -> None:
+def _check_settings(layout: str, model: Model | None, partial: bool) -> None:
     names.check_known(layout, FORMATS, "--format")
     if partial and model is None:
         raise ValueError("--partial: fresh parameters need a model; give its gin files.")
@@ -133,7 +136,7 @@ def _check_settings(layout: str, model: Any, partial: bool) -> None:
 
 
 def _fit(
-    path: str, stored: dict[str, StoredArray], model: Any, partial: bool
+    path: str, stored: dict[str, StoredArray], model: Model, partial: bool
 ) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
     """Returns the model's parameters, from `stored` or fresh if `partial`, and names not used."""
     fresh = _fresh_parameters(model)
@@ -153,7 +156,7 @@ def _fit(
     return {name: fits.get(name, array) for name, array in fresh.items()}, dropped
 
 
-def _fresh_parameters(model: Any) -> dict[str, StoredArray]:
+def _fresh_parameters(model: Model) -> dict[str, StoredArray]:
     """Returns a model's parameters, initialised when the first is read."""
 
     def init(rng: jax.Array) -> Any:

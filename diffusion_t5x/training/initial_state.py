@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 from diffusion_t5x.checkpointing import checkpoints, reading
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.checkpointing.items import SavesPosition, restore_position
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import TrainState, create_train_state
+from diffusion_t5x.runtime.train_state import Shapes, TrainState, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +138,13 @@ def _select_initial(config: checkpoints.RestoreCheckpointConfig) -> tuple[int, s
 
 def restore(
     start: StartingPoint,
-    model: Any,
+    model: Model,
     partitioner: PjitPartitioner,
     abstract: TrainState,
     checkpointer: Checkpointer | None,
     iterator: SavesPosition,
     random_seed: int,
-    spec: tuple[Any, Any],
+    spec: tuple[Shapes, Mapping[str, Any]],
 ) -> TrainState:
     """Restores or creates the state that a run starts from, sharded as `abstract` is.
 

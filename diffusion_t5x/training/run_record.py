@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x.data import vocabularies
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.files import write_atomically
 
 FILE = "run.json"
@@ -35,11 +36,11 @@ class OtherRunError(ValueError):
     """MODEL_DIR holds checkpoints of a different run; the message lists the differences."""
 
 
-def describe(model: Any, mixture: str) -> dict[str, str]:
+def describe(model: Model, mixture: str) -> dict[str, str]:
     """Describes the network, objective, vocabulary and data of a run.
 
     Args:
-      model: A `models.Model` whose network and objective are dataclasses.
+      model: The model; its network and objective are dataclasses.
       mixture: Name of the task or mixture to train on.
 
     Returns:
