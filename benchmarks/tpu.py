@@ -12,9 +12,8 @@ training: loss and gradient of 128 texts of 1,024 tokens, data-parallel over v5p
   `--sizes` at a vocabulary of 256,000, in bfloat16; T5X's too where it can be imported; and what
   `TransformerConfig.scan_layers` and each setting of `remat` change.
 decoding: on one v5p chip, weights in bfloat16: one AR token with a cache of `tokens`; one denoising
-  step of a canvas of `tokens` as in the paper, nothing cached; one of an active set, a quarter of
-  the canvas, keys and values of the others kept; and one of a block of 128 positions with all
-  before it cached. From these follow seconds of decoding `tokens` tokens: AR with a cache
+  step of a canvas of `tokens` as in the paper, nothing cached; and one of a block of 128 positions
+  with all before it cached. From these follow seconds of decoding `tokens` tokens: AR with a cache
   that doubles as the text grows (shorter ones than any that was compiled at its cost, others on
   lines between those that were); diffusion in 10 steps.
   A block's speed-up is 128 AR tokens over 10 steps and the one that caches it, where the text has
@@ -39,7 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffusion_t5x.decoding.growth import cache_lengths
+from diffusion_t5x.decoding.lengths import cache_lengths
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -88,7 +87,6 @@ DECODING = {"attention_kernel": "fused", "block_logits": 2**23}
 BATCHES = (1, 8, 64)
 LENGTHS = (512, 1024, 2048, 4096)
 BLOCK, STEPS = 128, 10
-ACTIVE_SHARE = 4  # the active set is one part of so many
 H100 = (989e12, 3.35e12)
 
 
@@ -211,16 +209,12 @@ def measure_decoding(sizes: list[str], batches: list[int], lengths: list[int]) -
                     )
                     for canvas in (length - 1, BLOCK)
                 )
-                active = tpu_programs.active_step(
-                    shape, batch_size, length, length // ACTIVE_SHARE, **DECODING
-                )
                 _line(
                     what=f"decoding, {size}, one {TOPOLOGY.partition(':')[0]} chip",
                     batch=batch_size,
                     tokens=length,
                     ar_token_seconds=tokens[length],
                     denoising_step_seconds=whole,
-                    active_step_seconds=_decoding_seconds(active, chip, donated=(1,)),
                     block_step_seconds=block,
                     speed_up=ar_seconds(length, tokens) / (STEPS * whole),
                     block_speed_up=BLOCK * tokens[length] / ((STEPS + 1) * block),
@@ -273,9 +267,9 @@ def print_arithmetic(sizes: list[str], batches: list[int], lengths: list[int]) -
         for batch_size in batches:
             tokens: dict[int, float] = {}
             for length in lengths:
-                token, whole, active, block = (
+                token, whole, block = (
                     arithmetic_seconds(SIZES[size], batch_size, new, length, H100)
-                    for new in (1, length, length // ACTIVE_SHARE, BLOCK)
+                    for new in (1, length, BLOCK)
                 )
                 tokens[length] = token
                 _line(
@@ -284,7 +278,6 @@ def print_arithmetic(sizes: list[str], batches: list[int], lengths: list[int]) -
                     tokens=length,
                     ar_token_seconds=token,
                     denoising_step_seconds=whole,
-                    active_step_seconds=active,
                     block_step_seconds=block,
                     speed_up=ar_seconds(length, tokens) / (STEPS * whole),
                     block_speed_up=BLOCK * token / ((STEPS + 1) * block),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +75,7 @@ def denoising_step(
     def run(params: Any, context: Any, tokens: Array) -> Any:
         variables = {"params": params}
         if cached:
-            hidden, _ = module.apply(variables, context, tokens, method=module.denoise)
+            hidden = module.apply(variables, context, tokens, method=module.denoise)
         else:
             hidden = module.apply(
                 variables, context, tokens, pattern, deterministic=True, method=module.decode
@@ -88,38 +87,6 @@ def denoising_step(
         if cached:
             context = module.apply({"params": params}, context, pattern, method=module.cache_prefix)
         return params, context, jnp.zeros((batch_size, canvas), jnp.int32)
-
-    return run, jax.eval_shape(arguments)
-
-
-def active_step(
-    shape: Shape, batch_size: int, length: int, count: int, block_logits: int, **config: Any
-) -> Program:
-    """A pass over `count` positions of canvases of which all keys and values are kept.
-
-    A prefix of one token and a canvas have `length` tokens. Its arguments are parameters, what is
-    kept, the prefix, and a batch of tokens and positions; what is kept is also a result.
-    """
-    model = _diffusion_model(shape, block_logits, config)
-    module = model.module
-
-    def run(params: Any, kept: Any, cache: Any, batch: Any) -> Any:
-        tokens, positions = batch
-        variables = {"params": params}
-        seen = jnp.ones((batch_size, length - 1), bool)
-        hidden, kept = module.apply(
-            variables, cache, kept, tokens, positions, seen, method=module.denoise_at
-        )
-        return kept, _read(model, variables, hidden, tokens)
-
-    def arguments() -> Any:
-        params, context = _bound(model, shape, batch_size, 1)
-        bound = functools.partial(module.apply, {"params": params})
-        cache = bound(context, "cached_prefix", method=module.cache_prefix)
-        canvas = jnp.zeros((batch_size, length - 1), jnp.int32)
-        _, kept = bound(cache, canvas, method=module.denoise)
-        part = jnp.zeros((batch_size, count), jnp.int32)
-        return params, kept, cache, (part, part)
 
     return run, jax.eval_shape(arguments)
 

@@ -62,13 +62,14 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, query_positions: Array, key_positions: Array, batch_size: int) -> Array:
-        """Computes the bias of attention logits, `[groups, heads, queries, keys]`.
+        """Computes the bias of attention logits, `[shards, heads, queries, keys]`.
+
+        All rows share it, since the distance between two tokens of a text is the distance of their
+        indices in every row (see `row_layout`); each data-parallel shard has a copy of its own (see
+        `sharding.per_data_shard`).
 
         Args:
-          query_positions: `[queries]` int32 if all rows share them: the distance between two tokens
-            of a text is the distance of their indices, in every row (see `row_layout`). The result
-            then has one group per data-parallel shard (see `sharding.per_data_shard`). Or
-            `[batch, queries]`, with one group per row.
+          query_positions: `[queries]` int32.
           key_positions: `[keys]` int32.
           batch_size: Number of rows.
         """
@@ -81,14 +82,12 @@ class RelativePositionBias(nn.Module):
             axes=("heads", "relpos_buckets"),
         )
         bucket = relative_position_bucket(
-            key_positions - jnp.atleast_2d(query_positions)[..., None],  # [batch or 1, q, k]
+            key_positions - query_positions[:, None],  # [queries, keys]
             num_buckets=self.num_buckets,
             max_distance=config.relative_max_distance,
         )
-        if query_positions.ndim == 2:
-            return jnp.moveaxis(table[:, bucket], 0, 1).astype(config.dtype)
         tables = per_data_shard(table, ("heads", "relpos_buckets"), batch_size)
-        return tables[:, :, bucket[0]].astype(config.dtype)
+        return tables[:, :, bucket].astype(config.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -136,10 +135,10 @@ class MultiHeadAttention(nn.Module):
           key_values: Keys and values, in the order of `keys` below. Those of prefixes that `n` rows
             of `x` share have `batch / n` rows, and row `i` serves rows `i * n ... i * n + n - 1`.
           mask: Bool, broadcasting to `[batch, queries, keys]`; keys that are False are not seen.
-          bias: `[groups, heads, queries, keys]`, added to the attention logits; row `i` uses group
-            `i * groups // batch`.
-          tables: The same bias by distance, one table per element of `key_values` (see
-            `flash_attention`); None without a bias, or if rows have positions of their own.
+          bias: `[shards, heads, queries, keys]`, added to the attention logits; row `i` uses that
+            of shard `i * shards // batch`. None for no bias.
+          tables: The same bias by distance, one table per element of `key_values`, for
+            `flash_attention`; None without a bias.
           deterministic: Disables dropout.
         """
         config = self.config
@@ -221,21 +220,14 @@ def _attend_in_chunks(
         x = x.reshape(chunks, rows // chunks, -1, *x.shape[2:])  # [chunks, rows / chunks, n, ...]
         return jnp.moveaxis(x, 0, 1).reshape(query.shape)  # [batch, ...]
 
-    def split_own(x: Array | None) -> Array | None:
-        # What all rows share is passed whole.
-        return None if x is None or x.shape[0] < query.shape[0] else split(x)
-
-    def attend(
-        chunk: tuple[Array, list[KeyValues], Array | None, Array | None, Array | None],
-    ) -> Array:
-        query, key_values, own_mask, own_bias, rng = chunk
+    def attend(chunk: tuple[Array, list[KeyValues], Array | None, Array | None]) -> Array:
+        query, key_values, own_mask, rng = chunk
         drop = None if dropout is None else dropout.replace(rng=rng)
-        chunk_mask = mask if own_mask is None else own_mask
-        return _attend(query, key_values, chunk_mask, bias if own_bias is None else own_bias, drop)
+        return _attend(query, key_values, mask if own_mask is None else own_mask, bias, drop)
 
     rngs = None if dropout is None else jax.random.split(dropout.rng, chunks)
-    split_key_values = jax.tree.map(split, list(key_values))
-    arguments = split(query), split_key_values, split_own(mask), split_own(bias), rngs
+    own_mask = None if mask.shape[0] < query.shape[0] else split(mask)
+    arguments = split(query), jax.tree.map(split, list(key_values)), own_mask, rngs
     return join(jax.lax.map(jax.checkpoint(attend), arguments))
 
 
@@ -269,13 +261,9 @@ def _attend(
 
 
 def _add_bias(logits: Array, bias: Array) -> Array:
-    """Adds `[groups, heads, queries, keys]` to `[rows, heads, n, queries, keys]`."""
-    rows, _, n, *_ = logits.shape
-    groups = bias.shape[0]
-    if groups > rows:  # One group per row of the batch.
-        own = bias.reshape(rows, n, *bias.shape[1:])  # [rows, n, heads, queries, keys]
-        return logits + jnp.moveaxis(own, 1, 2)
-    grouped = logits.reshape(groups, rows // groups, *logits.shape[1:])
+    """Adds `[shards, heads, queries, keys]` to `[rows, heads, n, queries, keys]`."""
+    shards = bias.shape[0]
+    grouped = logits.reshape(shards, -1, *logits.shape[1:])  # [shards, rows / shards, heads, ...]
     return (grouped + bias[:, None, :, None]).reshape(logits.shape)
 
 

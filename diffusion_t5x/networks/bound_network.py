@@ -115,8 +115,7 @@ class CachedBoundNetwork(BoundNetwork):
     def forward(self, canvas: Array, rng: Array | None) -> Array:
         """Computes hidden states of the canvas, after cached prefixes and without dropout."""
         del rng
-        hidden, _ = self._apply(self.module.denoise, self.cache, canvas)
-        return hidden
+        return self._apply(self.module.denoise, self.cache, canvas)
 
     def repeat(self, n: int) -> CachedBoundNetwork:
         """Returns the network for `n` rows per prefix, which share its cache."""

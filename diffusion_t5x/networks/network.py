@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.networks.kv_cache import KVCache, PerLayer, repeat_rows
+from diffusion_t5x.networks.kv_cache import KVCache, repeat_rows
 from diffusion_t5x.networks.layers import TokenEmbedding
 from diffusion_t5x.networks.stack import Attended, Stack
 
@@ -124,7 +124,7 @@ class Network(nn.Module):
         )
         return cache.replace(key_values=key_values, index=cache.index + length), hidden
 
-    def denoise(self, cache: KVCache, canvas: Array) -> tuple[Array, PerLayer]:
+    def denoise(self, cache: KVCache, canvas: Array) -> Array:
         """Computes the states of canvases that follow cached prefixes, as `decode` would.
 
         Args:
@@ -132,58 +132,22 @@ class Network(nn.Module):
           canvas: `[batch * n, length]` int32; rows `i * n ... i * n + n - 1` follow prefix `i`.
 
         Returns:
-          `[batch * n, length, embed]`, and the canvases' keys and values.
+          `[batch * n, length, embed]`.
         """
-        seen = jnp.ones(canvas.shape, bool)
-        return self._read_canvas(cache, canvas, jnp.arange(canvas.shape[1]), seen)
-
-    def denoise_at(
-        self, cache: KVCache, key_values: PerLayer, tokens: Array, positions: Array, seen: Array
-    ) -> tuple[Array, PerLayer]:
-        """Recomputes some positions of canvases, which see earlier keys and values of the others.
-
-        Args:
-          cache: The cached prefixes.
-          key_values: The canvases' keys and values, from an earlier pass.
-          tokens: `[batch * n, count]` int32, the tokens of the canvases at `positions`.
-          positions: `[batch * n, count]` int32.
-          seen: `[batch * n, length]` bool, the positions of the canvases that are attended to.
-
-        Returns:
-          `[batch * n, count, embed]`, and `key_values` with those of `positions` replaced.
-        """
-        return self._read_canvas(cache, tokens, positions, seen, key_values)
-
-    def _read_canvas(
-        self,
-        cache: KVCache,
-        tokens: Array,
-        positions: Array,
-        seen: Array,
-        key_values: PerLayer = None,
-    ) -> tuple[Array, PerLayer]:
-        """Computes `tokens` at `positions` of canvases; the others are as in `key_values`."""
-        rows, length = seen.shape
         prefix_index = jnp.arange(cache.visible.shape[1])  # [cache_length]
-        repeats = rows // cache.visible.shape[0]
+        canvas_index = cache.index + jnp.arange(canvas.shape[1])  # [length]
+        repeats = canvas.shape[0] // cache.visible.shape[0]
         visible = repeat_rows(cache.visible & (prefix_index < cache.index), repeats)
-        canvas_index = cache.index + jnp.arange(length)
+        seen = jnp.concatenate([visible, jnp.ones(canvas.shape, bool)], axis=1)
         attended = Attended(
-            mask=jnp.concatenate([visible, seen], axis=1)[:, None],  # [rows, 1, keys]
-            query_positions=cache.index + positions,
+            mask=seen[:, None],  # [batch * n, 1, cache_length + length]
+            query_positions=canvas_index,
             key_positions=jnp.concatenate([prefix_index, canvas_index]),
-            index=None if key_values is None else positions,
             encoded_mask=repeat_rows(cache.encoded_mask, repeats),
         )
-        hidden, key_values, _ = self.decoder(
-            self.token_embedder(tokens, True),
-            attended,
-            deterministic=True,
-            cache=cache,
-            canvas=key_values,
-            keep_key_values=True,
-        )
-        return hidden, key_values
+        embedded = self.token_embedder(canvas, True)
+        hidden, _, _ = self.decoder(embedded, attended, deterministic=True, cache=cache)
+        return hidden
 
     def output_weights(self, batch_size: int) -> Array:
         """Returns the matrix of `logits`; see `TokenEmbedding.output_weights`."""

@@ -23,10 +23,10 @@ class Attended(flax.struct.PyTreeNode):
 
     Attributes:
       mask: `[batch or 1, queries, keys]` bool, of self-attention. Cached keys come first.
-      query_positions: `[queries]` or `[batch, queries]` int32.
+      query_positions: `[queries]` int32.
       key_positions: `[keys]` int32.
-      index: Where this call's keys and values are written: a scalar for the cache, or
-        `[batch, queries]` for a canvas; None to append them to the cache for this call only.
+      index: Scalar int32, where in the cache this call's keys and values are written; None to
+        append them for this call only.
       encoded: `[batch, encoder_length, embed]`, the encoder's output; None if the cache holds its
         keys and values, or without cross-attention.
       encoded_mask: `[batch, 1 or queries, encoder_length]` bool; None for no cross-attention.
@@ -65,7 +65,6 @@ class TransformerLayer(nn.Module):
         self,
         x: Array,
         cached: KeyValues | None,
-        canvas: KeyValues | None,
         encoded: KeyValues | None,
         attended: Attended,
     ) -> tuple[Array, tuple[KeyValues | None, KeyValues | None]]:
@@ -74,7 +73,6 @@ class TransformerLayer(nn.Module):
         Args:
           x: `[batch, length, embed]`.
           cached: Cached keys and values of earlier tokens, to attend to; None for `x` alone.
-          canvas: Keys and values of a canvas, of which `x` is recomputed; None for no canvas.
           encoded: Cached keys and values of the encoder's output; None to compute them.
           attended: Mask, positions and the encoder's output.
 
@@ -86,7 +84,7 @@ class TransformerLayer(nn.Module):
         dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
         attention = MultiHeadAttention(config, name="self_attention")
         y = RMSNorm(config, name="pre_self_attention_layer_norm")(x)
-        key_values = _write(attention.keys_values(y), cached, canvas, attended.index)
+        key_values = _write(attention.keys_values(y), cached, attended.index)
         bias, tables = attended.bias, attended.tables
         if bias is None:
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
@@ -108,15 +106,9 @@ class TransformerLayer(nn.Module):
         return x, (key_values[-1], encoded) if self.keep_key_values else (None, None)
 
 
-def _write(
-    new: KeyValues, cached: KeyValues | None, canvas: KeyValues | None, index: Array | None
-) -> list[KeyValues]:
+def _write(new: KeyValues, cached: KeyValues | None, index: Array | None) -> list[KeyValues]:
     """Returns the keys and values to attend to, the last of which hold `new` (see `Attended`)."""
-    if canvas is not None:
-        assert index is not None
-        rows = jnp.arange(index.shape[0])[:, None]  # [batch, 1], beside index [batch, queries]
-        new = jax.tree.map(lambda old, x: old.at[rows, index].set(x), canvas, new)
-    elif index is not None:
+    if index is not None:
         write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
         return [jax.tree.map(lambda old, x: write(old, x, index), cached, new)]
     return [new] if cached is None else [cached, new]
@@ -129,12 +121,12 @@ def _position_bias(
 
     Returns:
       The bias `[groups, heads, queries, keys]`; and one table `[heads, queries + keys - 1]` for
-      cached keys, unless this call writes into the cache, and one for the call's own keys. There
-      are no tables, but None, if rows have positions of their own or the kernel is not used.
+      cached keys, unless this call writes into the cache, and one for the call's own keys. None
+      instead of tables if the kernel is not used.
     """
     queries, keys = attended.query_positions, attended.key_positions
     bias = bias_of(queries, keys, batch_size)
-    if bias_of.config.attention_kernel == "xla" or queries.ndim > 1:
+    if bias_of.config.attention_kernel == "xla":
         return bias, None
     cached = 0 if attended.index is not None else len(keys) - len(queries)
     tables = []
@@ -167,7 +159,6 @@ class Stack(nn.Module):
         *,
         deterministic: bool,
         cache: KVCache | None = None,
-        canvas: PerLayer = None,
         keep_key_values: bool = False,
     ) -> tuple[Array, PerLayer, PerLayer]:
         """Applies all layers.
@@ -177,7 +168,6 @@ class Stack(nn.Module):
           attended: Mask, positions and the encoder's output.
           deterministic: Disables dropout.
           cache: Cached keys and values to attend to.
-          canvas: Keys and values of a canvas, of which `x` is recomputed.
           keep_key_values: Return keys and values of all layers.
 
         Returns:
@@ -201,7 +191,7 @@ class Stack(nn.Module):
             deterministic=deterministic,
             keep_key_values=keep_key_values,
         )
-        past = (None, canvas, None) if cache is None else (cache.key_values, canvas, cache.encoded)
+        past = (None, None) if cache is None else (cache.key_values, cache.encoded)
         key_values: PerLayer
         encoded: PerLayer
         if config.scan_layers:
@@ -217,8 +207,8 @@ class Stack(nn.Module):
         else:
             kept = []
             for number in range(self.num_layers):
-                own, own_canvas, own_encoded = (_layer(per_layer, number) for per_layer in past)
-                x, new = make(name=f"layers_{number}")(x, own, own_canvas, own_encoded, attended)
+                own, own_encoded = (_layer(per_layer, number) for per_layer in past)
+                x, new = make(name=f"layers_{number}")(x, own, own_encoded, attended)
                 kept.append(new)
             key_values, encoded = (_per_layer(list(parts)) for parts in zip(*kept, strict=True))
         x = RMSNorm(config, name="final_layer_norm")(x)

@@ -62,8 +62,8 @@ def test_arithmetic_is_printed_for_each_batch_and_length(capsys):
     first = lines[0]
     ratio = 512 * first["ar_token_seconds"] / (10 * first["denoising_step_seconds"])
     assert first["speed_up"] == pytest.approx(ratio)
-    quarter = tpu.arithmetic_seconds(tpu.SIZES["base"], 64, 1024, 4096, tpu.H100)
-    assert lines[3]["active_step_seconds"] == quarter
+    block = tpu.arithmetic_seconds(tpu.SIZES["base"], 64, tpu.BLOCK, 4096, tpu.H100)
+    assert lines[3]["block_step_seconds"] == block
     assert all("arithmetic" in line["what"] for line in lines)
 
 
@@ -78,11 +78,6 @@ def test_programs_have_the_shapes_that_they_are_named_for():
         assert jax.eval_shape(function, *arguments).argmax.shape == (2, canvas)
         cached = "KVCache" in type(arguments[1]).__name__
         assert cached == (canvas == 4)
-    function, arguments = tpu_programs.active_step(shape, 2, 16, 4, 2**20)
-    kept, readout = jax.eval_shape(function, *arguments)
-    assert readout.argmax.shape == (2, 4)
-    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, arguments[1])
-    assert kept[0].keys.shape == (2, 15, 2, 4)  # all of the canvas
     function, arguments = tpu_programs.gradient(shape, "diffusion", 2, 16)
     loss, gradients = jax.eval_shape(function, *arguments)
     assert loss.shape == ()

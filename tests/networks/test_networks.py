@@ -92,14 +92,14 @@ def test_canvases_that_share_a_cached_prefix_equal_the_uncached(network_class, c
 
     def method(module):
         cache = module.cache_prefix(module.encode(PREFIX, deterministic=True), pattern)
-        return module.denoise(cache, canvases)[0]
+        return module.denoise(cache, canvases)
 
     np.testing.assert_allclose(run(network, params, method), full, atol=1e-5)
 
 
 def test_a_prefix_that_sees_the_canvas_is_not_cached():
     network, params = make(DecoderOnly)
-    with pytest.raises(ValueError, match=r"'bidirectional'.*diffusion_cached_prefix"):
+    with pytest.raises(ValueError, match=r"'bidirectional'.*expected one of cached_prefix"):
         network.apply(
             {"params": params},
             method=lambda module: module.cache_prefix(
@@ -311,7 +311,7 @@ def test_canvases_of_a_cached_prefix_stay_together_in_row_chunks(network_class):
         def method(module):
             context = module.encode(PREFIX, deterministic=True)
             cache = module.cache_prefix(context, "cached_prefix")
-            return module.denoise(cache, canvases)[0]
+            return module.denoise(cache, canvases)
 
         states.append(run(network, params, method))
     np.testing.assert_allclose(*states, atol=1e-5)

@@ -4,10 +4,9 @@ Experimental: it has run only as Pallas interprets it, and compiles ahead of tim
 it has never run.
 
 A kernel instance takes a tile of queries and a tile of keys, all heads of a row. The softmax is
-updated from tile to tile in float32, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). If
-queries are consecutive, the bias of a tile depends on distances alone: it is expanded from one
-table row per head, shifted by one place for each query. For scattered queries the bias is passed
-explicitly.
+updated from tile to tile in float32, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). The
+bias of a tile depends on distances alone: it is expanded from one table row per head, shifted by
+one place for each query.
 
 Heads lie side by side in the last dimension, as the projections leave them. If several share a
 register's 128 lanes, each is computed with the lanes of the others set to 0; since a TPU's matrix
@@ -86,9 +85,8 @@ def attend(
 ) -> Array:
     """Runs `flash_attention` on TPUs if it applies, else `otherwise` on the last four arguments.
 
-    Without `tables` the kernel reads `bias`, which then has one group per row. The gradient is that
-    of `otherwise`, recomputed from its arguments; nothing else is saved for it, and none flows to
-    `tables`.
+    The kernel reads `tables` instead of `bias`, or neither. The gradient is that of `otherwise`,
+    recomputed from its arguments; nothing else is saved for it, and none flows to `tables`.
     """
     if not applies(query, key_values):
         return otherwise(query, key_values, mask, bias)
@@ -98,7 +96,8 @@ def attend(
         return otherwise(query, key_values, mask, bias)
 
     def on_tpu(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        return _on_each_device(query, key_values, mask, tables, bias if tables is None else None)
+        del bias
+        return _on_each_device(query, key_values, mask, tables)
 
     @jax.custom_vjp
     def attend(*arguments: Any) -> Array:
@@ -126,11 +125,10 @@ def _on_each_device(
     key_values: Sequence[KeyValues],
     mask: Array,
     tables: Sequence[Array] | None,
-    bias: Array | None,
 ) -> Array:
     """Runs `flash_attention` on each device's rows and heads."""
     if jax.sharding.get_abstract_mesh().size <= 1:
-        return flash_attention(query, key_values, mask, tables, bias)
+        return flash_attention(query, key_values, mask, tables)
     batch, heads = mesh_axes("batch"), mesh_axes("heads")
     row_spec = PartitionSpec(batch, None, heads, None)
     specs = (
@@ -138,10 +136,9 @@ def _on_each_device(
         jax.tree.map(lambda _: row_spec, key_values),
         PartitionSpec(batch if mask.shape[0] > 1 else None, None, None),
         jax.tree.map(lambda _: PartitionSpec(heads, None), tables),
-        None if bias is None else PartitionSpec(batch, heads, None, None),
     )
     mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=row_spec, check_vma=False)
-    return mapped(query, key_values, mask, tables, bias)
+    return mapped(query, key_values, mask, tables)
 
 
 def flash_attention(
@@ -149,7 +146,6 @@ def flash_attention(
     key_values: Sequence[KeyValues],
     mask: Array,
     tables: Sequence[Array] | None,
-    bias: Array | None,
 ) -> Array:
     """Computes softmax attention of `query [batch, queries, heads, head_dim]`; keeps its shape.
 
@@ -160,9 +156,8 @@ def flash_attention(
         `query`, where `n = batch / rows`.
       mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
       tables: For each part the bias by distance, `[heads, queries + part_keys - 1]`, from that of
-        the last query and the first key to that of the first query and the last key. None without
-        a bias, or if it depends on more than distances.
-      bias: In the latter case, `[batch, heads, queries, keys]`; otherwise None.
+        the last query and the first key to that of the first query and the last key. None for no
+        bias.
     """
     parts, start = [], 0
     for number, part in enumerate(key_values):
@@ -173,7 +168,6 @@ def flash_attention(
                 part,
                 mask[..., start:end],
                 None if tables is None else tables[number],
-                None if bias is None else bias[..., start:end],
                 jnp.float32 if len(key_values) > 1 else query.dtype,
             )
         )
@@ -224,7 +218,6 @@ def _attend(
     part: KeyValues,
     mask: Array,
     table: Array | None,
-    bias: Array | None,
     dtype: DTypeLike,
 ) -> Partial:
     """Runs `flash_attention` on one part of the keys; `mixed` has type `dtype`."""
@@ -245,21 +238,16 @@ def _attend(
         lambda b, i, j: (b if own_rows else 0, i if own_queries else 0, j),
     )
     specs = [query_spec, key_spec, key_spec, mask_spec]
-    read_bias: Callable[..., Array] | None = None
     bias_bytes = 0
     if table is not None:
         windows = _windows(table, num_keys, tiles, sizes)
-        read_bias, bias_bytes = _bias_by_distance, 4 * batch * windows.size
+        bias_bytes = 4 * batch * windows.size
         arguments.append(windows)
         specs.append(pl.BlockSpec((1, 1, *windows.shape[2:]), lambda b, i, j: (i, j, 0, 0)))
-    elif bias is not None:
-        read_bias, bias_bytes = _explicit_bias, bias.size * bias.dtype.itemsize
-        arguments.append(bias)
-        specs.append(pl.BlockSpec((1, num_heads, *sizes), lambda b, i, j: (b, 0, i, j)))
     per_head = jax.ShapeDtypeStruct((batch, num_queries, LANES), jnp.float32)
     head_spec = pl.BlockSpec((1, sizes[0], LANES), lambda b, i, j: (b, i, 0))
     results = pl.pallas_call(
-        functools.partial(_kernel, head_dim, num_keys, read_bias),
+        functools.partial(_kernel, head_dim, num_keys, table is not None),
         grid=(batch, *tiles),
         in_specs=specs,
         out_specs=[query_spec, head_spec, head_spec],
@@ -297,9 +285,7 @@ def _cost(
     )
 
 
-def _kernel(
-    head_dim: int, num_keys: int, read_bias: Callable[..., Array] | None, *refs: Ref
-) -> None:
+def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
     """Processes one tile of queries and one of keys; a row's tiles of keys come in order."""
     query_ref, key_ref, value_ref, mask_ref, *bias_ref, mixed_ref, top_ref, total_ref, sum_ref = (
         refs
@@ -336,8 +322,8 @@ def _kernel(
             head = group * heads + number
             own = lane_head == number  # [1, width]
             logits = _dot(jnp.where(own, query, 0), keys, 1)  # [queries, keys]
-            if read_bias is not None:
-                logits += read_bias(bias_ref[0], head, shape)
+            if has_bias:
+                logits += _read_bias(bias_ref[0], head, shape)
             logits = jnp.where(visible, logits, unseen)
             own_lane = head_lane == head  # [1, LANES]
             before = _only(own_lane, top_ref[0])  # [queries, 1]
@@ -371,12 +357,7 @@ def _only(own_lane: Array, values: Array) -> Array:
     return jnp.sum(jnp.where(own_lane, values, 0), axis=1, keepdims=True)
 
 
-def _explicit_bias(bias_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
-    """Reads one head's bias, `shape`, from a tile `[1, heads, queries, keys]`."""
-    return bias_ref[0, pl.ds(head, 1)].reshape(shape).astype(jnp.float32)
-
-
-def _bias_by_distance(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
+def _read_bias(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
     """Expands one head's window to the bias of a tile, `shape`: each row is shifted by one more."""
     window = window_ref[0, 0, pl.ds(head, 1), :]  # [1, width]
     width = window.shape[1]
