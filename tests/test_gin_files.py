@@ -146,13 +146,6 @@ def test_an_old_model_name_is_a_stack_and_a_size(stack):
     assert gin.config_str() == whole
 
 
-@pytest.mark.parametrize(("old", "new"), gin_utils.MOVED.items())
-def test_a_file_that_moved_is_refused_with_its_new_name(old, new):
-    assert (ROOT / new).exists() and not (ROOT / old).exists()
-    with pytest.raises(FileNotFoundError, match=f"{old} is now called {new}"):
-        gin_utils.parse_config([old], [])
-
-
 class _Text(config_parser.ParserDelegate):
     """Reads references as text, so that values can be compared without importing anything."""
 
