@@ -31,7 +31,7 @@ test-t5x: $(INSTALLED)
 	$(RUN) -m pytest -m t5x tests/t5x
 
 # Each prints JSON lines: a figure, its baseline from the same run, their ratio. They become the tables
-# of docs/performance.md.
+# of benchmarks/README.md.
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.document
 

@@ -1,11 +1,11 @@
-"""Runs benchmarks and writes their figures as tables into docs/performance.md.
+"""Runs benchmarks and writes their figures as tables into benchmarks/README.md.
 
-python -m benchmarks.document                 # all of them, one after the other
-python -m benchmarks.document memory decode   # these
+python -m benchmarks.document                 # all benchmarks, one after the other
+python -m benchmarks.document memory decode   # only these
 
-A benchmark's lines go on to the terminal; when it has finished, its table takes the place of what
-stands between `<!-- benchmarks.NAME -->` and `<!-- end -->`. One that fails leaves its table as it
-was, the others are still run, and the exit code says so.
+The lines of a benchmark are also printed. When it has finished, its table replaces the text
+between `<!-- benchmarks.NAME -->` and `<!-- end -->`. A benchmark that fails leaves its table
+unchanged; the others still run, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion_t5x.names import did_you_mean
 from diffusion_t5x.runtime import terminal
 from diffusion_t5x.runtime.files import write_atomically
 
-DOCUMENT = pathlib.Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-# name -> its arguments
+DOCUMENT = pathlib.Path(__file__).with_name("README.md")
+# Arguments of each benchmark, in the order in which they run.
 BENCHMARKS: Mapping[str, Sequence[str]] = {
     "memory": (),
     "train_step": (),
     "decode": (),
-    "figure3": ("--plot", str(DOCUMENT.with_name("figure3_machine.png"))),
+    "figure3": ("--plot", str(DOCUMENT.with_name("figure3.png"))),
     "input": (),
     "startup": (),
     "runtime_overhead": (),
@@ -37,16 +38,23 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
         "--settings",
         *("objective", "stop_unchanged", "halve", "fast"),
     ),
-    # The parts that compile need libtpu, and half an hour; their tables are written by hand.
+    # The parts that compile need libtpu and half an hour; their tables are written by hand.
     "tpu": ("--parts=arithmetic", "--sizes=base,large,xl", "--lengths=512,4096"),
 }
 
 
 def run(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON lines of a benchmark, each also printed when it comes.
+    """Runs a benchmark in a process of its own and prints its lines as they come.
+
+    Args:
+      name: The module's name, below `benchmarks`.
+      arguments: Command-line arguments of the module.
+
+    Returns:
+      The records that the benchmark printed, one per JSON line.
 
     Raises:
-      subprocess.CalledProcessError: if it fails.
+      subprocess.CalledProcessError: The benchmark failed.
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     records = []
@@ -62,14 +70,14 @@ def run(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _cell(key: str, value: Any) -> Any:
-    """Bytes as GB, and names as they are."""
+    """Formats bytes as GB and leaves names as they are."""
     if "bytes" in key and not key.endswith("ratio"):
         return f"{value / 1e9:.3g} GB"
     return str(value) if isinstance(value, (bool, str)) else value
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of a benchmark's records, one for each set of names that they have."""
+    """Returns a benchmark's records as Markdown, one table for each set of names among them."""
     kinds: dict[tuple[str, ...], list[list[Any]]] = {}
     for record in records:
         names = tuple(name for name in record if name != "benchmark")
@@ -81,22 +89,31 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def replace_table(document: str, name: str, markdown: str) -> str:
-    """The document with another table of a benchmark.
+    """Replaces the table of a benchmark.
+
+    Args:
+      document: The text of the page.
+      name: The benchmark's name.
+      markdown: The new table, ending with a newline.
+
+    Returns:
+      The text of the page with the new table.
 
     Raises:
-      ValueError: if there is no place for it, or more than one.
+      ValueError: The page has no place for the table, or more than one.
     """
     pattern = re.compile(rf"(<!-- benchmarks\.{name} -->\n).*?(<!-- end -->)", re.DOTALL)
     document, count = pattern.subn(lambda found: found[1] + markdown + found[2], document)
     if count != 1:
         raise ValueError(
-            f"{DOCUMENT.name} has {count} places for the table of benchmarks.{name}; expected 1."
+            f"benchmarks/{DOCUMENT.name} has {count} places for the table of benchmarks.{name}; "
+            "expected 1."
         )
     return document
 
 
 def main() -> None:
-    """Runs the benchmarks asked for."""
+    """Runs the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names:
         if name not in BENCHMARKS:
-            parser.error(f"{name!r} is no benchmark; known: {', '.join(BENCHMARKS)}.")
+            parser.error(f"benchmark {name!r} is unknown; {did_you_mean(name, BENCHMARKS)}")
     failed = []
     for name in args.names or BENCHMARKS:
         try:

@@ -50,7 +50,7 @@ class Step:
 
     def argv(self, topology: str) -> list[str]:
         """The arguments of its dry run."""
-        files = (self.model, self.objective, "runs/pretrain.gin", "settings/paper.gin")
+        files = (self.model, self.objective, "runs/pretrain.gin", "scales/paper_settings.gin")
         lengths = {"inputs": self.inputs, "targets": self.targets}
         return [
             *(f"--gin_file={file}" for file in files),

@@ -39,7 +39,7 @@ TASKS = {
 def argv(objective: str) -> list[str]:
     """The gin files of a run of the demo's network."""
     files = ("models/tiny.gin", f"objectives/{objective}.gin", "runs/pretrain.gin")
-    return [f"--gin_file={file}" for file in (*files, "settings/laptop.gin")]
+    return [f"--gin_file={file}" for file in (*files, "scales/laptop_settings.gin")]
 
 
 def bare_window(

@@ -1,4 +1,4 @@
-"""The gin files: every composition is whole, sizes are as stated, T5X's macros reach their places.
+"""The gin files: heads are true, compositions whole, sizes as stated, macros reach what they set.
 
 A run is a model file, an objective file and a run file, in this order.
 """
@@ -6,6 +6,7 @@ A run is a model file, an objective file and a run file, in this order.
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import pytest
@@ -48,8 +49,10 @@ MODELS = tuple(
     for size in SIZES
     if f"{folder}{size}" != "encoder_decoder/xxl"
 )
+STACKS = ("models/decoder_only.gin", "models/encoder_decoder.gin")
+SIZE_FILES = tuple(f"models/sizes/{size}.gin" for size in SIZES)
 DATA = ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")
-# What a file says is to be given.
+# The macros that a user must give to a file.
 REQUIRED = {
     "objectives/diffusion_blocks.gin": {"BLOCK_LENGTH"},
     "runs/pretrain.gin": {*DATA, "MODEL_DIR"},
@@ -74,7 +77,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 def test_no_file_is_without_its_test():
     known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE}
-    known |= {"models/common.gin", "runs/common.gin"}
+    known |= {*STACKS, *SIZE_FILES, "models/common.gin", "runs/common.gin"}
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
     assert found == known
@@ -108,6 +111,10 @@ def test_each_required_macro_is_asked_for(objective, run):
             gin_utils.parse_config([MODELS[0], objective, run], given)
 
 
+def test_the_settings_of_a_scale_are_no_scale_themselves():
+    assert experiments.names("scales") == ["embedded", "laptop", "paper"]
+
+
 # (experiment, scale); what needs a vocabulary of one's own is given the bytes.
 @pytest.mark.parametrize(
     ("name", "scale"),
@@ -126,6 +133,17 @@ def test_every_command_of_an_experiment_parses(name, scale, tmp_path):
         gin.clear_config()
         assignments = [f"{key}={value!r}" for key, value in stage.bindings.items()]
         gin_utils.parse_config(stage.files, [*assignments, *flags])
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_an_old_model_name_is_a_stack_and_a_size(stack):
+    folder = "" if "decoder_only" in stack else "encoder_decoder/"
+    _parse(f"models/{folder}base.gin")
+    whole = gin.config_str()
+    gin.clear_config()
+    files = [stack, "models/sizes/base.gin", OBJECTIVES[1], RUNS[0]]
+    gin_utils.parse_config(files, _required(OBJECTIVES[1], RUNS[0]))
+    assert gin.config_str() == whole
 
 
 class _Text(config_parser.ParserDelegate):
@@ -156,10 +174,55 @@ def _statements(name):
     return own, included
 
 
+def _head(name):
+    """The three paragraphs at the head of a gin file: Provides, Requires, After."""
+    comment = []
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    found = re.fullmatch(r".+? Provides: (.+) Requires: (.+) After: (.+)", " ".join(comment))
+    assert found, f"{name} does not begin with Provides, Requires and After"
+    return found.groups()
+
+
+def _macros(text):
+    return set(re.findall(r"\b[A-Z][A-Z0-9_]{3,}\b", text))
+
+
+def _read(value):
+    """The macros that a value refers to."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(_read, value))
+    return {value[1:]} if isinstance(value, str) and value.startswith("%") else set()
+
+
+def _set(bindings):
+    """Macro -> value of the macros among bindings."""
+    return {key[1:-1]: value for key, value in bindings.items() if key.endswith(".")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_head_of_a_file_names_the_macros_that_it_provides_and_requires(name):
+    provides, requires, _ = _head(name)
+    own, included = _statements(name)
+    known = _set({**included, **own})
+    required = {macro for macro, value in known.items() if value == "%gin.REQUIRED"}
+    read = _read([*included.values(), *own.values()]) - {"gin.REQUIRED"}
+    assert _macros(provides) <= known.keys() - required
+    assert _set(own).keys() - _set(included).keys() - required <= _macros(provides)
+    if name.startswith("t5x/"):  # T5X's run files read and require the rest
+        assert _macros(requires) >= required
+    else:
+        assert _macros(requires) == required | read - known.keys()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_repeats_a_binding_of_a_file_it_includes(name):
     own, included = _statements(name)
-    assert own or name.startswith("t5x/")  # where T5X's run files bind the rest
+    assert own or included or name.startswith("t5x/")  # where T5X's run files bind the rest
     repeated = [key for key in own.keys() & included.keys() if own[key] == included[key]]
     assert not repeated
 

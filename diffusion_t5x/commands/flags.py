@@ -80,7 +80,7 @@ def run(
         from diffusion_t5x.training import topologies
 
         topologies.devices(chosen)  # before JAX looks for devices of its own
-        configure(args, ["settings/topology.gin"], [f"TOPOLOGY={chosen!r}"])
+        configure(args, ["hardware/topology.gin"], [f"TOPOLOGY={chosen!r}"])
     else:
         configure(args)
     import gin

@@ -45,7 +45,8 @@ def names(kind: str) -> list[str]:
     """Returns the names of the 'experiments' or 'scales' that gin files of this project define."""
     from diffusion_t5x.gin_utils import config_dir
 
-    return sorted({path.stem for path in (config_dir() / kind).glob("*.gin")} - {"common"})
+    stems = {path.stem for path in (config_dir() / kind).glob("*.gin")} - {"common"}
+    return sorted(stem for stem in stems if not stem.endswith("_settings"))
 
 
 def _file(kind: str, name: str) -> str:

@@ -128,7 +128,7 @@ def test_records_of_the_same_names_are_a_table():
 
 
 def test_a_benchmark_that_fails_leaves_its_table_and_the_others_are_run(monkeypatch, tmp_path):
-    path = tmp_path / "performance.md"
+    path = tmp_path / "README.md"
     path.write_text(
         "a\n<!-- benchmarks.memory -->\nold\n<!-- end -->\n"
         "<!-- benchmarks.input -->\n<!-- end -->\n"

@@ -85,7 +85,7 @@ def test_programs_have_the_shapes_that_they_are_named_for():
 
 
 def test_the_settings_for_tpus_are_those_of_the_benchmark():
-    files = ["models/base.gin", "objectives/diffusion.gin", "runs/pretrain.gin", "settings/tpu.gin"]
+    files = ["models/base.gin", "objectives/diffusion.gin", "runs/pretrain.gin", "hardware/tpu.gin"]
     data = ["MIXTURE_OR_TASK_NAME='x'", "MODEL_DIR='x'", "TASK_FEATURE_LENGTHS={'targets': 8}"]
     gin_utils.parse_config(files, data)
     model = gin.get_configurable(models.Model)()
