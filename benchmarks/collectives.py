@@ -35,8 +35,8 @@ import jax
 import numpy as np
 
 from benchmarks import workloads
+from benchmarks.compiler import compiled_program
 from benchmarks.workloads import Shape
-from diffusion_t5x import compiled_program
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.training import optimizers, topologies
 from diffusion_t5x.training.dry_run import Job

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x import compiled_program
+from benchmarks.compiler import compiled_program
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import Shapes, TrainState, abstract_train_state
 from diffusion_t5x.training.train_step import Trainer

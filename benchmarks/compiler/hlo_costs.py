@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from diffusion_t5x.hlo import Instruction, Program, arrays, top_level
+from benchmarks.compiler.hlo import Instruction, Program, arrays, top_level
 
 # These move no data, or are counted where they begin.
 _FREE = {

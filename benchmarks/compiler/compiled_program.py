@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import hlo, hlo_costs
-from diffusion_t5x.hlo import UnknownTripCountError
+from benchmarks.compiler import hlo, hlo_costs
+from benchmarks.compiler.hlo import UnknownTripCountError
 
 __all__ = [
     "Collective",
