@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -38,8 +37,8 @@ from benchmarks import workloads
 from benchmarks.compiler import compiled_program
 from benchmarks.workloads import Shape
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.training import optimizers, topologies
-from diffusion_t5x.training.dry_run import Job
+from diffusion_t5x.runtime.train_state import abstract_train_state
+from diffusion_t5x.training import dry_run, optimizers, topologies
 from diffusion_t5x.training.train_step import Trainer
 
 BASE = Shape(256_000, 768, 12, 12, 64, 2048)
@@ -116,15 +115,13 @@ class Step:
             "decoder_target_tokens": self.target,
             "decoder_loss_weights": self.target,
         }
-        job = Job(
-            model=model,
-            partitioner=PjitPartitioner(self.rules.partitions, rules, devices),
-            trainer_cls=functools.partial(Trainer, learning_rate_fn=lambda step: 0.1),
-            batch_size=self.batch_size,
-            shapes={name: (1, length) for name, length in lengths.items()},
-            types={name: np.float32 if name.endswith("weights") else np.int32 for name in lengths},
-        )
-        return job.compile()
+        shapes = {name: (1, length) for name, length in lengths.items()}
+        types = {name: np.float32 if name.endswith("weights") else np.int32 for name in lengths}
+        partitioner = PjitPartitioner(self.rules.partitions, rules, devices)
+        state = abstract_train_state(model, partitioner, shapes, types)
+        trainer = Trainer(model, partitioner, state, 0, learning_rate_fn=lambda step: 0.1)
+        batch = dry_run.abstract_batch(trainer, self.batch_size, shapes, types)
+        return dry_run.compile_step(trainer, state, batch).compiled
 
     def expected(self, num_devices: int) -> dict[str, float]:
         """Bytes that suffice, as this module's docstring derives them.
