@@ -1,11 +1,11 @@
-"""Every training step of the paper's tables, compiled for a TPU slice that is not there.
+"""Compiles every training step of the paper's tables for a TPU slice, without having one.
 
 python -m benchmarks.dry_runs --output=runs/dry_runs.jsonl
 
 Needs libtpu (`pip install 'diffusion_t5x[tpu]'`) and minutes per step. Steps differ by network,
-objective and lengths. Only shapes matter, so embedded text stands in for the corpora, and what is
-fine-tuned starts from fresh parameters. Layers are scanned. Each is a JSON line; those that are in
-the file already are not compiled again. A Markdown table of the file ends it.
+objective and lengths. Only shapes matter, so embedded text stands in for the corpora, and
+fine-tuning starts from fresh parameters. Layers are scanned. Each step is a JSON line; steps whose
+line is in the file are not compiled again. A Markdown table of the file comes last.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ HEADER = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What decides the compiled training step.
+    """The settings that distinguish compiled training steps.
 
     Attributes:
-      model: gin file of the network.
-      objective: gin file.
-      inputs: tokens of the prefix.
-      targets: tokens of the target.
+      model: Gin file of the network.
+      objective: Gin file of the objective.
+      inputs: Length of the prefix in tokens.
+      targets: Length of the target in tokens.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Step:
     targets: int
 
     def argv(self, topology: str) -> list[str]:
-        """The arguments of its dry run."""
+        """Returns the arguments of its dry run."""
         files = (self.model, self.objective, "runs/pretrain.gin", "settings/paper.gin")
         lengths = {"inputs": self.inputs, "targets": self.targets}
         return [
@@ -69,7 +69,7 @@ class Step:
 
 
 def steps() -> list[Step]:
-    """The distinct training steps of the tables at the paper's scale, pretraining first."""
+    """Returns the distinct training steps of the tables at the paper's scale, pretraining first."""
     found: dict[Step, bool] = {}
     for name in TABLES:
         for stage in experiments.Run(name, "paper", "runs").stages:
@@ -113,12 +113,12 @@ def measure(step: Step, topology: str) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a file; none if it is not there."""
+    """Returns the records of a file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def row(record: dict[str, Any]) -> list[Any]:
-    """A record's row of the table."""
+    """Returns a record's row of the table."""
     report = record["report"]
 
     def gib(size: int | None) -> str:
@@ -143,7 +143,7 @@ def row(record: dict[str, Any]) -> list[Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A Markdown table for each topology."""
+    """Yields a Markdown table for each topology."""
     for topology in dict.fromkeys(record["topology"] for record in records):
         yield f"\n{topology}:\n"
         yield terminal.markdown(
@@ -152,7 +152,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compiles what is missing, then prints the table."""
+    """Compiles the missing steps, then prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

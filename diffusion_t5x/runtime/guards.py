@@ -83,7 +83,7 @@ class Watchdog:
                 f"step_timeout_seconds = {timeout_seconds}; expected seconds, or None for no limit."
             )
         self._timeout = self._left = timeout_seconds or 0.0
-        self._awaited = "the first step"
+        self._awaited, self._process = "the first step", "this process"
         self._suspended = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -120,20 +120,20 @@ class Watchdog:
 
     def _end(self) -> None:
         # Python's own streams and exit could wait for the thread that hangs.
-        import jax
-
         message = (
-            f"\nprocess {jax.process_index()} of {jax.process_count()}: {self._awaited} has not "
-            f"come for {self._timeout:g} seconds (trainer.train.step_timeout_seconds); this "
-            "process, another one or the network hangs. This process ends with exit code "
-            f"{HUNG}; its threads were here:\n"
+            f"\n{self._process}: {self._awaited} has not come for {self._timeout:g} seconds "
+            "(trainer.train.step_timeout_seconds); this process, another one or the network hangs. "
+            f"This process ends with exit code {HUNG}; its threads were here:\n"
         )
         os.write(2, message.encode())
         faulthandler.dump_traceback(2)
         os._exit(HUNG)
 
     def __enter__(self) -> Watchdog:
+        import jax
+
         if self._timeout:
+            self._process = f"process {jax.process_index()} of {jax.process_count()}"
             self._thread.start()
         return self
 

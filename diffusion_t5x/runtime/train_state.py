@@ -1,4 +1,9 @@
-"""The state that training carries from step to step, and its layout over the devices."""
+"""The state that training carries from step to step, and its layout over the devices.
+
+Arguments of the functions below: `model`, as in `interfaces.Model`; `partitioner`, the layout over
+the devices; `shapes` and `types`, input shapes `[rows, length]` and dtypes to initialise with, by
+feature; `rng`, the key of the initial values.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +52,7 @@ def input_shapes_and_types(
 def abstract_params(
     model: Any, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
 ) -> Any:
-    """Returns the parameters as `jax.ShapeDtypeStruct`s with shardings.
-
-    Args:
-      model: The model, as in `interfaces.Model`.
-      partitioner: Layout of the parameters over the devices.
-      shapes: Input shapes to initialise with, `[rows, length]` per feature.
-      types: Input dtypes to initialise with.
-    """
+    """Returns the parameters as `jax.ShapeDtypeStruct`s with shardings."""
     variables = jax.eval_shape(
         lambda rng: flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)),
         jax.random.PRNGKey(0),
@@ -73,12 +71,6 @@ def abstract_train_state(
 
     Optimiser state of a parameter's shape is sharded like that parameter; smaller arrays
     (Adafactor's factors, counters) are replicated.
-
-    Args:
-      model: The model, as in `interfaces.Model`.
-      partitioner: Layout of the state over the devices.
-      shapes: Input shapes to initialise with, `[rows, length]` per feature.
-      types: Input dtypes to initialise with.
     """
     params = abstract_params(model, partitioner, shapes, types)
     opt_state = jax.eval_shape(model.optimizer_def.init, params)
@@ -112,15 +104,7 @@ def create_params(
     types: Mapping[str, Any],
     rng: jax.Array,
 ) -> Any:
-    """Initialises parameters directly in their shards.
-
-    Args:
-      model: The model, as in `interfaces.Model`.
-      partitioner: Layout of the parameters over the devices.
-      shapes: Input shapes to initialise with, `[rows, length]` per feature.
-      types: Input dtypes to initialise with.
-      rng: Key for the random values.
-    """
+    """Initialises parameters in their shards."""
 
     def init(rng: jax.Array) -> Any:
         return flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)["params"])
@@ -136,15 +120,7 @@ def create_train_state(
     types: Mapping[str, Any],
     rng: jax.Array,
 ) -> TrainState:
-    """Initialises a train state in its shards: no device ever holds the whole of a sharded array.
-
-    Args:
-      model: The model, as in `interfaces.Model`.
-      partitioner: Layout of the state over the devices.
-      shapes: Input shapes to initialise with, `[rows, length]` per feature.
-      types: Input dtypes to initialise with.
-      rng: Key for the random values.
-    """
+    """Initialises a train state in its shards: no device ever holds a sharded array whole."""
     abstract = abstract_train_state(model, partitioner, shapes, types)
 
     def init(rng: jax.Array) -> TrainState:

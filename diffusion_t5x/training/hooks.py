@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -60,13 +60,7 @@ Evaluate = Callable[[TrainState], Mapping[str, Mapping[str, float]]]
 
 
 def logging(log: MetricLog, trainer: Trainer, nonfinite: NonFiniteSteps) -> Callable[[Run], None]:
-    """Returns a hook that logs the metrics since the last line and starts new ones.
-
-    Args:
-      log: The run's log.
-      trainer: The trainer whose metrics are logged.
-      nonfinite: The record of skipped updates, which are counted per line.
-    """
+    """Returns a hook that logs metrics and skipped updates since the last line."""
 
     def hook(run: Run) -> None:
         values = compute(run.metrics)
@@ -124,12 +118,17 @@ def loss_evaluation(
       num_batches: Number of batches; None for the whole split.
       random_seed: Seed of the data, unless `cfg` has its own.
     """
+    layout = trainer.partitioner.data_layout(cfg.batch_size)
+    converter = trainer.model.FEATURE_CONVERTER_CLS
     shapes: Metrics | None = None
 
     def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
         nonlocal shapes
         metrics: Metrics | None = None
-        for batch in _eval_batches(trainer, cfg, num_batches, random_seed):
+        for rows in datasets.get_eval_batches(
+            cfg, converter, layout=layout, num_batches=num_batches, seed=random_seed
+        ):
+            batch = trainer.partitioner.shard_batch(rows)
             if metrics is None:
                 shapes = shapes or trainer.eval_metric_shapes(state, batch)
                 metrics = trainer.empty_metrics(shapes)
@@ -143,27 +142,8 @@ def loss_evaluation(
     return evaluate
 
 
-def _eval_batches(
-    trainer: Trainer, cfg: datasets.DatasetConfig, num_batches: int | None, random_seed: int
-) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches `[batch, length]`."""
-    partitioner = trainer.partitioner
-    for local in datasets.get_eval_batches(
-        cfg,
-        trainer.model.FEATURE_CONVERTER_CLS,
-        layout=partitioner.data_layout(cfg.batch_size),
-        num_batches=num_batches,
-        seed=random_seed,
-    ):
-        yield partitioner.shard_batch(local)
-
-
 def text_evaluation(evaluator: Any) -> Evaluate:
-    """Returns an evaluation of decoded text, as one split 'inference_eval/TASK' per task.
-
-    Args:
-      evaluator: An `evaluation.InferenceEvaluator`.
-    """
+    """Returns an evaluation of decoded text, with a split 'inference_eval/TASK' per task."""
 
     def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
         results = evaluator.evaluate(state.params, int(state.step))

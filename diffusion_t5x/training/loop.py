@@ -236,11 +236,7 @@ def _open_data(
 
 
 def _check_periods(**periods: int) -> None:
-    """Refuses periods that are not positive numbers of steps.
-
-    Raises:
-      ValueError: If one is not.
-    """
+    """Refuses periods that are not positive numbers of steps."""
     for name, period in periods.items():
         if not isinstance(period, int) or period < 1:
             raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
@@ -249,16 +245,7 @@ def _check_periods(**periods: int) -> None:
 def _check_tasks(
     model: Any, trained: datasets.DatasetConfig, evaluated: datasets.DatasetConfig | None
 ) -> None:
-    """Checks that the tasks exist and that their tokens are the model's.
-
-    Args:
-      model: The model, as in `interfaces.Model`.
-      trained: Training data, for which an iterator was already made.
-      evaluated: Data to evaluate the loss on, or None.
-
-    Raises:
-      ValueError: If they do not.
-    """
+    """Checks that all tokens are the model's and, for data read later, that they exist."""
     tasks = [datasets.get_mixture_or_task(str(trained.mixture_or_task_name))]
     if evaluated is not None:
         converter = model.FEATURE_CONVERTER_CLS(

@@ -76,7 +76,7 @@ def devices(topology: str) -> np.ndarray:
     # Processes that only compile need no TPU each, so several may load libtpu.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # With libtpu installed, JAX would look for a TPU to run on.
-    if not jax.config.read("jax_platforms"):
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     return np.asarray(_describe(topology).devices)
 
