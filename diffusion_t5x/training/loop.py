@@ -152,7 +152,7 @@ def train(
 
         # Loop.
         if step >= last_step or early_stopping.should_stop(log.lines):
-            _say(initial_state.what_is_left(step, step))
+            _say(initial_state.what_is_left(step, min(step, last_step)))
             return state
         return _run_steps(
             state, last_step, trainer, iterator, periodic, checkpointer, nonfinite, log, watchdog
