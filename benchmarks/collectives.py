@@ -1,11 +1,11 @@
-"""What devices tell each other in a training step, by rule set, against what theory says.
+"""Compares the traffic between devices in a training step with theory, by sharding rules.
 
 python -m benchmarks.collectives                         # eight simulated devices, float32
 python -m benchmarks.collectives --topology=v5p:2x2x2    # by the TPU compiler, bfloat16
 
 Steps are compiled and not run: Base, layers scanned, 88 texts of 512 + 512 tokens, a vocabulary of
 256,000, Adafactor. Bytes are those that collectives leave on one device, loops counted in full.
-Each JSON line has one kind of arrays, told by their sizes, and what would suffice:
+Each JSON line has one kind of arrays, known by their sizes, and the bytes that would suffice:
 
 gradients: each device is left its own part. Those of layers come in the type of activations, once
   per pass of the objective; the embedding's comes in float32, once, whatever the passes.
@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -35,11 +34,11 @@ import jax
 import numpy as np
 
 from benchmarks import workloads
+from benchmarks.compiler import compiled_program
 from benchmarks.workloads import Shape
-from diffusion_t5x import compiled_program
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.training import optimizers, topologies
-from diffusion_t5x.training.dry_run import Job
+from diffusion_t5x.runtime.train_state import abstract_train_state
+from diffusion_t5x.training import dry_run, optimizers, topologies
 from diffusion_t5x.training.train_step import Trainer
 
 BASE = Shape(256_000, 768, 12, 12, 64, 2048)
@@ -51,12 +50,12 @@ ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How a model is split.
+    """A way to shard a model.
 
     Attributes:
-      partitions: devices to a copy of the model.
-      activations: dimensions of activations that are split.
-      parameters: dimensions of parameters that are split.
+      partitions: Number of devices per copy of the model.
+      activations: Number of dimensions of activations that are split.
+      parameters: Number of dimensions of parameters that are split.
     """
 
     partitions: int
@@ -80,13 +79,13 @@ class Step:
 
     Attributes:
       objective: 'autoregressive' or 'diffusion'.
-      rules: how the model is split.
-      shape: of the network.
-      batch_size: texts.
-      prefix: tokens of each.
-      target: tokens of each.
-      dtype: of activations.
-      settings: further ones of `workloads.our_model`.
+      rules: The sharding of the model.
+      shape: Sizes of the network.
+      batch_size: Texts per batch.
+      prefix: Length of each prefix in tokens.
+      target: Length of each target in tokens.
+      dtype: Dtype of activations.
+      settings: Further settings of `workloads.our_model`.
     """
 
     objective: str
@@ -99,7 +98,7 @@ class Step:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def compile(self, devices: Sequence[jax.Device]) -> Any:
-        """The step as its trainer compiles it for devices that may not be there."""
+        """Compiles the step for `devices`, which need not exist."""
         model = workloads.our_model(
             self.shape,
             self.objective,
@@ -116,18 +115,16 @@ class Step:
             "decoder_target_tokens": self.target,
             "decoder_loss_weights": self.target,
         }
-        job = Job(
-            model=model,
-            partitioner=PjitPartitioner(self.rules.partitions, rules, devices),
-            trainer_cls=functools.partial(Trainer, learning_rate_fn=lambda step: 0.1),
-            batch_size=self.batch_size,
-            shapes={name: (1, length) for name, length in lengths.items()},
-            types={name: np.float32 if name.endswith("weights") else np.int32 for name in lengths},
-        )
-        return job.compile()
+        shapes = {name: (1, length) for name, length in lengths.items()}
+        types = {name: np.float32 if name.endswith("weights") else np.int32 for name in lengths}
+        partitioner = PjitPartitioner(self.rules.partitions, rules, devices)
+        state = abstract_train_state(model, partitioner, shapes, types)
+        trainer = Trainer(model, partitioner, state, 0, learning_rate_fn=lambda step: 0.1)
+        batch = dry_run.abstract_batch(trainer, self.batch_size, shapes, types)
+        return dry_run.compile_step(trainer, state, batch).compiled
 
     def expected(self, num_devices: int) -> dict[str, float]:
-        """Bytes that suffice, as this module's docstring derives them.
+        """Returns the bytes that suffice, as this module's docstring derives them.
 
         Args:
           num_devices: over which the step is split.
@@ -152,13 +149,13 @@ class Step:
 
 
 def _layer_sizes(shape: Shape) -> tuple[int, ...]:
-    """Numbers in each matrix of a layer."""
+    """Returns the number of parameters of each matrix of a layer."""
     attention = shape.embed_dim * shape.num_heads * shape.head_dim
     return (attention,) * 4 + (shape.embed_dim * shape.mlp_dim,) * 3
 
 
 def is_weight(elements: int, step: Step, num_devices: int) -> bool:
-    """Whether an array of so many elements is a weight, or a part or all layers' parts of one."""
+    """Returns True if an array of `elements` is a weight, or a shard of one or of all layers'."""
     model = step.rules.partitions
     whole = {*_layer_sizes(step.shape), step.shape.vocab_size * step.shape.embed_dim}
     whole |= {size * step.shape.num_layers for size in whole}
@@ -167,12 +164,12 @@ def is_weight(elements: int, step: Step, num_devices: int) -> bool:
 
 
 def measure(compiled: Any, step: Step, num_devices: int) -> dict[str, collections.Counter[str]]:
-    """Bytes by kind of arrays and kind of collective.
+    """Returns bytes by kind of arrays and kind of collective.
 
     Args:
-      compiled: a step.
-      step: what it was compiled from.
-      num_devices: over which it is split.
+      compiled: The compiled step.
+      step: The step that was compiled.
+      num_devices: Number of devices that it is sharded over.
     """
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for collective in compiled_program.collectives(compiled, unknown_trips=1):

@@ -35,11 +35,10 @@ from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.decoding import stopping, updates
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.experiments import experiment_graph
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 PAPERS, CACHED = "objectives/diffusion.gin", "objectives/diffusion_cached_prefix.gin"
 

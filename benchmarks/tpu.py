@@ -6,7 +6,7 @@ python -m benchmarks.tpu --parts=arithmetic --sizes=base,large,xl
 
 No TPU is needed: libtpu compiles for one (`pip install 'diffusion_t5x[tpu]'`). Nothing is run, so
 nothing is measured: memory is what the compiler allocates, seconds are its estimate (see
-`diffusion_t5x.compiled_program.estimated_seconds`). Parts:
+`benchmarks.compiler.compiled_program.estimated_seconds`). Parts:
 
 training: loss and gradient of 128 texts of 1,024 tokens, data-parallel over v5p:2x2x4, each size of
   `--sizes` at a vocabulary of 256,000, in bfloat16; T5X's too where it can be imported; and what
@@ -43,8 +43,8 @@ from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tpu_programs
+from benchmarks.compiler import compiled_program
 from benchmarks.workloads import Shape
-from diffusion_t5x import compiled_program
 from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
 from diffusion_t5x.training import topologies
 

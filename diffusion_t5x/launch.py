@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_t5x.commands import launch_local
-from diffusion_t5x.runtime.exit_codes import RESTARTABLE
+from diffusion_t5x.runtime.guards import RESTARTABLE
 
 COMMANDS = ("train", "eval", "infer", "convert")
 # A shell's test for an exit code after which the command is restarted.

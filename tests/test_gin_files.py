@@ -15,9 +15,9 @@ import gin
 from diffusion_t5x import gin_utils, models
 from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.runtime.train_state import INIT_SHAPES
 from diffusion_t5x.training.loop import train
 from gin import config_parser
 

@@ -27,11 +27,10 @@ from diffusion_t5x.checkpointing.reading import (
     has_optimizer_state,
     open_params,
 )
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_all, read_together
 from diffusion_t5x.runtime.terminal import print_table
-from diffusion_t5x.runtime.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, named_leaves
 
 if TYPE_CHECKING:
     from diffusion_t5x.models import Model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -84,10 +85,22 @@ def run(
     else:
         configure(args)
     import gin
+    from diffusion_t5x.runtime.guards import stops_when_full
 
     module, _, name = function.rpartition(".")
     configured = gin.get_configurable(getattr(importlib.import_module(module), name))
-    return configured(dry_run=True) if args.dry_run else configured()
+    with stops_when_full(_output_dir()):
+        return configured(dry_run=True) if args.dry_run else configured()
+
+
+def _output_dir() -> str:
+    """Returns the directory that the configured command writes to."""
+    import gin
+
+    for macro in ("%MODEL_DIR", "%EVAL_OUTPUT_DIR", "%INFER_OUTPUT_DIR"):
+        with contextlib.suppress(ValueError):
+            return str(gin.query_parameter(macro))
+    return "."
 
 
 def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import IO, cast
 
-from diffusion_t5x.runtime.exit_codes import RESTARTABLE
+from diffusion_t5x.runtime.guards import RESTARTABLE
 
 GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL
 

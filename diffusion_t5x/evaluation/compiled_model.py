@@ -16,9 +16,6 @@ from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 
-# A network's parameters do not depend on the lengths it is initialised with.
-INIT_SHAPES = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (1, 8)}
-
 Output = TypeVar("Output")
 Example = TypeVar("Example")
 

@@ -21,7 +21,6 @@ from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation import candidate_chunks, results
 from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
 from diffusion_t5x.evaluation.compiled_model import (
-    INIT_SHAPES,
     CompiledFunction,
     Output,
     Prediction,
@@ -31,11 +30,10 @@ from diffusion_t5x.evaluation.compiled_model import (
 )
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
-from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress, print_table
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 Metrics = dict[str, float]
 
@@ -329,7 +327,6 @@ def evaluate(
       FileNotFoundError: if there is no checkpoint.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
-      DiskFull: if the disk is too full to write something.
       ValueError: if a task or the metric is unknown.
     """
     if best_mode not in ("max", "min"):
@@ -352,23 +349,20 @@ def evaluate(
         verify=restore_checkpoint_cfg.mode == "all",
     )
     rows, complete = [], []
-    with stops_when_full(output_dir):
-        with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
-            for step, path in checkpoints:
-                found = _evaluate_checkpoint(
-                    evaluator, restore, pathlib.Path(output_dir), step, path
-                )
-                rows += found
-                if len(found) == len(evaluator.tasks):
-                    complete += found
-                progress.update()
-        best = None
-        if best_metric and complete:
-            best = results.choose_best(complete, best_metric, best_mode)
-        content = {"rows": rows, "best": best, "settings": evaluator.settings}
-        if jax.process_index() == 0:
-            results.write_results(output_dir, content)
-            print_table(*results.tabulate(content))
+    with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
+        for step, path in checkpoints:
+            found = _evaluate_checkpoint(evaluator, restore, pathlib.Path(output_dir), step, path)
+            rows += found
+            if len(found) == len(evaluator.tasks):
+                complete += found
+            progress.update()
+    best = None
+    if best_metric and complete:
+        best = results.choose_best(complete, best_metric, best_mode)
+    content = {"rows": rows, "best": best, "settings": evaluator.settings}
+    if jax.process_index() == 0:
+        results.write_results(output_dir, content)
+        print_table(*results.tabulate(content))
     return content
 
 

@@ -21,7 +21,6 @@ from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation.compiled_model import (
-    INIT_SHAPES,
     CompiledFunction,
     Prediction,
     Predictor,
@@ -31,10 +30,9 @@ from diffusion_t5x.evaluation.compiled_model import (
 from diffusion_t5x.evaluation.evaluation import find_tasks
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
-from diffusion_t5x.runtime.disk_space import stops_when_full
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 Example = Mapping[str, Any]  # a task's features
 ExampleBatch = tuple[list[Example], datasets.Batch]
@@ -82,7 +80,6 @@ def infer(
       FileNotFoundError: if there is no checkpoint.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
-      DiskFull: if the disk is too full to write something.
       ValueError: if settings are out of range, or a task is unknown or of another vocabulary than
         the model.
     """
@@ -123,11 +120,10 @@ def infer(
     else:
         function, fields = Scorer(model, partitioner, random_seed, size), _score_fields
     lines = functools.partial(_lines, function, fields, params)
-    with stops_when_full(output_dir):
-        for task, output in zip(tasks, outputs, strict=True):
-            if not _is_finished(output, key):
-                examples = _examples(model, task, dataset_cfg, shard_id, num_shards)
-                _write(output, key, _batches(examples, size), checkpoint_period, lines)
+    for task, output in zip(tasks, outputs, strict=True):
+        if not _is_finished(output, key):
+            examples = _examples(model, task, dataset_cfg, shard_id, num_shards)
+            _write(output, key, _batches(examples, size), checkpoint_period, lines)
     return [str(output) for output in outputs]
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES, Predictor
+from diffusion_t5x.evaluation.compiled_model import Predictor
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 
 def show_step(tokens: np.ndarray, vocabulary: Any) -> str:

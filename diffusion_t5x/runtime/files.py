@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are whole or absent, and lines of JSON."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from typing import Any
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file so that it is whole or absent, whenever the process ends.
+
+    Args:
+      path: The file; its directory is created.
+      content: The content; text is encoded as UTF-8.
+
+    Raises:
+      OSError: If it cannot be written; `filename` is set.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        error.filename = error.filename or os.fspath(temporary)  # the system leaves it out
+        error.filename = error.filename or os.fspath(temporary)  # which the system leaves out
         raise
     os.replace(temporary, path)
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that tell of steps; one that is cut off or damaged is left out."""
+    """Returns the lines of a JSONL file that have a `step`; damaged lines are left out.
+
+    Args:
+      path: The file; no lines if it does not exist.
+    """
     path = pathlib.Path(path)
     if not path.exists():
         return []

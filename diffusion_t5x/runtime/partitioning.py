@@ -1,4 +1,4 @@
-"""Meshes, logical axis rules, and jit over them."""
+"""Meshes of devices, logical axis rules, and jit over them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def standard_logical_axis_rules(
     parameter_partitioning_dims: int = 1,
     additional_rules: LogicalAxisRules = (),
 ) -> LogicalAxisRules:
-    """T5X's standard rules: which mesh axis each logical axis is split over.
+    """Returns T5X's standard rules, which map each logical axis to a mesh axis.
 
-    'batch' goes to 'data' and heads, feed-forward and vocabulary go to 'model' in all variants;
-    2-D activations also split 'embed' over 'model', 2-D parameters over 'data'. Where both are
-    asked for, the first rule that is still free in an array applies.
+    In all variants 'batch' is split over 'data', and heads, feed-forward and vocabulary over
+    'model'; 2-D activations also split 'embed' over 'model', 2-D parameters over 'data'. If both
+    are 2-D, an array uses the first rule whose mesh axis it does not use yet.
 
     Args:
-      activation_partitioning_dims: 1 or 2.
-      parameter_partitioning_dims: 1 or 2.
-      additional_rules: appended to the standard ones.
+      activation_partitioning_dims: Number of dimensions of activations that are split, 1 or 2.
+      parameter_partitioning_dims: Number of dimensions of parameters that are split, 1 or 2.
+      additional_rules: Rules to append to the standard ones.
 
     Raises:
-      ValueError: if a number of dimensions is neither 1 nor 2.
+      ValueError: If a number of dimensions is neither 1 nor 2.
     """
     for name, dims in (
         ("activation_partitioning_dims", activation_partitioning_dims),
@@ -65,10 +65,14 @@ def standard_logical_axis_rules(
 
 
 def single_slice_mesh(devices: Sequence[jax.Device], num_partitions: int) -> Mesh:
-    """A ('data', 'model') mesh; 'model' is the fast axis, so that its devices are neighbours.
+    """Returns a ('data', 'model') mesh; 'model' is the fast axis: its devices are neighbours.
+
+    Args:
+      devices: The devices, neighbours side by side.
+      num_partitions: Length of the 'model' axis.
 
     Raises:
-      ValueError: if `num_partitions` does not divide the devices.
+      ValueError: If `num_partitions` does not divide the devices.
     """
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
@@ -82,19 +86,19 @@ def single_slice_mesh(devices: Sequence[jax.Device], num_partitions: int) -> Mes
 def multi_slice_mesh(
     devices: Sequence[jax.Device], ici_mesh_shape: Sequence[int], dcn_mesh_shape: Sequence[int]
 ) -> Mesh:
-    """A ('replica', 'data', 'model') mesh over slices that a slower network (DCN) joins.
+    """Returns a ('replica', 'data', 'model') mesh over slices joined by a slower network (DCN).
 
-    Each axis is as long as the product of its two numbers, and its part over slices is the outer
-    one: devices whose positions on an axis differ within `ici_mesh_shape` are of one slice. Where
-    devices are of no slices, as GPUs and CPUs, each process's devices are one.
+    An axis is as long as the product of its two lengths, of which that over slices is the outer
+    one: devices whose positions on an axis differ by less than `ici_mesh_shape` share a slice.
+    Devices without slices, such as GPUs and CPUs, count as one slice per process.
 
     Args:
-      devices: of all slices.
-      ici_mesh_shape: lengths of the three axes within a slice.
-      dcn_mesh_shape: lengths of the three axes over slices.
+      devices: The devices of all slices.
+      ici_mesh_shape: Lengths of the three axes within a slice.
+      dcn_mesh_shape: Lengths of the three axes over slices.
 
     Raises:
-      ValueError: if the shapes are not of three positive numbers, or do not fit the devices.
+      ValueError: If a shape is not three positive numbers, or does not fit the devices.
     """
     for name, shape in (("ici_mesh_shape", ici_mesh_shape), ("dcn_mesh_shape", dcn_mesh_shape)):
         if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
@@ -103,38 +107,38 @@ def multi_slice_mesh(
                 f"of {MESH_AXES}."
             )
     slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
-    of_processes = len(slices) == 1 and devices[0].platform != "tpu"
-    if of_processes:
+    by_process = len(slices) == 1 and devices[0].platform != "tpu"
+    if by_process:
         slices = collections.Counter(device.process_index for device in devices)
-    what = "processes" if of_processes else "slices"
+    kind = "processes" if by_process else "slices"
     if math.prod(dcn_mesh_shape) != len(slices):
         raise ValueError(
             f"PjitPartitioner.dcn_mesh_shape = {tuple(dcn_mesh_shape)} is for "
-            f"{math.prod(dcn_mesh_shape)} slices, but the devices are of {len(slices)} {what}; "
+            f"{math.prod(dcn_mesh_shape)} slices, but the devices are of {len(slices)} {kind}; "
             f"expected numbers whose product is {len(slices)}, such as ({len(slices)}, 1, 1)."
         )
     sizes = set(slices.values())
     if sizes != {math.prod(ici_mesh_shape)}:
         raise ValueError(
             f"PjitPartitioner.ici_mesh_shape = {tuple(ici_mesh_shape)} is for "
-            f"{math.prod(ici_mesh_shape)} devices per slice, but the {what} have {sorted(sizes)}; "
+            f"{math.prod(ici_mesh_shape)} devices per slice, but the {kind} have {sorted(sizes)}; "
             f"expected numbers whose product is {min(sizes)}, such as (1, {min(sizes)}, 1)."
         )
     grid = mesh_utils.create_hybrid_device_mesh(
-        ici_mesh_shape, dcn_mesh_shape, devices, process_is_granule=of_processes
+        ici_mesh_shape, dcn_mesh_shape, devices, process_is_granule=by_process
     )
     return Mesh(grid, MESH_AXES)
 
 
 class PjitPartitioner:
-    """Runs functions over a mesh.
+    """A mesh, the rules by which arrays are split over it, and jit over both.
 
     Attributes:
-      mesh: ('data', 'model'), or ('replica', 'data', 'model') over several slices.
-      logical_axis_rules: logical axis -> mesh axis, or axes.
-      batch_sharding: of batches, split over 'data', and over 'replica' where there is one.
-      replicated: of what every device holds whole.
-      num_data_shards: data-parallel parts, each of which reads its own share of the data.
+      mesh: A ('data', 'model') mesh, or ('replica', 'data', 'model') over several slices.
+      logical_axis_rules: Pairs of a logical axis and the mesh axis or axes it is split over.
+      batch_sharding: Sharding of batches, over 'data', and over 'replica' if there is one.
+      replicated: Sharding of arrays that every device holds whole.
+      num_data_shards: Number of data-parallel shards, each of which reads its own examples.
     """
 
     def __init__(
@@ -148,16 +152,17 @@ class PjitPartitioner:
         """Lays out the mesh.
 
         Args:
-          num_partitions: devices that share one copy of the model.
-          logical_axis_rules: by default the standard rules. Over several slices 'batch' is split
-            over 'replica' and 'data', as in T5X.
-          devices: by default all.
-          ici_mesh_shape: for several slices, lengths of ('replica', 'data', 'model') within a
+          num_partitions: Number of devices that share one copy of the model.
+          logical_axis_rules: Rules; None for the standard ones. Over several slices, 'batch' is
+            split over 'replica' and 'data', as in T5X.
+          devices: Devices; None for all.
+          ici_mesh_shape: For several slices, lengths of ('replica', 'data', 'model') within a
             slice; `num_partitions` is then left at 1.
-          dcn_mesh_shape: the same over slices; given together with `ici_mesh_shape`.
+          dcn_mesh_shape: For several slices, lengths of the axes over slices; required together
+            with `ici_mesh_shape`.
 
         Raises:
-          ValueError: if the devices cannot be divided so.
+          ValueError: If the devices cannot be divided that way.
         """
         devices = jax.devices() if devices is None else devices
         rules = standard_logical_axis_rules() if logical_axis_rules is None else logical_axis_rules
@@ -179,23 +184,31 @@ class PjitPartitioner:
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(data_axes))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         here = jax.process_index()
-        parts = [
-            [device.process_index for device in part]
-            for part in self.mesh.devices.reshape(self.num_data_shards, -1)
+        # The processes of each data shard's devices: [num_data_shards][devices of a shard].
+        owners = [
+            [device.process_index for device in row]
+            for row in self.mesh.devices.reshape(self.num_data_shards, -1)
         ]
-        self._shards = tuple(shard for shard, part in enumerate(parts) if here in part)
-        self._saved = tuple(shard for shard, part in enumerate(parts) if here == part[0])
+        self._shards = tuple(shard for shard, row in enumerate(owners) if here in row)
+        self._saved = tuple(shard for shard, row in enumerate(owners) if here == row[0])
 
     def data_layout(self, batch_size: int) -> DataLayout:
-        """What this process reads of global batches of `batch_size` examples.
+        """Returns the rows of global batches that this process reads.
+
+        Args:
+          batch_size: Examples per global batch.
 
         Raises:
-          ValueError: if they do not divide among the data-parallel parts.
+          ValueError: If the data-parallel shards do not divide them.
         """
         return DataLayout(batch_size, self.num_data_shards, self._shards, self._saved)
 
     def param_shardings(self, params_axes: Any) -> Any:
-        """Shardings of parameters from their 'params_axes' collection, a tree like the params."""
+        """Returns the shardings of parameters, a tree like them.
+
+        Args:
+          params_axes: Flax's collection of the same name, which names the axes of each parameter.
+        """
         logical = flax.core.unfreeze(nn_partitioning.get_axis_names(params_axes))
         with nn_partitioning.axis_rules(self.logical_axis_rules):
             specs = jax.tree.map(
@@ -210,17 +223,18 @@ class PjitPartitioner:
         )
 
     def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
-        """Global arrays from this process's rows.
+        """Returns global arrays `[batch, ...]` made from this process's rows.
 
         Args:
-          batch: `[rows, ...]` each, shard by shard as `data_layout` says.
+          batch: This process's rows, `[rows, ...]` each, in the order of its data shards.
         """
 
         def place(value: np.ndarray) -> jax.Array:
-            size = len(value) // len(self._shards)
+            size = len(value) // len(self._shards)  # rows of a shard
 
-            def rows_of(index: tuple[slice, ...]) -> np.ndarray:
-                start = self._shards.index((index[0].start or 0) // size) * size
+            def rows_of(index: tuple[slice, ...] | None) -> np.ndarray:
+                first_row = (index[0].start or 0) if index else 0  # of the global array
+                start = self._shards.index(first_row // size) * size
                 return value[start : start + size]
 
             shape = (size * self.num_data_shards, *value.shape[1:])
@@ -229,7 +243,7 @@ class PjitPartitioner:
         return {name: place(value) for name, value in batch.items()}
 
     def gather(self, tree: Any) -> Any:
-        """Whole numpy arrays, on every process, of arrays that are split over devices."""
+        """Returns whole numpy arrays on every process, from arrays that are split over devices."""
         if jax.process_count() == 1:
             return jax.device_get(tree)
         from jax.experimental import multihost_utils
@@ -237,11 +251,11 @@ class PjitPartitioner:
         return multihost_utils.process_allgather(tree, tiled=True)
 
     def jit(self, fn: Callable[..., Any], **kwargs: Any) -> JittedFunction:
-        """`jax.jit` in which flax's sharding constraints mean this mesh and these rules.
+        """Applies `jax.jit`, with flax's sharding constraints resolved by this mesh and its rules.
 
         Args:
-          fn: the function.
-          **kwargs: for `jax.jit`.
+          fn: The function to compile.
+          **kwargs: Further arguments of `jax.jit`.
         """
 
         def in_context(*args: Any) -> Any:
@@ -254,7 +268,7 @@ class PjitPartitioner:
 class JittedFunction:
     """A jitted function that is called, lowered and compiled inside its mesh."""
 
-    def __init__(self, jitted: Any, mesh: Mesh):
+    def __init__(self, jitted: Any, mesh: Mesh):  # of `jax.jit`, whose type is private
         self._jitted = jitted
         self._mesh = mesh
 
@@ -262,12 +276,12 @@ class JittedFunction:
         with jax.set_mesh(self._mesh):
             return self._jitted(*args)
 
-    def lower(self, *args: Any) -> Any:
-        """The lowered program, for looking at and for compiling ahead of time."""
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers the function for ahead-of-time compilation; returns a `jax.stages.Lowered`."""
         with jax.set_mesh(self._mesh):
             return self._jitted.lower(*args)
 
     def eval_shape(self, *args: Any) -> Any:
-        """Shapes and dtypes of the result."""
+        """Returns shapes and dtypes of the result."""
         with jax.set_mesh(self._mesh):
             return self._jitted.eval_shape(*args)

@@ -1,4 +1,9 @@
-"""What training carries from step to step, and how it lies on the devices."""
+"""The state that training carries from step to step, and its layout over the devices.
+
+Arguments of the functions below: `model`, as in `interfaces.Model`; `partitioner`, the layout over
+the devices; `shapes` and `types`, input shapes `[rows, length]` and dtypes to initialise with, by
+feature; `rng`, the key of the initial values.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +18,18 @@ import jax.numpy as jnp
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Input shapes for initialising a network whose parameters alone are wanted: they do not depend on
+# batch size and lengths.
+INIT_SHAPES: Shapes = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (1, 8)}
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Parameters and optimiser state after `step` updates.
 
     Attributes:
-      step: scalar int32.
-      params: the network's parameters.
-      opt_state: the optimiser's state.
+      step: Number of updates, a scalar int32.
+      params: The network's parameters.
+      opt_state: The optimiser's state.
     """
 
     step: jax.Array
@@ -33,49 +40,48 @@ class TrainState:
 def input_shapes_and_types(
     element_spec: Mapping[str, tuple[tuple[int, ...], Any]],
 ) -> tuple[Shapes, Mapping[str, Any]]:
-    """Shapes and dtypes with which to initialise: one row suffices."""
+    """Returns shapes and dtypes to initialise a network with; one row suffices.
+
+    Args:
+      element_spec: Feature -> (shape `[rows, length]`, dtype).
+    """
     shapes = {name: (1, *shape[1:]) for name, (shape, _) in element_spec.items()}
     return shapes, {name: dtype for name, (_, dtype) in element_spec.items()}
-
-
-def _abstract_variables(model: Any, shapes: Shapes, types: Mapping[str, Any]) -> Mapping[str, Any]:
-    return jax.eval_shape(
-        lambda rng: flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)),
-        jax.random.PRNGKey(0),
-    )
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
 
 
 def abstract_params(
     model: Any, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
 ) -> Any:
-    """Shapes, dtypes and shardings of the parameters, as `jax.ShapeDtypeStruct`s."""
-    variables = _abstract_variables(model, shapes, types)
-    shardings = partitioner.param_shardings(variables["params_axes"])
-    return _with_shardings(variables["params"], shardings)
+    """Returns the parameters as `jax.ShapeDtypeStruct`s with shardings."""
+    variables = jax.eval_shape(
+        lambda rng: flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)),
+        jax.random.PRNGKey(0),
+    )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        variables["params"],
+        partitioner.param_shardings(variables["params_axes"]),
+    )
 
 
 def abstract_train_state(
     model: Any, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the whole state.
+    """Returns the train state as `jax.ShapeDtypeStruct`s with shardings.
 
-    Optimiser state that is shaped like a parameter lies as that parameter does; what is smaller
-    than one (Adafactor's factors, counters) is on every device.
+    Optimiser state of a parameter's shape is sharded like that parameter; smaller arrays
+    (Adafactor's factors, counters) are replicated.
     """
     params = abstract_params(model, partitioner, shapes, types)
     opt_state = jax.eval_shape(model.optimizer_def.init, params)
-    by_path = {jax.tree_util.keystr(path): leaf for path, leaf in _leaves(params)}
+    by_path = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
-    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = partitioner.replicated
+        # A moment's path ends with its parameter's, such as `[0].mu['decoder']['kernel']`.
         for start in range(len(path)):
             param = by_path.get(jax.tree_util.keystr(path[start:]))
             if param is not None and param.shape == leaf.shape:
@@ -98,7 +104,7 @@ def create_params(
     types: Mapping[str, Any],
     rng: jax.Array,
 ) -> Any:
-    """Fresh parameters, made where they lie."""
+    """Initialises parameters in their shards."""
 
     def init(rng: jax.Array) -> Any:
         return flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)["params"])
@@ -114,7 +120,7 @@ def create_train_state(
     types: Mapping[str, Any],
     rng: jax.Array,
 ) -> TrainState:
-    """A fresh state, made where it lies: no device ever holds the whole of a split array."""
+    """Initialises a train state in its shards: no device ever holds a sharded array whole."""
     abstract = abstract_train_state(model, partitioner, shapes, types)
 
     def init(rng: jax.Array) -> TrainState:
@@ -125,10 +131,7 @@ def create_train_state(
     return partitioner.jit(init, out_shardings=shardings)(rng)
 
 
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by names such as 'decoder/layers_0/mlp/wo/kernel'."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in _leaves(tree)}
+    """Returns the leaves by names such as 'decoder/layers_0/mlp/wo/kernel'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}

@@ -1,133 +1,50 @@
-"""What a training step needs of each device, found by compiling it: nothing is allocated or run.
-
-Where the step does not fit, settings that need less memory are tried, one added to the other.
-"""
+"""Reports the memory that a training step needs per device, by compiling it without running it."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffusion_t5x import compiled_program
-from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import Shapes, TrainState, abstract_train_state
+from diffusion_t5x.runtime.train_state import Shapes, TrainState
 from diffusion_t5x.training.train_step import Trainer
 
 GIB = 2**30
-# GiB of a chip, by the kind of its devices.
+# GiB of one chip, by the `device_kind` of its devices.
 CHIP_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
-# Kinds for which the compiler's estimate of time is of the size of what is measured.
-TIMED = ("TPU v5",)
-REMAT = "config.TransformerConfig.remat"
-MICROBATCHES = "train_step.Trainer.num_microbatches"
-PARTITIONS = "partitioning.PjitPartitioner.num_partitions"
-DIMENSIONS = "partitioning.standard_logical_axis_rules.parameter_partitioning_dims"
 
 
 class DoesNotFit(SystemExit):
-    """The step does not fit into the memory of its devices; the exit code says so.
+    """The step needs more memory than its devices have; the exit code is 1.
 
     Attributes:
-      report: of the step as it was configured.
-      remedy: of the first settings that were tried and fit; None if none of them did.
+      report: The report of the step.
     """
 
-    def __init__(self, report: Report, remedy: Report | None):
+    def __init__(self, report: Report):
         super().__init__(1)
         self.report = report
-        self.remedy = remedy
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A training step that is to be compiled.
-
-    Attributes:
-      model: of `models.Model`'s kind, its network with a `config`.
-      partitioner: devices and sharding.
-      trainer_cls: makes the `Trainer`.
-      batch_size: examples per global batch.
-      shapes: of the features of one row, `[1, length]`.
-      types: their dtypes.
-      num_microbatches: parts that a batch is divided into.
-      changed: settings that differ from the run's own, by their names in gin.
-    """
-
-    model: Any
-    partitioner: PjitPartitioner
-    trainer_cls: Callable[..., Trainer]
-    batch_size: int
-    shapes: Shapes
-    types: Mapping[str, Any]
-    num_microbatches: int = 1
-    changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def trainer(self, state: TrainState) -> Trainer:
-        """The trainer of a state of such shapes."""
-        trainer = self.trainer_cls(
-            model=self.model,
-            partitioner=self.partitioner,
-            abstract_state=state,
-            random_seed=0,
-            num_microbatches=self.num_microbatches,
-        )
-        trainer.check_batch_size(self.batch_size)
-        return trainer
-
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a global batch."""
-        sharding = self.partitioner.batch_sharding
-        return {
-            name: jax.ShapeDtypeStruct(
-                (self.batch_size, *shape[1:]), self.types[name], sharding=sharding
-            )
-            for name, shape in self.shapes.items()
-        }
-
-    def state(self) -> TrainState:
-        """Shapes and shardings of the state."""
-        return abstract_train_state(self.model, self.partitioner, self.shapes, self.types)
-
-    def compile(self) -> Any:
-        """The step, a `jax.stages.Compiled`.
-
-        Raises:
-          ValueError: if the devices do not divide the batch or an array.
-          jax.errors.JaxRuntimeError: if the compiler refuses, as for want of memory.
-        """
-        state, batch = self.state(), self.batch()
-        trainer = self.trainer(state)
-        metrics = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.partitioner.replicated),
-            trainer.metric_shapes(state, batch),
-        )
-        return trainer.step.lower(state, metrics, batch).compile()
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one device holds and does in a training step; all sizes in bytes.
+    """The memory that a training step needs on one device; all sizes are in bytes.
 
     Attributes:
-      device: kind of the devices.
-      mesh: devices by mesh axis.
-      parameter_count: numbers in the whole model.
-      parameters: of the parameters.
-      optimizer: of the optimiser's state.
-      batch: of the batch.
-      temporaries: of activations and all else that is made in between; None if it was refused.
-      total: of all that is held at once; None if it was refused.
-      limit: what a device has; None if that is not known.
-      collectives: kind -> how often it runs and how much it leaves on a device, per step.
-      seconds: of a step by the compiler's estimate, collectives left out; None where it means
-        nothing.
-      refusal: what the compiler said when it refused; None if it did not.
-      changed: settings that differ from the run's own.
+      device: Kind of the devices.
+      mesh: Number of devices along each mesh axis.
+      parameter_count: Number of parameters of the whole model.
+      parameters: Size of the parameters.
+      optimizer: Size of the optimiser's state.
+      batch: Size of the batch.
+      temporaries: Size of activations and other intermediate arrays; None if the compiler refused.
+      total: Size of all arrays that exist at once; None if the compiler refused.
+      limit: Memory of a device; None if unknown.
+      refusal: The compiler's message if it refused for lack of memory, else None.
+      compiled: The compiled step, for reading more from it; None if the compiler refused.
     """
 
     device: str
@@ -139,20 +56,18 @@ class Report:
     temporaries: int | None
     total: int | None
     limit: int | None
-    collectives: Mapping[str, tuple[int, int]]
-    seconds: float | None
     refusal: str | None
-    changed: Mapping[str, Any]
+    compiled: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
 
     @property
     def fits(self) -> bool:
-        """Whether it fits, or is not known not to."""
+        """False if the compiler refused or the total exceeds a known limit."""
         if self.refusal is not None:
             return False
         return self.limit is None or self.total is None or self.total <= self.limit
 
     def lines(self) -> Iterator[str]:
-        """The report for people."""
+        """Yields the report as lines of text."""
         yield f"parameters: {self.parameter_count:,}"
         yield f"mesh: {dict(self.mesh)} of {self.device}"
         yield "per device, GiB:"
@@ -165,169 +80,138 @@ class Report:
             ("memory", self.limit),
         ):
             yield f"  {name:<28} {'unknown' if size is None else f'{size / GIB:.3f}':>9}"
-        for kind, (times, size) in self.collectives.items():
-            yield f"{kind}: {times:,} per step, {size / GIB:.3f} GiB"
-        if self.seconds is not None:
-            yield f"seconds per step, by the compiler, less collectives: {self.seconds:.3g}"
         if self.refusal is not None:
             yield f"the compiler refuses: {self.refusal}"
-        if self.limit is not None:
+        if self.limit is not None or not self.fits:
             yield "fits" if self.fits else "does not fit"
 
 
-def check(job: Job) -> Report:
-    """Compiles a step, reports it, and says what would make it fit if it does not.
+def check(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) -> Report:
+    """Compiles a training step, prints its report, and names settings that help if it is too large.
+
+    Args:
+      trainer: The trainer whose step is compiled.
+      state: Shapes, dtypes and shardings of the train state.
+      batch: Shapes, dtypes and shardings of a global batch, as `abstract_batch` gives them.
 
     Raises:
-      DoesNotFit: if it does not, whether or not other settings were found.
+      DoesNotFit: If the step does not fit.
+      ValueError: If the devices do not divide an array.
     """
-    report = compile_step(job)
-    _print(report.lines())
-    if report.fits:
-        return report
-    for smaller in _smaller(job, report):
-        settings = " ".join(f"--gin.{name}={value}" for name, value in smaller.changed.items())
-        try:
-            tried = compile_step(smaller)
-        except ValueError as error:  # such as heads that the devices do not divide
-            _print([f"cannot be: {settings}: {error}"])
-            continue
-        size = "" if tried.total is None else f", {tried.total / GIB:.3f} GiB"
-        _print([f"{'fits' if tried.fits else 'does not fit'}{size}: {settings}"])
-        if tried.fits:
-            raise DoesNotFit(report, tried)
-    _print(["none of these settings fits; more devices or a smaller model are needed."])
-    raise DoesNotFit(report, None)
-
-
-def _print(lines: Any) -> None:
+    report = compile_step(trainer, state, batch)
+    lines = list(report.lines())
+    if not report.fits:
+        lines += ["settings that need less memory:", *_remedies(trainer, batch)]
     if jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)
+    if not report.fits:
+        raise DoesNotFit(report)
+    return report
 
 
-def compile_step(job: Job) -> Report:
-    """Compiles a training step for the devices of its partitioner, which may not be there.
+def abstract_batch(
+    trainer: Trainer, batch_size: int, shapes: Shapes, types: Mapping[str, Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of a global batch.
+
+    Args:
+      trainer: The trainer that the batch is for.
+      batch_size: Examples per global batch.
+      shapes: Shape of each feature, `[rows, length]` for any number of rows.
+      types: Dtype of each feature.
+    """
+    sharding = trainer.partitioner.batch_sharding
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape[1:]), types[name], sharding=sharding)
+        for name, shape in shapes.items()
+    }
+
+
+def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) -> Report:
+    """Compiles a training step for the devices of its mesh, which need not exist.
+
+    Args:
+      trainer: The trainer whose step is compiled.
+      state: Shapes, dtypes and shardings of the train state.
+      batch: Shapes, dtypes and shardings of a global batch.
 
     Raises:
-      ValueError: if the devices do not divide the batch or an array.
+      ValueError: If the devices do not divide an array.
+      jax.errors.JaxRuntimeError: If the compiler fails for another reason than memory.
     """
-    state = job.state()
-    device = job.partitioner.mesh.devices.flat[0]
-    known = {
-        "device": device.device_kind,
-        "mesh": dict(job.partitioner.mesh.shape),
-        "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "parameters": _bytes(state.params),
-        "optimizer": _bytes((state.step, state.opt_state)),
-        "batch": _bytes(job.batch()),
-        "limit": device_memory(device),
-        "changed": dict(job.changed),
-    }
+    mesh, everywhere = trainer.partitioner.mesh, trainer.partitioner.replicated
+    device = mesh.devices.flat[0]
+    report = Report(
+        device=device.device_kind,
+        mesh=dict(mesh.shape),
+        parameter_count=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters=_bytes(state.params),
+        optimizer=_bytes((state.step, state.opt_state)),
+        batch=_bytes(batch),
+        temporaries=None,
+        total=None,
+        limit=device_memory(device),
+        refusal=None,
+    )
+    metrics = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        trainer.metric_shapes(state, batch),
+    )
     try:
-        compiled = job.compile()
+        compiled = trainer.step.lower(state, metrics, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # The first line says how much is missing; a list of what takes it follows.
+        # The first line says how much is missing; a list of the largest arrays follows.
         refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        return Report(
-            **known, temporaries=None, total=None, collectives={}, seconds=None, refusal=refusal
-        )
-    memory = compiled_program.memory(compiled)
-    return Report(
-        **known,
-        temporaries=memory.temporaries,
-        total=memory.total,
-        collectives=_collectives(compiled),
-        seconds=(
-            compiled_program.estimated_seconds(compiled, unknown_trips=1)
-            if device.device_kind in TIMED
-            else None
-        ),
-        refusal=None,
+        return dataclasses.replace(report, refusal=refusal)
+    memory = compiled.memory_analysis()
+    assert memory is not None, device.device_kind
+    # Outputs that take the place of donated arguments count once.
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    return dataclasses.replace(
+        report, temporaries=temporaries, total=held + temporaries, compiled=compiled
     )
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes of a device, by its kind or, if it is there, by what it says; None if unknown."""
+    """Returns the bytes of a device by its kind, or by its own report; None if unknown."""
     if device.device_kind in CHIP_GIB:
         return CHIP_GIB[device.device_kind] * GIB
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays with shardings."""
+    """Returns the bytes that one device holds of arrays with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _collectives(compiled: Any) -> dict[str, tuple[int, int]]:
-    totals: dict[str, tuple[int, int]] = {}
-    for found in compiled_program.collectives(compiled, unknown_trips=1):
-        times, size = totals.get(found.kind, (0, 0))
-        totals[found.kind] = times + found.times, size + found.times * found.bytes
-    return totals
-
-
-def _smaller(job: Job, report: Report) -> Iterator[Job]:
-    """Settings that need less memory, each added to those before.
-
-    Recomputed activations cost time, split parameters cost communication; whichever of activations
-    and state is the larger is made smaller first. More devices to a copy of the model come last.
-    """
-    state = report.parameters + report.optimizer
-    steps = [_recompute, _split_parameters]
-    if report.limit is not None and 2 * state > report.limit:
-        steps.reverse()
-    for step in (*steps, _microbatches, _microbatches, _partition, _partition):
-        smaller = step(job)
-        if smaller is not None:
-            job = smaller
-            yield job
-
-
-def _change(job: Job, name: str, value: Any, **fields: Any) -> Job:
-    return dataclasses.replace(job, changed={**job.changed, name: value}, **fields)
-
-
-def _recompute(job: Job) -> Job | None:
-    config = job.model.module.config
-    if config.remat == "full":
-        return None
-    model = copy.copy(job.model)
-    model.module = job.model.module.clone(config=dataclasses.replace(config, remat="full"))
-    return _change(job, REMAT, "full", model=model)
-
-
-def _split_parameters(job: Job) -> Job | None:
-    rules = list(job.partitioner.logical_axis_rules)
-    if ("embed", "data") in rules or job.partitioner.mesh.shape["data"] == 1:
-        return None
-    place = rules.index(("embed", None)) if ("embed", None) in rules else len(rules)
-    rules[place : place + 1] = [("embed", "data")]
-    partitioner = _repartition(job, job.partitioner.mesh.shape["model"], rules)
-    return _change(job, DIMENSIONS, 2, partitioner=partitioner) if partitioner else None
-
-
-def _microbatches(job: Job) -> Job | None:
-    [rows] = job.partitioner.batch_sharding.shard_shape((job.batch_size,))
-    parts = job.num_microbatches * 2
-    return None if rows % parts else _change(job, MICROBATCHES, parts, num_microbatches=parts)
-
-
-def _partition(job: Job) -> Job | None:
-    parts = job.partitioner.mesh.shape["model"] * 2
-    if job.partitioner.mesh.size % parts:
-        return None
-    partitioner = _repartition(job, parts, job.partitioner.logical_axis_rules)
-    return _change(job, PARTITIONS, parts, partitioner=partitioner) if partitioner else None
-
-
-def _repartition(job: Job, num_partitions: int, rules: Any) -> PjitPartitioner | None:
-    """The same devices otherwise; None for meshes of more than the two axes."""
-    mesh = job.partitioner.mesh
-    if tuple(mesh.axis_names) != ("data", "model"):
-        return None
-    return PjitPartitioner(num_partitions, rules, devices=list(mesh.devices.flat))
+def _remedies(trainer: Trainer, batch: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the flags to try, in order, that lower the memory of a step and are not set yet."""
+    mesh, rules = trainer.partitioner.mesh, trainer.partitioner.logical_axis_rules
+    [rows] = {value.sharding.shard_shape(value.shape)[0] for value in batch.values()}
+    config = getattr(trainer.model.module, "config", None)
+    if getattr(config, "remat", "full") != "full":
+        yield "  --gin.config.TransformerConfig.remat=full (recomputes activations)"
+    if ("embed", "data") not in rules and trainer.partitioner.num_data_shards > 1:
+        yield (
+            "  --gin.partitioning.standard_logical_axis_rules.parameter_partitioning_dims=2 "
+            "(splits parameters and optimiser over the data axis)"
+        )
+    microbatches = 2 * trainer.num_microbatches
+    if rows % microbatches == 0:
+        yield (
+            f"  --gin.trainer.Trainer.num_microbatches={microbatches} "
+            "(computes fewer examples at once)"
+        )
+    partitions = 2 * mesh.shape["model"]
+    if mesh.size % partitions == 0:
+        yield (
+            f"  --gin.partitioning.PjitPartitioner.num_partitions={partitions} "
+            "(shares each copy of the model among more devices)"
+        )
+    yield "  more devices, or a smaller model"

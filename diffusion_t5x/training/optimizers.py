@@ -1,18 +1,20 @@
 """Optax optimisers at unit learning rate, and T5X's learning rate schedules.
 
 The trainer multiplies an optimiser's updates by the schedule's learning rate, so that the two are
-bound apart, as in T5X.
+bound separately, as in T5X. The optimisers are functions of their own, not optax's, so that gin can
+bind their arguments by name and T5's defaults are written in one place.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from diffusion_t5x.names import did_you_mean
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -25,7 +27,7 @@ def adafactor(
     momentum: float | None = None,
     min_dim_size_to_factor: int = 128,
 ) -> optax.GradientTransformation:
-    """Adafactor (Shazeer and Stern 2018) with T5's defaults; arguments as `optax.adafactor`'s."""
+    """Returns Adafactor (Shazeer and Stern 2018) with T5's defaults; see `optax.adafactor`."""
     return optax.adafactor(
         learning_rate=None,
         decay_rate=decay_rate,
@@ -40,9 +42,9 @@ def adafactor(
 def adamw(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019); arguments as `optax.adamw`'s.
+    """Returns AdamW (Loshchilov and Hutter 2019); see `optax.adamw`.
 
-    Weight decay is multiplied by the learning rate, as all of the update is.
+    Weight decay is multiplied by the learning rate, as is the rest of the update.
     """
     return optax.adamw(learning_rate=1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
@@ -57,26 +59,30 @@ def create_learning_rate_scheduler(
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
 ) -> Schedule:
-    """A product of named factors, with T5X's names and meanings.
+    """Returns a schedule that is a product of named factors, with T5X's names and meanings.
+
+    With `s` the step less `step_offset` and `w = warmup_steps`, the factors are:
+      'constant': `base_learning_rate`.
+      'linear_warmup': `min(1, s / w)`.
+      'linear_decay': `base_learning_rate * min(s / w, 1 + decay_factor * (w - s))`, which includes
+        the two factors above.
+      'rsqrt_decay': `1 / sqrt(max(s, w))`.
+      'rsqrt_normalized_decay': `sqrt(w) / sqrt(max(s, w))`.
+      'decay_every': `decay_factor ** (s // steps_per_decay)`.
+      'cosine_decay': from 1 to 0 over each cycle of `steps_per_cycle` after the warm-up.
 
     Args:
-      factors: names joined by '*'. 'constant': the base learning rate; 'linear_warmup': from 0 to
-        1 over the warm-up; 'linear_decay': the base learning rate, after a linear warm-up to it
-        falling by `decay_factor` of it at each step, so that it takes the place of the two before;
-        'rsqrt_decay': 1 / sqrt of the step, and of `warmup_steps` before it;
-        'rsqrt_normalized_decay': the same, starting at 1; 'decay_every': `decay_factor` at every
-        `steps_per_decay`; 'cosine_decay': from 1 to 0 over one cycle after the warm-up, again and
-        again.
-      base_learning_rate: of 'constant' and 'linear_decay'.
-      warmup_steps: steps of warm-up.
-      decay_factor: of 'decay_every', and the slope of 'linear_decay'.
-      steps_per_decay: of 'decay_every'.
-      steps_per_cycle: of 'cosine_decay'.
-      step_offset: steps that count as not taken, e.g. those of pretraining.
-      min_learning_rate: the least there is.
+      factors: Names of factors, joined by '*'.
+      base_learning_rate: Scale of 'constant' and 'linear_decay'.
+      warmup_steps: Number of warm-up steps.
+      decay_factor: Factor of 'decay_every', and slope of 'linear_decay'.
+      steps_per_decay: Steps between decays of 'decay_every'.
+      steps_per_cycle: Length of a cycle of 'cosine_decay', in steps.
+      step_offset: Steps that do not count, such as those of pretraining.
+      min_learning_rate: Lower bound of the learning rate.
 
     Raises:
-      ValueError: if a factor is unknown.
+      ValueError: If a factor is unknown.
     """
 
     def after_warmup(step: jax.Array | int) -> Any:
@@ -102,11 +108,7 @@ def create_learning_rate_scheduler(
     names = [name.strip() for name in factors.split("*")]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"factors = {factors!r} has {name!r}; did you mean {near!r}? "
-                f"Known: {', '.join(known)}."
-            )
+            raise ValueError(f"factors = {factors!r} has {name!r}; {did_you_mean(name, known)}")
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)

@@ -1,4 +1,4 @@
-"""One training step, compiled: gradients, accumulation, clipping, update, and a health report."""
+"""One compiled training step: gradients, accumulation, clipping, update and a health report."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ Batch = Mapping[str, jax.Array]
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss, a gradient or an update is not finite; the message has the step and the leaves."""
+    """The loss, a gradient or an update is not finite; the message names the step and leaves."""
 
 
-@flax.struct.dataclass
-class Health:
-    """What tells whether a step went wrong.
+class Health(flax.struct.PyTreeNode):
+    """The quantities of a step that show whether it went wrong.
 
     Attributes:
-      step: that the update led to, int32.
-      loss: of the batch.
+      step: The step that the update led to, int32.
+      loss: The loss of the batch.
       grad_squares: `[leaves]`, the squared norm of each gradient leaf, in the order of
         `named_leaves`.
-      update_squares: `[leaves]`, the same of what was added to the parameters.
+      update_squares: `[leaves]`, the squared norm of each leaf that was added to the parameters.
     """
 
     step: jax.Array
@@ -43,22 +42,30 @@ class Health:
     update_squares: jax.Array
 
     def not_finite(self, names: Sequence[str]) -> tuple[float, list[str]]:
-        """Waits for the step; its loss, and the leaves whose gradient or update is not finite."""
+        """Waits for the step; returns its loss and the leaves that are not finite.
+
+        Args:
+          names: Names of the leaves, in the order of `grad_squares`.
+        """
         loss, *squares = jax.device_get((self.loss, self.grad_squares, self.update_squares))
-        finite = np.isfinite(squares).all(axis=0)
+        finite = np.isfinite(squares).all(axis=0)  # [leaves]
         return float(loss), [name for name, fine in zip(names, finite, strict=True) if not fine]
 
 
 def merge_metrics(ours: Metrics, theirs: Metrics) -> Metrics:
-    """Sums of both."""
+    """Adds up two sets of metrics of the same names."""
     return {name: ours[name].merge(theirs[name]) for name in theirs}
 
 
-def _split_batch(batch: Batch, parts: int) -> Batch:
-    """`[batch, ...] -> [parts, batch / parts, ...]`, every part spread over all data shards."""
+def _split_batch(batch: Batch, count: int) -> Batch:
+    """Splits `[batch, ...]` into microbatches `[count, batch / count, ...]`.
+
+    Every microbatch is spread over all data-parallel shards.
+    """
 
     def split(x: jax.Array) -> jax.Array:
-        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        # Neighbouring rows go to different microbatches: [count, batch / count, ...].
+        x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
         axes = (None, "batch", *[None] * (x.ndim - 2))
         return nn_partitioning.with_sharding_constraint(x, axes)
 
@@ -66,19 +73,19 @@ def _split_batch(batch: Batch, parts: int) -> Batch:
 
 
 def _leaf_squares(tree: Any) -> jax.Array:
-    """Squared norms of the leaves: `[leaves]`."""
+    """Returns the squared norms of the leaves: `[leaves]`."""
     return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(tree).values()])
 
 
 def _unless_finite(
     health: Health, old: TrainState, new: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """The new state and metrics, or the old state at the new step and no metrics.
+    """Returns the new state and metrics if the step is finite, else the old state and no metrics.
 
-    The step goes on in any case, so that each step has its batch, its key and its learning rate,
-    whatever was skipped before.
+    The step number advances in either case, so that each step has the same batch, key and learning
+    rate whatever was skipped before it.
     """
-    squares = jnp.stack([health.grad_squares, health.update_squares])
+    squares = jnp.stack([health.grad_squares, health.update_squares])  # [2, leaves]
     finite = jnp.isfinite(health.loss) & jnp.all(jnp.isfinite(squares))
 
     def choose(one: Any, other: Any) -> Any:
@@ -93,9 +100,13 @@ class Trainer:
     """Compiled train and eval steps of one model.
 
     Attributes:
-      max_skipped_updates: so many updates in a row may be skipped.
-      leaf_names: names of the parameters, in the order of `Health.grad_squares`.
-      num_microbatches: parts that a batch is divided into.
+      model: The model that is trained.
+      partitioner: Layout of state and batches over the devices.
+      max_skipped_updates: Number of updates in a row that may be skipped.
+      leaf_names: Names of the parameters, in the order of `Health.grad_squares`.
+      num_microbatches: Number of microbatches per batch.
+      step: `(state, metrics, batch) -> (state, metrics, health)`, compiled; donates state, metrics.
+      eval_step: `(params, metrics, batch) -> metrics`, compiled; donates metrics.
     """
 
     def __init__(
@@ -109,21 +120,22 @@ class Trainer:
         clip_norm: float | None = None,
         max_skipped_updates: int = 0,
     ):
-        """Prepares the steps.
+        """Prepares the steps; they are compiled when they are first called or lowered.
 
         Args:
-          model: an object of `models.Model`'s kind.
-          partitioner: lays out state and batches.
-          abstract_state: shapes and shardings of the state.
-          random_seed: of all randomness in training; a step's key is its fold with the step.
-          learning_rate_fn: step -> learning rate.
-          num_microbatches: parts that a batch is divided into, whose gradients are summed.
-          clip_norm: the most that the gradient's global norm may be.
-          max_skipped_updates: so many updates in a row are skipped for a loss, gradient or update
-            that is not finite; the next stops training. 0 to stop at the first.
+          model: The model, as in `interfaces.Model`.
+          partitioner: Layout of state and batches over the devices.
+          abstract_state: Shapes and shardings of the train state.
+          random_seed: Seed of all randomness in training. The key of a step is this seed's key
+            folded with the step.
+          learning_rate_fn: Learning rate schedule, `step -> rate`.
+          num_microbatches: Number of microbatches whose gradients are accumulated; None for 1.
+          clip_norm: Largest global norm of the gradient; None for no clipping.
+          max_skipped_updates: Number of updates in a row that are skipped because a loss, gradient
+            or update is not finite; the next one stops training. 0 stops at the first.
 
         Raises:
-          ValueError: if a number is out of range.
+          ValueError: If a number is out of range.
         """
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches = {num_microbatches}; expected at least 1 or None.")
@@ -131,8 +143,8 @@ class Trainer:
             raise ValueError(f"clip_norm = {clip_norm}; expected a positive number or None.")
         if max_skipped_updates < 0:
             raise ValueError(f"max_skipped_updates = {max_skipped_updates}; expected at least 0.")
-        self._model = model
-        self._partitioner = partitioner
+        self.model = model
+        self.partitioner = partitioner
         self._learning_rate_fn = learning_rate_fn
         self.num_microbatches = num_microbatches or 1
         self._clip_norm = clip_norm
@@ -151,37 +163,41 @@ class Trainer:
         )
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Checks that every microbatch is spread over all data-parallel parts.
+        """Checks that every microbatch divides evenly over the data-parallel shards.
 
         Args:
-          batch_size: examples of a global batch, which the parts divide.
+          batch_size: Examples of a global batch, a multiple of the data-parallel shards.
 
         Raises:
-          ValueError: if it does not divide so.
+          ValueError: If it does not divide evenly.
         """
-        [rows] = self._partitioner.batch_sharding.shard_shape((batch_size,))
+        [rows] = self.partitioner.batch_sharding.shard_shape((batch_size,))
         if rows % self.num_microbatches:
             raise ValueError(
                 f"Trainer.num_microbatches = {self.num_microbatches} does not divide the {rows} "
-                f"examples that a data-parallel part has of BATCH_SIZE = {batch_size}; expected "
+                f"examples that a data-parallel shard has of BATCH_SIZE = {batch_size}; expected "
                 f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}."
             )
 
     def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
-        """Shapes of the metrics that a training step accumulates."""
-        update = self._partitioner.jit(lambda state, batch: self._update(state, batch)[1])
+        """Returns the shapes of the metrics that a training step accumulates."""
+        update = self.partitioner.jit(lambda state, batch: self._update(state, batch)[1])
         return update.eval_shape(state, batch)
 
     def eval_metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
-        """Shapes of the metrics that an eval step accumulates."""
-        eval_fn = self._model.eval_fn
-        evaluate = self._partitioner.jit(lambda params, batch: eval_fn(params, batch)[1])
+        """Returns the shapes of the metrics that an eval step accumulates."""
+        eval_fn = self.model.eval_fn
+        evaluate = self.partitioner.jit(lambda params, batch: eval_fn(params, batch)[1])
         return evaluate.eval_shape(state.params, batch)
 
     def empty_metrics(self, shapes: Metrics) -> Metrics:
-        """Metrics with nothing in them yet, on every device."""
+        """Returns metrics over no steps, on every device.
+
+        Args:
+          shapes: Metrics, or their shapes as `metric_shapes` gives them.
+        """
         return jax.tree.map(
-            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), self._partitioner.replicated),
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), self.partitioner.replicated),
             shapes,
         )
 
@@ -192,6 +208,7 @@ class Trainer:
         return state, merge_metrics(metrics, new), health
 
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Health]:
+        """Computes gradients, clips them, and applies the optimiser's update."""
         loss, metrics, grads = self._gradients(state, batch)
         squares = _leaf_squares(grads)
         norm = jnp.sqrt(jnp.sum(squares))
@@ -199,7 +216,7 @@ class Trainer:
             scale = jnp.minimum(1.0, self._clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
         rate = jnp.asarray(self._learning_rate_fn(state.step), jnp.float32)
-        updates, opt_state = self._model.optimizer_def.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.model.optimizer_def.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: u * rate, updates)
         params = optax.apply_updates(state.params, updates)
         one = jnp.float32(1.0)
@@ -215,31 +232,30 @@ class Trainer:
         return new, metrics, health
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
-        """Loss, metrics and gradients of a batch, microbatch by microbatch."""
+        """Returns loss, metrics and gradients of a batch, computed microbatch by microbatch."""
         rng = jax.random.fold_in(self._rng, state.step)
-        value_and_grad = jax.value_and_grad(self._model.loss_fn, has_aux=True)
+        value_and_grad = jax.value_and_grad(self.model.loss_fn, has_aux=True)
         if self.num_microbatches == 1:
             (loss, metrics), grads = value_and_grad(state.params, batch, rng)
             return loss, metrics, grads
-        normalization = self._model.loss_normalization
-        parts = _split_batch(batch, self.num_microbatches)
+        normalization = self.model.loss_normalization
 
-        def one_part(index: jax.Array, part: Batch) -> Any:
+        def of_microbatch(index: jax.Array, part: Batch) -> Any:
             part_rng = jax.random.fold_in(rng, index)
             (loss, metrics), grads = value_and_grad(state.params, part, part_rng)
-            # The mean over the batch, from the means over its parts.
+            # Weighted by its share, so that the sum over microbatches is the batch's mean.
             share = normalization(part) / normalization(batch)
             loss, grads = jax.tree.map(lambda x: x * share, (loss, grads))
             return loss, metrics, grads
 
         def accumulate(total: Any, indexed: Any) -> tuple[Any, None]:
-            loss, metrics, grads = one_part(*indexed)
+            loss, metrics, grads = of_microbatch(*indexed)
             grads = jax.tree.map(jnp.add, total[2], grads)
             return (total[0] + loss, merge_metrics(total[1], metrics), grads), None
 
-        indexed = jnp.arange(self.num_microbatches), parts
+        indexed = jnp.arange(self.num_microbatches), _split_batch(batch, self.num_microbatches)
         first = jax.tree.map(lambda x: x[0], indexed)
-        shapes = jax.eval_shape(one_part, *first)
+        shapes = jax.eval_shape(of_microbatch, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (loss, metrics, grads), _ = jax.lax.scan(accumulate, zeros, indexed)
         return loss, metrics, grads

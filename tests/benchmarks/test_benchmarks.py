@@ -17,9 +17,8 @@ from benchmarks import (
 )
 from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import TrainState, create_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, create_params
 
 CACHED = "objectives/diffusion_cached_prefix.gin"
 

@@ -11,8 +11,7 @@ GIB = dry_run.GIB
 REPORT = dry_run.Report(
     device="TPU v5", mesh={"data": 128, "model": 1}, parameter_count=281_562_240,
     parameters=3 * GIB, optimizer=GIB, batch=0, temporaries=8 * GIB, total=12 * GIB,
-    limit=95 * GIB, collectives={"all-reduce": (13, 2 * GIB)}, seconds=0.0321, refusal=None,
-    changed={},
+    limit=95 * GIB, refusal=None, compiled=object(),
 )  # fmt: skip
 
 
@@ -48,11 +47,15 @@ def test_what_is_in_the_file_is_not_compiled_again_and_the_table_has_all(
     def compile_for(argv):
         compiled.append(argv)
         if "--gin_file=models/xl.gin" in argv:
-            smaller = dataclasses.replace(REPORT, changed={dry_run.REMAT: "full"})
-            raise dry_run.DoesNotFit(dataclasses.replace(REPORT, total=99 * GIB), smaller)
+            raise dry_run.DoesNotFit(dataclasses.replace(REPORT, total=99 * GIB))
         return REPORT
 
     monkeypatch.setattr(dry_runs.train, "main", compile_for)
+    reads = dry_runs.compiled_program
+    reduced = reads.Collective("all-reduce", GIB, ("f32[268435456]",), times=2)
+    gathered = reads.Collective("all-gather", GIB, ("f32[268435456]",), times=5)
+    monkeypatch.setattr(reads, "collectives", lambda *args, **kwargs: (reduced, gathered))
+    monkeypatch.setattr(reads, "estimated_seconds", lambda *args, **kwargs: 0.0321)
     argv = [f"--output={tmp_path}/runs.jsonl"]
     dry_runs.main([*argv, "--at_most=2"])
     dry_runs.main([*argv, "--only=/xl.gin"])
@@ -68,4 +71,4 @@ def test_what_is_in_the_file_is_not_compiled_again_and_the_table_has_all(
         "diffusion", "512 + 512", "282 M", "4.0", "8.0", "12.0", "2.0", "0.032", "yes |"
     ]  # fmt: skip
     assert rows[2][0] == "| xl"
-    assert rows[2][-1] == "no; with `remat` = full |"
+    assert rows[2][-1] == "no |"

@@ -16,9 +16,8 @@ from diffusion_t5x import gin_utils, infer, models, sample, train
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.commands import flags
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 from diffusion_t5x.training.metric_logs import read_metrics
 
 COMMANDS = {"train": train, "eval": diffusion_t5x.eval, "infer": infer, "sample": sample}

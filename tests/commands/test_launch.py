@@ -13,7 +13,7 @@ import toy
 from diffusion_t5x import launch
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.commands import launch_local
-from diffusion_t5x.runtime.exit_codes import DISK_FULL, HUNG, PREEMPTED
+from diffusion_t5x.runtime.guards import DISK_FULL, HUNG, PREEMPTED
 from diffusion_t5x.training.metric_logs import read_metrics
 
 FLAGS = ["--gin_file=models/xl.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
@@ -161,7 +161,7 @@ def test_sigterm_on_one_of_two_processes_saves_one_step_on_both_and_the_run_goes
     finally:
         process.kill()
     assert process.returncode == 0, output
-    stopped = [line for line in output.splitlines() if "as told; everything is saved" in line]
+    stopped = [line for line in output.splitlines() if "everything is saved" in line]
     assert {line[4:] for line in stopped} == {stopped[0][4:]} and len(stopped) == 2
     assert "preempted; restart 1" in output
     assert list_checkpoints(str(run))[-1][0] == steps

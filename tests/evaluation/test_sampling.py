@@ -95,8 +95,7 @@ def test_the_text_is_that_of_the_models_own_decoding(run_dir):
 
     from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
     from diffusion_t5x.checkpointing.reading import restore_params
-    from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
-    from diffusion_t5x.runtime.train_state import abstract_params
+    from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
     model = toy.model("autoregressive")
     abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})

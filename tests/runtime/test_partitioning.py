@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import toy
 from jax.sharding import PartitionSpec
 
 from diffusion_t5x.runtime.partitioning import (
@@ -114,61 +113,11 @@ def test_over_slices_batches_are_split_over_both_data_axes():
     assert partitioner.num_data_shards == 1
 
 
-_TWO_SHARDINGS = """
-import json, sys
-import jax
-import numpy as np
-sys.path.insert(0, {tests!r})
-import toy
-from diffusion_t5x.training import optimizers
-from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
-from diffusion_t5x.training.train_step import Trainer
-
-rng = np.random.default_rng(0)
-batch = {{
-    "encoder_input_tokens": rng.integers(1, 250, (8, 6)).astype(np.int32),
-    "decoder_target_tokens": rng.integers(1, 250, (8, 6)).astype(np.int32),
-    "decoder_loss_weights": np.ones((8, 6), np.float32),
-}}
-batch["decoder_input_tokens"] = batch["decoder_target_tokens"]
-shapes = {{name: value.shape for name, value in batch.items()}}
-out = []
-for partitions, dims in ((1, 1), (4, 1), (2, 2)):
-    model = toy.model(
-        {objective!r}, {architecture!r}, optimizers.adafactor(min_dim_size_to_factor=4),
-        scan_layers={scan!r}, num_layers=2,
-    )
-    partitioner = PjitPartitioner(partitions, standard_logical_axis_rules(dims, dims))
-    abstract = abstract_train_state(model, partitioner, shapes, {{}})
-    state = create_train_state(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
-    trainer = Trainer(model, partitioner, abstract, 0, lambda step: 0.1, num_microbatches=2)
-    sharded = partitioner.shard_batch(batch)
-    metrics = trainer.empty_metrics(trainer.metric_shapes(state, sharded))
-    lowered = trainer.step.lower(state, metrics, sharded).as_text()
-    state, _, health = trainer.step(state, metrics, sharded)
-    embedding = state.params["token_embedder"]["embedding"]
-    tokens, aux = partitioner.jit(lambda p, b: model.predict_batch_with_aux(p, b))(
-        state.params, sharded
-    )
-    out.append({{
-        "loss": float(health.loss),
-        "grad_squares": np.asarray(health.grad_squares).tolist(),
-        "embedding": np.asarray(embedding).ravel()[:200].tolist(),
-        "shard": list(embedding.sharding.shard_shape(embedding.shape)),
-        "constraints": lowered.count("sharding_constraint"),
-        "scores": np.asarray(aux["scores"]).tolist(),
-    }})
-print(json.dumps(out))
-"""
-
-
-def _on_eight_devices(program):
-    """What a Python program prints last, as JSON, where there are eight devices."""
-    flags = "--xla_force_host_platform_device_count=8"
+def _on_eight_devices(*names):
+    """What `tests.tools.eight_devices` computes, in a process with as many devices."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        [sys.executable, "-m", "tests.tools.eight_devices", *names],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,
@@ -177,122 +126,45 @@ def _on_eight_devices(program):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("objective", "architecture", "scan"),
-    [
-        ("diffusion", "decoder_only", True),
-        pytest.param("autoregressive", "encoder_decoder", False, marks=pytest.mark.slow),
-    ],
-)
-def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(
-    objective, architecture, scan
-):
-    program = _TWO_SHARDINGS.format(
-        tests=os.path.dirname(toy.__file__),
-        objective=objective,
-        architecture=architecture,
-        scan=scan,
-    )
-    first, *others = _on_eight_devices(program)
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    return _on_eight_devices("sharded", "chunked", "restored")
+
+
+def _check_shardings(first, *others):
     for other in others:
         assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
         assert other["grad_squares"] == pytest.approx(first["grad_squares"], rel=1e-3, abs=1e-7)
         assert other["embedding"] == pytest.approx(first["embedding"], abs=1e-4)
         np.testing.assert_allclose(other["scores"], first["scores"], rtol=1e-4)
         assert other["constraints"] > 0
-    assert first["shard"] == [264, 16]
-    assert others[0]["shard"] == [66, 16]
-    assert others[1]["shard"] == [132, 4]
+    shards = [one["shard"] for one in (first, *others)]
+    assert shards == [[264, 16], [66, 16], [132, 4]]
 
 
-_BLOCKS = """
-import json, sys
-import jax
-import numpy as np
-sys.path.insert(0, {tests!r})
-import toy
-from flax.linen import partitioning as nn_partitioning
-from diffusion_t5x.networks import attention
-from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import create_params
-
-rng = np.random.default_rng(0)
-shapes = {{name: (16, 6) for name in (
-    "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")}}
-batch = {{name: rng.integers(1, 250, shape).astype(np.int32) for name, shape in shapes.items()}}
-out = []
-for block_logits in (2**20, 1):
-    model = toy.model("autoregressive", "decoder_only", attention_block_logits=block_logits)
-    partitioner = PjitPartitioner(1)
-    params = create_params(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
-    step = partitioner.jit(jax.value_and_grad(lambda p, b: model.eval_fn(p, b)[0]))
-    compiled = step.lower(params, partitioner.shard_batch(batch)).compile()
-    loss, _ = compiled(params, partitioner.shard_batch(batch))
-    text = compiled.as_text()
-    out.append([float(loss), text.count(" while("), text.count("all-gather(")])
-partitioner = PjitPartitioner(2)
-rules = [("batch", ("data", "model"))]
-with jax.set_mesh(partitioner.mesh), nn_partitioning.axis_rules(rules):
-    out.append(attention._num_chunks(16, model.module.config, 16, 6, 6))
-print(json.dumps(out))
-"""
+def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(on_eight_devices):
+    _check_shardings(*on_eight_devices["sharded"])
 
 
-def test_blocks_of_attention_move_no_row_to_another_device():
-    done = _on_eight_devices(_BLOCKS.format(tests=os.path.dirname(toy.__file__)))
-    (whole, no_loops, _), (blocked, loops, gathers), blocks_of_two_axes = done
-    assert blocked == pytest.approx(whole, rel=1e-5)
+@pytest.mark.slow
+def test_shardings_give_the_same_for_an_encoder_and_a_decoder():
+    _check_shardings(*_on_eight_devices("sharded_encoder_decoder")["sharded_encoder_decoder"])
+
+
+def test_chunks_of_attention_rows_move_no_row_to_another_device(on_eight_devices):
+    (whole, no_loops, _), (chunked, loops, gathers), chunks_of_two_axes = on_eight_devices[
+        "chunked"
+    ]
+    assert chunked == pytest.approx(whole, rel=1e-5)
     assert loops > no_loops
     assert gathers == 0
-    assert blocks_of_two_axes == 2  # eight parts of two rows each
+    assert chunks_of_two_axes == 2  # eight shards of two rows each
 
 
-_RESTORED = """
-import json, sys
-import jax
-import numpy as np
-sys.path.insert(0, {tests!r})
-import toy
-from diffusion_t5x.training import optimizers
-from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
-from diffusion_t5x.checkpointing.reading import restore_train_state
-from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
-from diffusion_t5x.runtime.train_state import abstract_train_state, create_train_state
-
-tokens = np.random.default_rng(0).integers(1, 250, (8, 6)).astype(np.int32)
-shapes = {{name: (1, 6) for name in (
-    "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")}}
-model = toy.model(optimizer=optimizers.adafactor(min_dim_size_to_factor=4))
-out = []
-for devices, partitions, dims in ((8, 1, 1), (8, 4, 2), (4, 2, 1), (1, 1, 1)):
-    checkpointer = Checkpointer({directory!r}, SaveCheckpointConfig())
-    rules = standard_logical_axis_rules(dims, dims)
-    partitioner = PjitPartitioner(partitions, rules, jax.devices()[:devices])
-    if out:
-        abstract = abstract_train_state(model, partitioner, shapes, {{}})
-        state = restore_train_state({directory!r} + "/checkpoint_0", abstract)
-    else:
-        state = create_train_state(model, partitioner, shapes, {{}}, jax.random.PRNGKey(0))
-        checkpointer.save(state)
-    checkpointer.close()
-    apply = partitioner.jit(
-        lambda p, tokens: model.module.apply({{"params": p}}, tokens, tokens, "bidirectional")
-    )
-    kernel = state.params["decoder"]["layers_0"]["mlp"]["wo"]["kernel"]
-    out.append({{
-        "logits": np.asarray(apply(state.params, tokens)).tolist(),
-        "state": [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state)],
-        "devices": len(kernel.sharding.device_set),
-        "shard": kernel.sharding.shard_shape(kernel.shape),
-    }})
-print(json.dumps(out))
-"""
-
-
-def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits(tmp_path):
-    first, *others = _on_eight_devices(
-        _RESTORED.format(tests=os.path.dirname(toy.__file__), directory=str(tmp_path))
-    )
+def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits(
+    on_eight_devices,
+):
+    first, *others = on_eight_devices["restored"]
     assert [other["devices"] for other in others] == [8, 4, 1]
     assert [other["shard"] for other in others] == [[4, 8], [8, 16], [16, 16]]
     for other in others:

@@ -18,9 +18,8 @@ import gin
 from diffusion_t5x import gin_utils, models
 from diffusion_t5x.checkpointing import conversion
 from diffusion_t5x.checkpointing.reading import restore_params
-from diffusion_t5x.evaluation.compiled_model import INIT_SHAPES
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 from diffusion_t5x.training.metric_logs import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -1,13 +1,13 @@
-"""Kills training, batch evaluation and inference at random moments, and compares what is left.
+"""Kills training, evaluation and inference at random moments, and compares the results.
 
 python -m tests.tools.chaos --kills=50 --seed=0
 
-Each command runs once without being disturbed; then it is killed (SIGKILL) again and again, at
-moments drawn from the seed, and started again. Both must end with the same bits: parameters,
-optimiser, metrics, predictions. A line of JSON per command says how often it was killed.
+Each command runs once undisturbed; then it is repeatedly killed (SIGKILL), at moments drawn from
+the seed, and restarted. Both must end with the same bits: parameters, optimiser, metrics,
+predictions. A line of JSON per command says how often it was killed.
 
-Every attempt is a fork of a process that has imported everything and computed nothing, so that most
-of an attempt is spent at work rather than at starting.
+Every attempt is a fork of a process that has imported everything and computed nothing, so that an
+attempt spends most of its time at work rather than on its start.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _train(root: pathlib.Path) -> None:
 
 
 def _run_of(root: pathlib.Path) -> pathlib.Path:
-    """The undisturbed training, whose checkpoints are evaluated."""
+    """Returns the undisturbed training run, whose checkpoints are evaluated."""
     return root.parent / "quiet" / "run"
 
 
@@ -81,7 +81,7 @@ COMMANDS = {"train": _train, "eval": _evaluate, "infer": _infer}
 
 
 def _fork(work: Callable[[], None], log: pathlib.Path) -> int:
-    """A process that does `work`; what it prints goes to `log`."""
+    """Starts a process that does `work` and prints to `log`; returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -101,10 +101,10 @@ def _fork(work: Callable[[], None], log: pathlib.Path) -> int:
 
 
 def _finish(work: Callable[[], None], log: pathlib.Path) -> float:
-    """Lets `work` come to its end, and gives its seconds.
+    """Runs `work` to its end; returns the seconds it took.
 
     Raises:
-      RuntimeError: if it fails.
+      RuntimeError: If it fails.
     """
     started = time.monotonic()
     _, status = os.waitpid(_fork(work, log), 0)
@@ -114,10 +114,10 @@ def _finish(work: Callable[[], None], log: pathlib.Path) -> float:
 
 
 def _kill_at(work: Callable[[], None], log: pathlib.Path, seconds: float) -> bool:
-    """Kills `work` after so long; False if it had come to its end before.
+    """Kills `work` after `seconds`; returns False if it ended before.
 
     Raises:
-      RuntimeError: if it fails by itself.
+      RuntimeError: If it fails by itself.
     """
     pid = _fork(work, log)
     deadline = time.monotonic() + seconds
@@ -134,7 +134,7 @@ def _kill_at(work: Callable[[], None], log: pathlib.Path, seconds: float) -> boo
 
 
 def _params(root: pathlib.Path, log: pathlib.Path) -> str:
-    """A digest of the last checkpoint's arrays, read by another process."""
+    """Returns a digest of the last checkpoint's arrays, computed in another process."""
     out = root / "digest"
 
     def work() -> None:
@@ -155,7 +155,7 @@ def _params(root: pathlib.Path, log: pathlib.Path) -> str:
 
 
 def _metrics(root: pathlib.Path) -> list[dict]:
-    """The lines of a run's metrics without what a clock decides."""
+    """Returns the lines of a run's metrics without times and rates."""
     clocks = {"seconds", "steps_per_second", "examples_per_second"}
     lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
@@ -178,30 +178,30 @@ def _inferences(root: pathlib.Path) -> dict[str, str]:
 
 
 def outcome(command: str, root: pathlib.Path, log: pathlib.Path) -> object:
-    """What a command left behind, without what a clock decides."""
+    """Returns everything that a command wrote, without times and rates."""
     if command == "train":
         return _params(root, log), _metrics(root)
     return _evaluations(root) if command == "eval" else _inferences(root)
 
 
 def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Path) -> dict:
-    """Runs a command undisturbed and disturbed, and compares.
+    """Runs a command undisturbed and disturbed, and compares the results.
 
-    A disturbed run that comes to its end is compared, and another begun, until all kills are spent.
+    A disturbed run that finishes is compared, and another one started, until all kills are spent.
 
     Args:
-      command: key of `COMMANDS`; all but 'train' need the undisturbed run that it left in
+      command: A key of `COMMANDS`; all but 'train' need the undisturbed training run in
         `directory`.
-      kills: how often to kill it.
-      rng: draws the moments.
-      directory: for everything.
+      kills: Number of kills.
+      rng: Generator of the moments.
+      directory: Directory of all runs.
 
     Returns:
-      `{'command', 'kills', 'ends', 'seconds', 'same'}`; `ends` counts the disturbed runs that came
-      to their end, `same` says whether all of them left what the undisturbed run left.
+      `{'command', 'kills', 'ends', 'seconds', 'same'}`; `ends` counts the disturbed runs that
+      finished, `same` is True if all of them wrote what the undisturbed run wrote.
 
     Raises:
-      RuntimeError: if a run fails other than by being killed.
+      RuntimeError: If a run fails other than by being killed.
     """
     log, run = directory / f"{command}.log", COMMANDS[command]
     quiet = directory / "quiet"
@@ -212,7 +212,7 @@ def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Pat
     while killed < kills and same:
         noisy = directory / f"noisy_{ends}"
         attempt = functools.partial(run, noisy)
-        # Mostly at work, now and then while starting or ending; the last attempt is let alone.
+        # Mostly at work, sometimes while starting or ending; the last attempt is undisturbed.
         while killed < kills and _kill_at(attempt, log, usual * rng.uniform(0.05, 0.95)):
             killed += 1
         _finish(attempt, log)
@@ -223,7 +223,7 @@ def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Pat
 
 
 def main() -> None:
-    """Disturbs every command so often; fails if anything is lost, repeated or changed."""
+    """Disturbs every command; fails if anything is lost, repeated or changed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each command, at most")
     parser.add_argument("--seed", type=int, default=0)
@@ -235,7 +235,7 @@ def main() -> None:
             result = disturb(command, args.kills, rng, pathlib.Path(directory))
             print(json.dumps(result), flush=True)
             if not result["same"]:
-                raise SystemExit(f"{command}: what was killed did not end as what was not")
+                raise SystemExit(f"{command}: a killed run did not end as the undisturbed one")
 
 
 if __name__ == "__main__":

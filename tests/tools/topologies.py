@@ -1,11 +1,11 @@
-"""Trains and decodes on several topologies of processes and devices, and compares what they give.
+"""Trains and decodes on several topologies of processes and devices, and compares the results.
 
 python -m tests.tools.topologies --objectives=autoregressive,diffusion
 
-Each topology is eight simulated devices in one to four processes of this machine, which talk as the
-hosts of a pod do. It trains a tiny model with dropout, evaluates its checkpoint and decodes a split
-whose last batch is not full, through `train`, `eval` and `infer`. A line of JSON compares it with
-the topology that has the same mesh in one process.
+Each topology is eight simulated devices in one to four processes of this machine, which communicate
+as the hosts of a pod do. It trains a tiny model with dropout, evaluates its checkpoint and decodes
+a split whose last batch is not full, through `train`, `eval` and `infer`. A line of JSON compares
+it with the topology that has the same mesh in one process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from diffusion_t5x.commands import launch_local  # noqa: E402
 
 STEPS = 6
-TOLERANCE = 1e-4  # relative, of losses and gradient norms; sums are made in other orders
+TOLERANCE = 1e-4  # relative, of losses and gradient norms, whose sums differ in order
 MODEL = [
     "--gin_file=models/tiny.gin", "--gin.vocabularies.get_vocabulary.name=bytes",
     "--gin.vocabularies.get_vocabulary.extra_ids=0",
@@ -46,10 +46,10 @@ class Topology:
     """Simulated devices in processes, and the mesh over them.
 
     Attributes:
-      processes: how many.
-      devices: of each process.
-      mesh: gin flags of the partitioner.
-      before: a topology that trains the first half of the steps, or None.
+      processes: Number of processes.
+      devices: Number of devices of each process.
+      mesh: Gin flags of the partitioner.
+      before: Topology that trains the first half of the steps, or None.
     """
 
     processes: int
@@ -71,7 +71,7 @@ def _slices(ici: tuple[int, ...], dcn: tuple[int, ...]) -> tuple[str, ...]:
     return f"{prefix}.ici_mesh_shape={ici}", f"{prefix}.dcn_mesh_shape={dcn}"
 
 
-# What is compared with one process, by the meshes that must give the same.
+# Topologies by mesh; the first has one process, and the others must give the same.
 GROUPS = {
     "8 data": (
         Topology(1, 8),
@@ -95,7 +95,7 @@ GROUPS = {
 
 
 def _work(objective: str, root: pathlib.Path, steps: int, flags: list[str]) -> None:
-    """Trains up to `steps`; decodes too where those are all."""
+    """Trains up to `steps`, and decodes if these are all steps."""
     from diffusion_t5x import eval as eval_command
     from diffusion_t5x import infer, train
 
@@ -126,7 +126,7 @@ def _start(topology: Topology, objective: str, root: pathlib.Path, steps: int) -
     """Runs the processes of a topology to their end.
 
     Raises:
-      RuntimeError: if one fails, with what it printed last.
+      RuntimeError: If one fails; the message has the end of each log.
     """
     root.mkdir(parents=True, exist_ok=True)
     worker = [sys.executable, "-m", "tests.tools.topologies", "--worker", objective, str(root)]
@@ -145,7 +145,7 @@ def _start(topology: Topology, objective: str, root: pathlib.Path, steps: int) -
 
 
 def outcome(topology: Topology, objective: str, root: pathlib.Path) -> dict:
-    """Runs a topology, and gives what it left.
+    """Runs a topology and returns its results.
 
     Returns:
       'losses' and 'norms' of the training steps, 'eval_losses', and lines of predictions with their
@@ -171,17 +171,18 @@ def outcome(topology: Topology, objective: str, root: pathlib.Path) -> dict:
 
 
 def _farthest(one: list[float], other: list[float]) -> float:
-    """The greatest relative difference."""
+    """Returns the largest relative difference."""
     a, b = np.asarray(one), np.asarray(other)
     return float(np.max(np.abs(a - b) / np.abs(b))) if a.shape == b.shape else float("inf")
 
 
 def compare(got: dict, expected: dict) -> dict:
-    """Differences between two outcomes.
+    """Compares two outcomes.
 
     Returns:
-      The greatest relative difference of losses, gradient norms and scores; whether all examples
-      have the same predictions in the same order; and whether all of that is as it must be, 'same'.
+      The largest relative difference of losses, gradient norms and scores; 'predictions_same', True
+      if all examples have the same predictions in the same order; and 'same', True if the
+      differences are within the tolerance too.
     """
     differences = {
         name: _farthest(got[name], expected[name]) for name in ("losses", "norms", "eval_losses")
@@ -203,7 +204,7 @@ def compare(got: dict, expected: dict) -> dict:
 
 
 def main() -> None:
-    """All topologies; fails if one gives something else than one process does."""
+    """Runs all topologies; fails if one does not give what one process gives."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objectives", default="autoregressive,diffusion")
     args = parser.parse_args()

@@ -16,9 +16,9 @@ from diffusion_t5x.checkpointing.checkpoints import (
 )
 from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 from diffusion_t5x.data import datasets
+from diffusion_t5x.runtime.guards import Preempted
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.early_stopping import EarlyStopping
-from diffusion_t5x.training.loop import Preempted
 from diffusion_t5x.training.metric_logs import read_metrics
 from diffusion_t5x.training.train_step import NonFiniteError
 

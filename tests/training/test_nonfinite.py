@@ -95,7 +95,7 @@ def _poisoned():
     )  # fmt: skip
 
 
-def test_the_batch_of_the_step_that_stopped_a_run_is_kept_with_its_text(tmp_path):
+def test_the_batch_of_the_step_that_stopped_a_run_is_kept(tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 2: the loss is nan .*step_2\.npz") as error:
         toy.run(tmp_path, 6, _poisoned(), period=100)
     assert "max_skipped_updates" not in str(error.value)
@@ -106,11 +106,6 @@ def test_the_batch_of_the_step_that_stopped_a_run_is_kept_with_its_text(tmp_path
     assert (kept["step"], kept["seed"]) == (2, 0)
     assert np.isnan(kept["loss"])
     assert "token_embedder/embedding" in kept["leaves"]
-    prefixes = [
-        toy.VOCABULARY.decode(row[row > 1].tolist()) for row in batch["encoder_input_tokens"]
-    ]
-    assert kept["encoder_input_tokens.text"].tolist() == prefixes
-    assert all(text.startswith("t0") for text in kept["decoder_target_tokens.text"])
     assert list(tmp_path.glob("nonfinite/*")) == [tmp_path / "nonfinite" / "step_2.npz"]
 
 
@@ -131,15 +126,13 @@ def test_more_in_a_row_than_allowed_stop_the_run_also_over_a_restart(tmp_path):
 
 @dataclasses.dataclass
 class _Fake:
-    """What `look_at` needs of a model's run."""
+    """A run as far as `look_at` knows it."""
 
     directory: object
     allowed: int = 100
 
     def open(self, restored_step=0):
-        return NonFiniteSteps(
-            str(self.directory), restored_step, ["a", "b"], self.allowed, 7, {}
-        )  # fmt: skip
+        return NonFiniteSteps(str(self.directory), restored_step, ["a", "b"], self.allowed, 7)
 
     @staticmethod
     def health(step, loss=1.0, grads=(1.0, 1.0), updates=(1.0, 1.0)):

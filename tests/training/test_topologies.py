@@ -25,7 +25,7 @@ def test_accelerators_count_the_cores_of_a_generation(topology, expected):
 @pytest.mark.parametrize(
     ("topology", "says"),
     [
-        ("v5:4x4", "'v5:4x4' is of no known TPU generation; did you mean 'v5"),
+        ("v5:4x4", "'v5:4x4' has an unknown TPU generation, 'v5'; did you mean 'v5"),
         ("v5p:4x4", "expected 3 sizes, such as 'v5p:4x4x8'"),
         ("v5e:2x2x4", "expected 2 sizes, such as 'v5e:4x4'"),
         ("v5p:2x0x4", "does not name a slice of v5p"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_networks import QUICK, hidden, make, run
 
-from diffusion_t5x import compiled_program
+from benchmarks.compiler import compiled_program
 from diffusion_t5x.networks import attention
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder

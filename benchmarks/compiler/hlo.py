@@ -1,7 +1,7 @@
-"""Optimised HLO as text: its instructions, and how often each of them runs.
+"""A parser of optimised HLO text, which counts the executions of each instruction.
 
-The trip count of a loop is the annotation `known_trip_count` where XLA wrote one; else it is found
-from the loop itself, an induction variable with a constant start, step and bound.
+The trip count of a loop is XLA's annotation `known_trip_count` if there is one; else it is derived
+from an induction variable with a constant start, step and bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SCALAR = re.compile(r"\(?(?:pred|[su]\d+)\[\]")
 
 
 class UnknownTripCountError(ValueError):
-    """How often a loop runs is decided by data, so that what it costs cannot be told."""
+    """The trip count of a loop depends on data, so that its cost is unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    text: str  # what stands between the brackets of operands
+    text: str  # between the brackets of operands
     attributes: str
     parent: str  # the name of its computation
 
@@ -52,7 +52,7 @@ class Computation:
 
 @dataclasses.dataclass
 class _Scope:
-    """A computation as it is called: what its parameters are, as far as that is known."""
+    """A call of a computation, with the values of its parameters as far as they are known."""
 
     computation: Computation
     arguments: tuple[Any, ...]
@@ -61,7 +61,7 @@ class _Scope:
 
 @dataclasses.dataclass(frozen=True)
 class _Element:
-    """What a loop computes: its element `index`, with `added` to it."""
+    """A loop-carried value: element `index` of the state, plus `added`."""
 
     index: int
     added: int = 0
@@ -75,7 +75,7 @@ class _Comparison:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`."""
+    """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -99,7 +99,7 @@ def _parse_instruction(parent: str, name: str, text: str) -> Instruction:
 
 
 def arrays(shape: str) -> list[tuple[str, int]]:
-    """Each array of a shape: 'f32[2,3]' and its bytes."""
+    """Returns each array of a shape, such as 'f32[2,3]', and its bytes."""
     arrays = []
     for dtype, sizes in _ARRAY.findall(shape):
         lengths = [int(size.lstrip("<=")) for size in sizes.split(",") if size]
@@ -113,7 +113,7 @@ def arrays(shape: str) -> list[tuple[str, int]]:
 
 
 def top_level(shape: str) -> list[str]:
-    """The elements of a tuple's shape."""
+    """Returns the elements of a tuple's shape."""
     parts, depth, start = [], 0, 1
     for index, letter in enumerate(shape):
         depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(letter, 0)
@@ -147,24 +147,24 @@ class Program:
         self._entry = entry
 
     def executions(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction outside fusions, loops and branches included, and its executions."""
+        """Yields every instruction outside fusions, and the number of its executions."""
         yield from self._walk(self._scope(self._entry), 1)
 
     def siblings(self, instruction: Instruction) -> dict[str, Instruction]:
-        """The instructions of the same computation, by name."""
+        """Returns the instructions of the same computation, by name."""
         return self._computations[instruction.parent].instructions
 
     def called(self, fusion: Instruction) -> dict[str, Instruction]:
-        """The instructions of a fused computation, by name."""
+        """Returns the instructions of a fused computation, by name."""
         return self._computations[fusion.called("calls")].instructions
 
     def root(self, fusion: Instruction) -> Instruction:
-        """What a fused computation returns."""
+        """Returns the root instruction of a fused computation."""
         computation = self._computations[fusion.called("calls")]
         return computation.instructions[computation.root]
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """What a fusion or asynchronous call consists of; nothing for other instructions."""
+        """Yields the instructions inside a fusion or asynchronous call; none for others."""
         if instruction.opcode not in ("fusion", "async-start"):
             return
         for inner in self._computations[instruction.called("calls")].instructions.values():
@@ -193,7 +193,7 @@ class Program:
         return _Scope(self._computations[name], arguments)
 
     def _loop_state(self, scope: _Scope, loop: Instruction) -> list[Any]:
-        """Elements that no iteration changes, by their value; the others as `_Element`."""
+        """Returns loop-invariant elements by value, the others as `_Element`."""
         count = len(top_level(loop.shape)) if loop.shape.startswith("(") else 1
         unchanged = [_Element(index) for index in range(count)]
         start = self._value(scope, loop.operands[0])
@@ -224,10 +224,10 @@ class Program:
             trips = self._unknown_trips
         if trips is None:
             raise UnknownTripCountError(
-                f"How often loop %{loop.name} runs is decided while it runs, or is written in a "
-                "way that is not understood: expected an integer with a constant start, step and "
-                "bound, as jax.lax.scan and fori_loop make them. Give `unknown_trips` to count "
-                "such loops as that many iterations."
+                f"The trip count of loop %{loop.name} depends on data, or its form is not "
+                "understood: expected an integer with a constant start, step and bound, as in "
+                "jax.lax.scan and fori_loop. Give `unknown_trips` to assume a number of iterations "
+                "for such loops."
             )
         return trips
 
@@ -235,7 +235,7 @@ class Program:
         return self._value(self._scope(name, arguments), self._computations[name].root)
 
     def _value(self, scope: _Scope, name: str) -> Any:
-        """An integer, `_Element`, `_Comparison`, or a list of them; None for anything else."""
+        """Returns an integer, `_Element`, `_Comparison`, or a list of them; None for others."""
         if name not in scope.values:
             scope.values[name] = None
             if found := scope.computation.instructions.get(name):
@@ -298,7 +298,7 @@ def _compare(direction: str, left: Any, right: Any) -> _Comparison:
 
 
 def _count(first: int, step: int, direction: str, bound: int) -> int | None:
-    """Iterations of `for (i = first; i <direction> bound; i += step)`; None if they never end."""
+    """Counts `for (i = first; i <direction> bound; i += step)`; None if it never ends."""
     if step < 0:
         first, step, bound = -first, -step, -bound
         direction = {"GT": "LT", "GE": "LE"}.get(direction, "" if direction != "NE" else "NE")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_t5x import hlo, hlo_costs
+from benchmarks.compiler import hlo, hlo_costs
 
 # As TPU programs have them: products of batches are convolutions over windows.
 TEXT = """HloModule jit_f

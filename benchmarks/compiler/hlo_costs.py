@@ -1,4 +1,4 @@
-"""What each instruction of optimised HLO costs: products of matrices, and bytes of main memory."""
+"""The cost of HLO instructions: operations of matrix products, and bytes of main memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from diffusion_t5x.hlo import Instruction, Program, arrays, top_level
+from benchmarks.compiler.hlo import Instruction, Program, arrays, top_level
 
-# These move no data, or are counted where they begin.
+# Instructions that move no data, or are counted at their start.
 _FREE = {
     "parameter",
     "constant",
@@ -28,13 +28,13 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def flops(program: Program, instruction: Instruction) -> int:
-    """Floating-point operations of the products of matrices in an instruction.
+    """Returns the floating-point operations of the matrix products in an instruction.
 
-    A multiplication and an addition count as two. Of a kernel, they are what its author says
-    (`pl.CostEstimate`), 0 where nothing is said.
+    A multiplication and an addition count as two. For a custom kernel, returns the FLOPs of its
+    `pl.CostEstimate`, or 0.
     """
     if instruction.opcode == "custom-call":
-        return _said(instruction, "flops") or 0
+        return _estimate(instruction, "flops") or 0
     total = 0
     for inner in (instruction, *program.inside(instruction)):
         if inner.opcode == "convolution":
@@ -45,10 +45,11 @@ def flops(program: Program, instruction: Instruction) -> int:
 
 
 def memory_bytes(program: Program, instruction: Instruction) -> int:
-    """Bytes read from and written to main memory; what lies in a chip's fast memory is free.
+    """Returns the bytes read from and written to main memory; a chip's fast memory is free.
 
-    Of arrays that are only sliced, the slices count; of those updated in place, the updates. A
-    kernel may read an array more than once: what its author says counts, if anything.
+    If an array is only sliced, its slices count; if it is updated in place, the updates. For a
+    custom kernel, which may read an array more than once, its `pl.CostEstimate` counts if it has
+    one.
     """
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0
@@ -68,18 +69,18 @@ def memory_bytes(program: Program, instruction: Instruction) -> int:
     if instruction.opcode == "copy-start":  # Its shape is (result, operand, context).
         return sum(_slow_bytes(part) for part in top_level(instruction.shape)[:2])
     read = sum(_slow_bytes(siblings[name].shape) for name in instruction.operands)
-    said = _said(instruction, "bytes_accessed")
-    return read + _slow_bytes(instruction.shape) if said is None else said
+    estimate = _estimate(instruction, "bytes_accessed")
+    return read + _slow_bytes(instruction.shape) if estimate is None else estimate
 
 
-def _said(kernel: Instruction, name: str) -> int | None:
-    """A number of a kernel's cost estimate; None where there is none."""
+def _estimate(kernel: Instruction, name: str) -> int | None:
+    """Returns a field of a kernel's cost estimate; None without one."""
     found = re.search(rf'"cost_estimate":\{{[^}}]*"{name}":"?(\d+)', kernel.attributes)
     return int(found.group(1)) if found else None
 
 
 def _slow_bytes(shape: str) -> int:
-    """Bytes of the arrays of a shape that lie in main memory."""
+    """Returns the bytes of those arrays of a shape that are in main memory."""
     parts = top_level(shape) if shape.startswith("(") else [shape]
     if len(parts) > 1 or shape.startswith("("):
         return sum(_slow_bytes(part.strip()) for part in parts)
@@ -91,7 +92,7 @@ def _bytes(shape: str) -> int:
 
 
 def _bytes_used(program: Program, inner: dict[str, Instruction], number: int) -> int:
-    """Bytes of parameter `number` that a fused computation reads."""
+    """Returns the bytes that a fused computation reads of parameter `number`."""
     name = next(i.name for i in inner.values() if i.opcode == "parameter" and int(i.text) == number)
     return _bytes_read(program, inner, name)
 
@@ -112,11 +113,11 @@ def _bytes_read(program: Program, inner: dict[str, Instruction], name: str) -> i
             elif user.opcode != "dynamic-update-slice" or number != 0:
                 total += whole
     used = any(name in user.operands for user in inner.values())
-    return min(total, whole) if used else whole  # What has no use here is returned.
+    return min(total, whole) if used else whole  # an array without a use is a result
 
 
 def _bytes_written(program: Program, fusion: Instruction) -> int:
-    """Bytes of a fusion's results, or of what it updates in them."""
+    """Returns the bytes of a fusion's results, or of its updates if they are in place."""
     inner = program.called(fusion)
     root = program.root(fusion)
     roots, parts = [root], [fusion.shape]
@@ -147,7 +148,7 @@ def _dot_flops(program: Program, dot: Instruction) -> int:
 
 
 def _convolution_flops(program: Program, convolution: Instruction) -> int:
-    """Two per product of an input that is there, not of padding or dilation."""
+    """Counts two operations per product of an input, none for padding and dilation."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels, convolution.name
     left_labels, right_labels, out_labels = labels.groups()
@@ -179,7 +180,7 @@ def _window(attributes: str, axes: int) -> list[dict[str, str]]:
 
 
 def _pairs(inputs: int, kernel: int, outputs: int, settings: dict[str, str]) -> int:
-    """Pairs of an output and a kernel position that meet an input."""
+    """Counts the pairs of an output and a kernel position that meet an input."""
     dilation = int(settings.get("lhs_dilate", 1))
     low = int(settings.get("pad", "0_0").split("_")[0])
     positions = (

@@ -1,4 +1,4 @@
-"""What XLA says of a program it compiled: collectives, memory and time, loops counted in full.
+"""Collectives, memory and estimated time of an XLA executable, with loops counted in full.
 
 XLA's own totals count the body of a loop once, however often it runs.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import hlo, hlo_costs
-from diffusion_t5x.hlo import UnknownTripCountError
+from benchmarks.compiler import hlo, hlo_costs
+from benchmarks.compiler.hlo import UnknownTripCountError
 
 __all__ = [
     "Collective",
@@ -24,8 +24,9 @@ __all__ = [
 ]
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# At what rates libtpu's own estimates count bfloat16 products, in operations per second, and main
-# memory, in bytes per second: found from its estimates for a product and a sum of large matrices.
+# Rates that libtpu's own estimates imply for bfloat16 products, in operations per second, and for
+# main memory, in bytes per second: found from its estimates for a product and a sum of large
+# matrices.
 TPU_RATES = {
     "TPU v4": (241e12, 0.98e12),
     "TPU v5": (394e12, 2.35e12),  # v5p
@@ -36,15 +37,15 @@ TPU_RATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program, as one device sees it.
+    """One collective of an executable, from the view of one device.
 
     Attributes:
-      kind: one of `KINDS`.
-      bytes: of the arrays it leaves on one device, each time it runs: the gathered array of an
-        all-gather, the share of a reduce-scatter. Not the traffic of links, which depends on the
+      kind: One of `KINDS`.
+      bytes: Bytes of the arrays that one execution leaves on a device: the gathered array of an
+        all-gather, the shard of a reduce-scatter. Not the traffic of links, which depends on the
         algorithm.
-      shapes: of those arrays, such as 'f32[128,64]'.
-      times: how often it runs in one call of the program.
+      shapes: Shapes of those arrays, such as 'f32[128,64]'.
+      times: Number of executions in one call.
     """
 
     kind: str
@@ -55,13 +56,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device while the program runs.
+    """Bytes that an executable occupies on one device.
 
     Attributes:
-      arguments: what the program is called with.
-      outputs: what it returns.
-      aliased: outputs that take the place of donated arguments.
-      temporaries: what it needs in between.
+      arguments: Size of its arguments.
+      outputs: Size of its results.
+      aliased: Size of the results that take the place of donated arguments.
+      temporaries: Size of intermediate arrays.
     """
 
     arguments: int
@@ -71,7 +72,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All that is held at once, in bytes."""
+        """Size of all arrays that exist at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
@@ -81,23 +82,23 @@ def _program(compiled: Any, unknown_trips: int | None) -> hlo.Program:
 
 
 def _outputs(instruction: hlo.Instruction) -> str:
-    """The shape of what a collective leaves; an asynchronous start carries its operands too."""
+    """Returns the shape of a collective's result; an asynchronous start carries operands too."""
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         return hlo.top_level(instruction.shape)[1]
     return instruction.shape
 
 
 def collectives(compiled: Any, *, unknown_trips: int | None = None) -> tuple[Collective, ...]:
-    """The collectives of a program, in its order; asynchronous ones are counted where they start.
+    """Lists the collectives of an executable in order, asynchronous ones where they start.
 
-    Of a conditional, every branch is counted.
+    Counts every branch of a conditional.
 
     Args:
-      compiled: a `jax.stages.Compiled`, or its optimised HLO as text.
-      unknown_trips: iterations to count for loops whose number of iterations data decide.
+      compiled: A `jax.stages.Compiled`, or its optimised HLO as text.
+      unknown_trips: Number of iterations to assume for loops whose trip count depends on data.
 
     Raises:
-      UnknownTripCountError: such a loop is met and `unknown_trips` is None.
+      UnknownTripCountError: If there is such a loop and `unknown_trips` is None.
     """
     program = _program(compiled, unknown_trips)
     found = []
@@ -112,7 +113,11 @@ def collectives(compiled: Any, *, unknown_trips: int | None = None) -> tuple[Col
 
 
 def memory(compiled: Any) -> Memory:
-    """What a compiled program (`jax.stages.Compiled`) needs of one device's memory."""
+    """Returns the memory that an executable needs on one device, by XLA's own account.
+
+    Args:
+      compiled: A `jax.stages.Compiled`.
+    """
     stats = compiled.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -123,20 +128,20 @@ def memory(compiled: Any) -> Memory:
 
 
 def estimated_seconds(compiled: Any, *, unknown_trips: int | None = None) -> float | None:
-    """Seconds of one call on a TPU, estimated from its instructions; None for other devices.
+    """Estimates the seconds of one call on a TPU; None for other devices.
 
-    For each instruction the longer of its products of matrices and its main memory, at the rates of
-    `TPU_RATES`, as often as it runs. Collectives and operations on single elements are not counted.
-    The compiler's own `optimal_seconds` is the same sum (within 2 % where there are no loops) with
-    two differences: it counts each loop once, and what is fetched into fast memory beforehand five
-    times.
+    Adds up, for each execution of an instruction, the longer of the time for its matrix products
+    and the time for its main memory traffic, at the rates of `TPU_RATES`. Collectives and
+    elementwise operations are not counted. The compiler's own `optimal_seconds` is the same sum
+    (within 2 % without loops) with two differences: it counts each loop once, and prefetches into
+    fast memory five times.
 
     Args:
-      compiled: a `jax.stages.Compiled`.
-      unknown_trips: iterations to count for loops whose number of iterations data decide.
+      compiled: A `jax.stages.Compiled`.
+      unknown_trips: Number of iterations to assume for loops whose trip count depends on data.
 
     Raises:
-      UnknownTripCountError: such a loop is met and `unknown_trips` is None.
+      UnknownTripCountError: If there is such a loop and `unknown_trips` is None.
     """
     rates = TPU_RATES.get(_device_kind(compiled))
     if rates is None:
@@ -153,14 +158,14 @@ def estimated_seconds(compiled: Any, *, unknown_trips: int | None = None) -> flo
 
 
 def main_memory_bytes(compiled: Any, *, unknown_trips: int | None = None) -> int:
-    """Bytes that one call reads from and writes to one device's main memory.
+    """Returns the bytes that one call reads from and writes to one device's main memory.
 
     Args:
-      compiled: a `jax.stages.Compiled`, or its optimised HLO as text.
-      unknown_trips: iterations to count for loops whose number of iterations data decide.
+      compiled: A `jax.stages.Compiled`, or its optimised HLO as text.
+      unknown_trips: Number of iterations to assume for loops whose trip count depends on data.
 
     Raises:
-      UnknownTripCountError: such a loop is met and `unknown_trips` is None.
+      UnknownTripCountError: If there is such a loop and `unknown_trips` is None.
     """
     program = _program(compiled, unknown_trips)
     return sum(hlo_costs.memory_bytes(program, i) * times for i, times in program.executions())

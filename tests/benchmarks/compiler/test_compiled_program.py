@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_t5x import compiled_program
-from diffusion_t5x.compiled_program import Collective
+from benchmarks.compiler import compiled_program
+from benchmarks.compiler.compiled_program import Collective
 
 # On 8 devices, x: float32 [16, 32] in 8 shares of rows, [2, 32] = 256 bytes each.
 PROGRAM = """
@@ -19,7 +19,7 @@ import dataclasses, functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from diffusion_t5x import compiled_program
+from benchmarks.compiler import compiled_program
 
 mesh = jax.make_mesh((8,), ("data",))
 x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("data")))
