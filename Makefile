@@ -3,27 +3,36 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+# Test processes side by side; each needs up to 6 GB of memory.
+TEST_PROCESSES ?= 2
 
-.PHONY: demo test test-t5x lint experiments bench clean
+.PHONY: demo test test-all test-t5x lint experiments bench clean
 
 $(INSTALLED): setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
+	@echo "installing into $(VENV): a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[test]' \
+		> $(VENV)/pip.log 2>&1 || { tail -n 30 $(VENV)/pip.log; exit 1; }
+	@touch $@
 
 # The whole story on embedded data: pretrain, adapt, fine-tune, evaluate, compare.
 demo: $(INSTALLED)
-	$(RUN) -m diffusion_t5x.experiments --run demo
+	@$(RUN) -m diffusion_t5x.experiments --run demo
 
 # The same comparison over three task families and both architectures.
 experiments: $(INSTALLED)
-	$(RUN) -m diffusion_t5x.experiments --run families
+	@$(RUN) -m diffusion_t5x.experiments --run families
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(TEST_PROCESSES)
+
+# Also the tests marked slow, by name: variants whose property a faster test covers, and long runs.
+test-all: test
+	$(RUN) -m pytest -n $(TEST_PROCESSES) -m slow -v
 
 # The live comparison with T5X, which must be on PYTHONPATH, its dependencies in $(VENV); see
 # docs/t5x.md.

