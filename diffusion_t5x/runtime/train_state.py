@@ -1,6 +1,6 @@
 """The state that training carries from step to step, and its layout over the devices.
 
-Arguments of the functions below: `model`, as in `interfaces.Model`; `partitioner`, the layout over
+Arguments of the functions below: `model`, a `models.Model`; `partitioner`, the layout over
 the devices; `shapes` and `types`, input shapes `[rows, length]` and dtypes to initialise with, by
 feature; `rng`, the key of the initial values.
 """

@@ -56,7 +56,7 @@ def train(
     """Trains until `total_steps`, resuming from the run's latest checkpoint if it has one.
 
     Args:
-      model: The model, as in `interfaces.Model`.
+      model: The model, a `models.Model`.
       model_dir: Directory of the run, which gets `checkpoint_{step}/`, `config.gin`,
         `model-info.txt`, `metrics.jsonl` and TensorBoard events.
       train_dataset_cfg: Training data.

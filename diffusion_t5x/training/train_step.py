@@ -123,7 +123,7 @@ class Trainer:
         """Prepares the steps; they are compiled when they are first called or lowered.
 
         Args:
-          model: The model, as in `interfaces.Model`.
+          model: The model, a `models.Model`.
           partitioner: Layout of state and batches over the devices.
           abstract_state: Shapes and shardings of the train state.
           random_seed: Seed of all randomness in training. The key of a step is this seed's key
