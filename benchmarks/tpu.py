@@ -38,13 +38,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffusion_t5x.decoding.lengths import cache_lengths
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tpu_programs
 from benchmarks.compiler import compiled_program
 from benchmarks.workloads import Shape
+from diffusion_t5x.decoding.lengths import cache_lengths
 from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
 from diffusion_t5x.training import topologies
 
