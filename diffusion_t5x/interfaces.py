@@ -348,3 +348,41 @@ class Decoder(Protocol):
           ValueError: if there is no trajectory to return, or the network cannot do what the
             decoder's settings need; the message names the setting.
         """
+
+
+class Model(Protocol):
+    """What training asks of a model: T5X's contract, implemented by `models.Model`.
+
+    Metrics are clu's, which merge over batches. `optimizer_def` belongs to the trainer,
+    vocabularies and the feature converter to SeqIO; `module` is a flax module.
+    """
+
+    module: Any
+    objective: Objective
+    decoder: Decoder
+    optimizer_def: Any
+    input_vocabulary: Any
+    output_vocabulary: Any
+
+    @property
+    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:
+        """The SeqIO feature converter that makes the model's batches."""
+
+    def get_initial_variables(
+        self,
+        rng: Array,
+        input_shapes: Mapping[str, tuple[int, ...]],
+        input_types: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Initialises 'params', and 'params_axes' with their logical axes."""
+
+    def loss_fn(
+        self, params: Any, batch: Mapping[str, Array], dropout_rng: Array | None
+    ) -> tuple[Array, Any]:
+        """Computes the training loss, a scalar, and metrics."""
+
+    def eval_fn(self, params: Any, batch: Mapping[str, Array]) -> tuple[Array, Any]:
+        """Computes the loss and metrics without dropout, its randomness fixed by the batch."""
+
+    def loss_normalization(self, batch: Mapping[str, Array]) -> Array:
+        """Computes the scalar that the summed loss of `batch` was divided by."""

@@ -117,7 +117,7 @@ class Model:
         rng: Array,
         input_shapes: Mapping[str, tuple[int, ...]],
         input_types: Mapping[str, Any] | None = None,
-    ) -> Mapping[str, Any]:
+    ) -> dict[str, Any]:
         """Initialises variables: 'params', and 'params_axes' with their logical axes.
 
         Args:
@@ -128,7 +128,7 @@ class Model:
         del input_types
         prefix = jnp.zeros(input_shapes["encoder_input_tokens"], jnp.int32)
         target = jnp.zeros(input_shapes["decoder_input_tokens"], jnp.int32)
-        return self.module.init(rng, prefix, target, self.objective.attention_pattern)
+        return dict(self.module.init(rng, prefix, target, self.objective.attention_pattern))
 
     def loss_fn(
         self, params: Any, batch: Batch, dropout_rng: Array | None

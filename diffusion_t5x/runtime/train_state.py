@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -50,7 +51,7 @@ def input_shapes_and_types(
 
 
 def abstract_params(
-    model: Any, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
+    model: Model, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
 ) -> Any:
     """Returns the parameters as `jax.ShapeDtypeStruct`s with shardings."""
     variables = jax.eval_shape(
@@ -65,7 +66,7 @@ def abstract_params(
 
 
 def abstract_train_state(
-    model: Any, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
+    model: Model, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
 ) -> TrainState:
     """Returns the train state as `jax.ShapeDtypeStruct`s with shardings.
 
@@ -98,7 +99,7 @@ def abstract_train_state(
 
 
 def create_params(
-    model: Any,
+    model: Model,
     partitioner: PjitPartitioner,
     shapes: Shapes,
     types: Mapping[str, Any],
@@ -114,7 +115,7 @@ def create_params(
 
 
 def create_train_state(
-    model: Any,
+    model: Model,
     partitioner: PjitPartitioner,
     shapes: Shapes,
     types: Mapping[str, Any],

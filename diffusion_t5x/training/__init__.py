@@ -3,6 +3,5 @@
 Holds the trainer's step, the loop and its hooks, optimisers, the initial state, the run's record
 and logs, and dry runs. Commands, experiments and benchmarks may import it; the rooms that compute
 (objectives, networks, decoding) and `runtime`, `data` and `checkpointing`, on which it rests, never
-do. It knows a model by its loss, metrics and initial variables alone: no corruption, no canvas, no
-decoder enters here.
+do. It knows a model by `interfaces.Model` alone: how text is made noisy or generated never enters.
 """

@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_t5x.checkpointing import checkpoints, reading
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.checkpointing.items import SavesPosition, restore_position
-from diffusion_t5x.models import Model
+from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import Shapes, TrainState, create_train_state
 

@@ -12,6 +12,7 @@ import jax
 
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
+from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.guards import Preempted, Watchdog, stop_on_sigterm
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
@@ -33,7 +34,7 @@ STEPS_IN_FLIGHT = 2
 
 def train(
     *,
-    model: Any,
+    model: Model,
     model_dir: str,
     train_dataset_cfg: datasets.DatasetConfig,
     partitioner: PjitPartitioner,
@@ -224,7 +225,7 @@ def _run_steps(
 
 
 def _open_data(
-    model: Any, partitioner: PjitPartitioner, cfg: datasets.DatasetConfig, random_seed: int
+    model: Model, partitioner: PjitPartitioner, cfg: datasets.DatasetConfig, random_seed: int
 ) -> datasets.DatasetIterator:
     """Returns an endless iterator of this process's rows of global batches, `[rows, length]`."""
     return datasets.get_training_iterator(
@@ -243,7 +244,7 @@ def _check_periods(**periods: int) -> None:
 
 
 def _check_tasks(
-    model: Any, trained: datasets.DatasetConfig, evaluated: datasets.DatasetConfig | None
+    model: Model, trained: datasets.DatasetConfig, evaluated: datasets.DatasetConfig | None
 ) -> None:
     """Checks that all tokens are the model's and, for data read later, that they exist."""
     tasks = [datasets.get_mixture_or_task(str(trained.mixture_or_task_name))]

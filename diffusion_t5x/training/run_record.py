@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x.data import vocabularies
-from diffusion_t5x.models import Model
+from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.files import write_atomically
 
 FILE = "run.json"

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax.linen import partitioning as nn_partitioning
 
+from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 from diffusion_t5x.training.optimizers import Schedule
@@ -111,7 +112,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         partitioner: PjitPartitioner,
         abstract_state: TrainState,
         random_seed: int,
