@@ -28,11 +28,11 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 test: lint
-	$(RUN) -m pytest -n $(TEST_PROCESSES)
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 # Also the tests marked slow, by name: variants whose property a faster test covers, and long runs.
 test-all: test
-	$(RUN) -m pytest -n $(TEST_PROCESSES) -m slow -v
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m slow -v
 
 # The live comparison with T5X, which must be on PYTHONPATH, its dependencies in $(VENV); see
 # docs/t5x.md.

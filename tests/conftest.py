@@ -1,11 +1,26 @@
-"""Makes helpers beside the tests importable, and gin's configuration clean for every test."""
+"""Makes tools beside the tests importable, compilation cheap, and gin's configuration clean."""
 
+import os
 import pathlib
 import sys
+import tempfile
 
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "tools"))
+
+# Compilation is most of a test's time. XLA optimises less, here and in the processes that tests
+# start, and what one test compiles serves the next.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def pytest_configure(config):
+    """Sets up one cache of compiled functions for all test processes, and removes it at the end."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="diffusion_t5x_tests_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        config.add_cleanup(cache.cleanup)
 
 
 @pytest.fixture(autouse=True)
