@@ -23,6 +23,7 @@ from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, create_pa
 CACHED = "objectives/diffusion_cached_prefix.gin"
 
 
+@pytest.mark.slow
 def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
     model = decode_quality._make_model(["models/tiny.gin", CACHED], [])
     params = create_params(model, PjitPartitioner(), INIT_SHAPES, {}, jax.random.PRNGKey(0))

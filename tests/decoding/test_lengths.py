@@ -56,7 +56,7 @@ def test_a_long_canvas_needs_few_programs():
     assert len(bucket_lengths(4096, 8)) == 18
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network_class", [DecoderOnly, EncoderDecoder])
 def test_a_growing_cache_decodes_what_a_whole_one_does(network_class, scan_layers, monkeypatch):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)

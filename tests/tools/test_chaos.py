@@ -20,6 +20,7 @@ def results():
     return {line["command"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow  # tests of the loop, of evaluation and of inference each stop and resume one
 @pytest.mark.parametrize("command", ["train", "eval", "infer"])
 def test_what_was_killed_ends_with_the_same_bits_as_what_was_not(results, command):
     assert results[command]["same"]
