@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ class Prediction(NamedTuple):
     aux: dict[str, np.ndarray]
 
 
-class CompiledFunction(Generic[Output]):
+class CompiledFunction(abc.ABC, Generic[Output]):
     """A function of a model's parameters and a batch, compiled once per shape."""
 
     def __init__(
@@ -59,13 +60,13 @@ class CompiledFunction(Generic[Output]):
         self._rng = jax.random.PRNGKey(random_seed)
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
+    @abc.abstractmethod
     def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
         """Calls the model."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _split(self, result: Any, rows: int) -> list[Output]:
         """Returns the outputs of the first `rows` rows."""
-        raise NotImplementedError
 
     def __call__(
         self, params: Any, batch: datasets.Batch, *position: int
