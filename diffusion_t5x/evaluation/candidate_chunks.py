@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import jax
 import numpy as np
 import seqio
 
 from diffusion_t5x.runtime import resumable
 
 # Index of an example -> tokens [candidates, length] and scores [candidates].
-Outputs = dict[int, tuple[np.ndarray, np.ndarray]]
+Outputs: TypeAlias = dict[int, tuple[np.ndarray, np.ndarray]]
+# A chunk's number and candidates per example -> the candidates, and the seconds that decoding took.
+DrawChunk: TypeAlias = Callable[[int, int], tuple[Outputs, float]]
 
 
 @runtime_checkable
@@ -40,38 +39,23 @@ class JudgingMetric(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ChunkConfig:
-    """Numbers of candidates.
+def chunk_sizes(num_decodes: int, chunk_size: int) -> list[int]:
+    """Returns the candidates per example of each chunk; the last one may have fewer.
 
-    Attributes:
-      num_decodes: Candidates per example.
-      chunk_size: Candidates per example that are drawn between two savings.
+    Raises:
+      ValueError: if there are none.
     """
-
-    num_decodes: int
-    chunk_size: int
-
-    def __post_init__(self) -> None:
-        if self.num_decodes < 1 or self.chunk_size < 1:
-            raise ValueError(
-                f"NUM_DECODES = {self.num_decodes}, DECODES_PER_CHUNK = {self.chunk_size}; "
-                "expected at least 1 of each."
-            )
-
-    def sizes(self) -> list[int]:
-        """Returns the candidates per example of each chunk; the last one may have fewer."""
-        whole, rest = divmod(self.num_decodes, self.chunk_size)
-        return [self.chunk_size] * whole + [rest] * (rest > 0)
+    if num_decodes < 1 or chunk_size < 1:
+        raise ValueError(
+            f"NUM_DECODES = {num_decodes}, DECODES_PER_CHUNK = {chunk_size}; "
+            "expected at least 1 of each."
+        )
+    whole, rest = divmod(num_decodes, chunk_size)
+    return [chunk_size] * whole + [rest] * (rest > 0)
 
 
 class TaskJudges:
-    """The metrics of a task that judge ahead, and their arguments.
-
-    Attributes:
-      metrics: The metrics.
-      targets: The targets of all examples, as a metric gets them.
-    """
+    """The metrics of a task that judge ahead, and all targets as a metric gets them."""
 
     def __init__(self, evaluator: seqio.Evaluator, name: str):
         """Reads the targets of task `name`, if it has such a metric."""
@@ -79,9 +63,8 @@ class TaskJudges:
         self.metrics: list[JudgingMetric] = [
             metric for metric in self._task.predict_metric_fns if isinstance(metric, JudgingMetric)
         ]
-        self._examples: list[Mapping[str, Any]] = []
-        if self.metrics:
-            self._examples = list(evaluator.cached_task_datasets[name].as_numpy_iterator())
+        examples = evaluator.cached_task_datasets[name].as_numpy_iterator()
+        self._examples: list[Mapping[str, Any]] = list(examples) if self.metrics else []
         self._vocabulary = self._task.output_features["targets"].vocabulary
         self.targets = [self._target(example) for example in self._examples]
 
@@ -90,18 +73,15 @@ class TaskJudges:
             text = example["targets_pretokenized"].decode("utf-8")
         else:
             text = self._vocabulary.decode(list(example["targets"]))
-        return self._postprocess(text, example, True)
-
-    def _postprocess(self, text: Any, example: Mapping[str, Any], is_target: bool) -> Any:
-        if self._task.postprocess_fn is None:
-            return text
-        return self._task.postprocess_fn(text, example=example, is_target=is_target)
+        return self._task.postprocess_fn(text, example=example, is_target=True)
 
     def predictions(self, outputs: Outputs) -> list[Any]:
         """Returns the candidates of each example as a metric gets them."""
         return [
-            self._postprocess(
-                [self._vocabulary.decode(row) for row in outputs[index][0]], example, False
+            self._task.postprocess_fn(
+                [self._vocabulary.decode(row) for row in outputs[index][0]],
+                example=example,
+                is_target=False,
             )
             for index, example in enumerate(self._examples)
         ]
@@ -114,33 +94,22 @@ class ChunkFiles(NamedTuple):
     key: str
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """Returns a file's object, or None if it is absent, damaged or of another key."""
         return resumable.load(self.directory / f"{name}.json", self.key)
 
     def save(self, name: str, values: Mapping[str, Any]) -> None:
-        """Writes a file."""
         resumable.save(self.directory / f"{name}.json", self.key, values)
-
-    def remove(self) -> None:
-        """Removes all files, once the results are kept elsewhere."""
-        if jax.process_index() == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def draw(
-    draw_chunk: Callable[[int, int], tuple[Outputs, float]],
-    cfg: ChunkConfig,
-    judges: TaskJudges,
-    files: ChunkFiles | None,
+    draw_chunk: DrawChunk, sizes: Sequence[int], judges: TaskJudges, files: ChunkFiles | None
 ) -> tuple[Outputs, float]:
-    """Draws all candidates of all examples; each chunk is judged while the next are drawn.
+    """Draws chunks of `sizes` candidates; each is judged while the next are drawn.
 
     Args:
-      draw_chunk: Maps a chunk's number and candidates per example to the candidates and the seconds
-        that decoding took; the same for the same arguments.
-      cfg: Number and size of chunks.
+      draw_chunk: Gives the same for the same arguments.
+      sizes: Candidates per example of each chunk.
       judges: The task's metrics that judge ahead.
-      files: Files that keep chunks and judgements, of which none is made twice; None to keep none.
+      files: Keep chunks and judgements, of which none is made twice; None to keep none.
 
     Returns:
       Candidates in the order of chunks, and the seconds that decoding all of them took.
@@ -148,7 +117,7 @@ def draw(
     chunks, seconds, pending = [], 0.0, []
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        for number, size in enumerate(cfg.sizes()):
+        for number, size in enumerate(sizes):
             chunk, took = _drawn(draw_chunk, number, size, files)
             chunks.append(chunk)
             seconds += took
@@ -165,19 +134,16 @@ def draw(
     for index in chunks[0]:
         tokens, scores = zip(*(chunk[index] for chunk in chunks), strict=True)
         outputs[index] = np.concatenate(tokens), np.concatenate(scores)
-    if cfg.num_decodes > 1 and all((t == t[:1]).all() for t, _ in outputs.values()):
+    if sum(sizes) > 1 and all((t == t[:1]).all() for t, _ in outputs.values()):
         print(
-            f"all {cfg.num_decodes} candidates of every example are alike; "
+            f"all {sum(sizes)} candidates of every example are alike; "
             "does the decoder sample? (TEMPERATURE)"
         )
     return outputs, seconds
 
 
 def _drawn(
-    draw_chunk: Callable[[int, int], tuple[Outputs, float]],
-    number: int,
-    size: int,
-    files: ChunkFiles | None,
+    draw_chunk: DrawChunk, number: int, size: int, files: ChunkFiles | None
 ) -> tuple[Outputs, float]:
     """Returns a chunk from its file, or draws and keeps it."""
     name = f"chunk-{number:05}"

@@ -1,4 +1,4 @@
-"""A model's predict and score functions, compiled, and the loop that runs them over batches."""
+"""A model's predict and score functions, compiled, and run over batches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
+from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
-from diffusion_t5x.data.detokenize import end_text
+from diffusion_t5x.data.detokenize import detokenize, end_text
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 Output = TypeVar("Output")
 Example = TypeVar("Example")
+
+
+def restorer(
+    model: Model, partitioner: PjitPartitioner, cfg: RestoreCheckpointConfig
+) -> Callable[[str], Any]:
+    """Returns the function that restores a model's parameters from the path of a checkpoint."""
+    abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
+    verify = cfg.mode == "all"  # of other modes the selection has verified its one checkpoint
+    return functools.partial(restore_params, abstract_params=abstract, verify=verify)
 
 
 class Prediction(NamedTuple):
@@ -32,6 +44,13 @@ class Prediction(NamedTuple):
 
     tokens: np.ndarray
     aux: dict[str, np.ndarray]
+
+
+def prediction_fields(tokens: np.ndarray, scores: np.ndarray, vocabulary: Any) -> dict[str, Any]:
+    """Returns the best text and its score as fields of a line, and all 'samples' of several."""
+    samples = [detokenize(row, vocabulary) for row in np.atleast_2d(tokens)]
+    fields = {"prediction": samples[-1], "score": float(np.atleast_1d(scores)[-1])}
+    return {**fields, "samples": samples} if len(samples) > 1 else fields
 
 
 class CompiledFunction(abc.ABC, Generic[Output]):
@@ -48,8 +67,6 @@ class CompiledFunction(abc.ABC, Generic[Output]):
         """Prepares the function.
 
         Args:
-          model: The model.
-          partitioner: Devices and sharding.
           random_seed: Seed of the key that a batch's position is folded into.
           batch_size: Rows that a batch is padded to.
           **flags: Flags of the model's function.
@@ -74,7 +91,6 @@ class CompiledFunction(abc.ABC, Generic[Output]):
         """Runs one global batch of numpy rows, padded with rows of zeros to the batch size.
 
         Args:
-          params: The network's parameters.
           batch: `[rows, ...]` each, the same on every process.
           *position: Numbers that identify the batch, such as its index, and decide its random key.
 
@@ -93,6 +109,28 @@ class CompiledFunction(abc.ABC, Generic[Output]):
         started = time.monotonic()
         result = self._partitioner.gather(self._compiled[shapes](*args))
         return self._split(result, rows), time.monotonic() - started
+
+    def run_batches(
+        self,
+        params: Any,
+        batches: Iterable[tuple[Sequence[Example], datasets.Batch]],
+        progress: Progress,
+        *position: int,
+        first: int = 0,
+    ) -> tuple[list[tuple[Example, Output]], float]:
+        """Runs batches, each with what identifies its rows, and counts the rows.
+
+        A batch's position is `position`, then its number, from `first` on. Returns the pair of each
+        row's identity and output, in order, and the seconds that the device took.
+        """
+        pairs: list[tuple[Example, Output]] = []
+        seconds = 0.0
+        for number, (examples, batch) in enumerate(batches, first):
+            outputs, took = self(params, batch, *position, number)
+            pairs += zip(examples, outputs, strict=True)
+            seconds += took
+            progress.update(len(examples))
+        return pairs, seconds
 
 
 class Predictor(CompiledFunction[Prediction]):
@@ -117,34 +155,3 @@ class Scorer(CompiledFunction[float]):
 
     def _split(self, result: Any, rows: int) -> list[float]:
         return [float(score) for score in result[:rows]]
-
-
-def run_batches(
-    function: CompiledFunction[Output],
-    params: Any,
-    batches: Iterable[tuple[Sequence[Example], datasets.Batch]],
-    progress: Progress,
-    *position: int,
-    first: int = 0,
-) -> tuple[list[tuple[Example, Output]], float]:
-    """Runs a compiled function over batches.
-
-    Args:
-      function: A `Predictor` or a `Scorer`.
-      params: The network's parameters.
-      batches: For each batch, what identifies its rows, and its features.
-      progress: Counts the rows.
-      *position: Numbers that decide the random keys before a batch's number does.
-      first: Number of the first batch.
-
-    Returns:
-      The pair of each row's identity and output, in order, and the seconds that the device took.
-    """
-    pairs: list[tuple[Example, Output]] = []
-    seconds = 0.0
-    for number, (examples, batch) in enumerate(batches, first):
-        outputs, took = function(params, batch, *position, number)
-        pairs += zip(examples, outputs, strict=True)
-        seconds += took
-        progress.update(len(examples))
-    return pairs, seconds

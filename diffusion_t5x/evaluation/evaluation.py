@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ import tensorflow as tf
 
 import diffusion_t5x
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation import candidate_chunks, results
@@ -26,16 +26,17 @@ from diffusion_t5x.evaluation.compiled_model import (
     Prediction,
     Predictor,
     Scorer,
-    run_batches,
+    prediction_fields,
+    restorer,
 )
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress, print_table
-from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 Metrics = dict[str, float]
+Predictions = list[tuple[int, np.ndarray]]  # (index of the example, tokens), as SeqIO asks for
 
 
 def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
@@ -56,7 +57,7 @@ def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.
 
 
 class InferenceEvaluator:
-    """An evaluator that decodes tasks and computes their metrics through `seqio.Evaluator`.
+    """Decodes tasks and computes their metrics through `seqio.Evaluator`.
 
     Attributes:
       tasks: Names of the tasks with metrics.
@@ -78,9 +79,7 @@ class InferenceEvaluator:
         """Reads the data.
 
         Args:
-          model: The model.
           dataset_cfg: Tasks and split; its lengths may be None for the longest example's.
-          partitioner: Devices and sharding.
           output_dir: Directory that gets `{task}/predictions-{step}.jsonl`.
           random_seed: Seed of decoding.
           num_examples: Maximum number of examples per task; None for all.
@@ -99,9 +98,9 @@ class InferenceEvaluator:
                 f"return_all_decodes = True and NUM_DECODES = {num_decodes}; expected one of them: "
                 "either all samples of one decoding, or the best sample of each of several."
             )
-        self._chunks = candidate_chunks.ChunkConfig(num_decodes, decodes_per_chunk)
+        self._chunk_sizes = candidate_chunks.chunk_sizes(num_decodes, decodes_per_chunk)
         datasets.import_task_module(dataset_cfg.module)
-        self._model, self._cfg = model, dataset_cfg
+        self._model, self._batch_size = model, dataset_cfg.batch_size
         self._output_dir = pathlib.Path(output_dir)
         common = model, partitioner, random_seed, dataset_cfg.batch_size
         self._predict = Predictor(*common, return_all_decodes=return_all_decodes)
@@ -119,7 +118,15 @@ class InferenceEvaluator:
             "version": diffusion_t5x.__version__,
         }
         self._evaluators = {
-            task.name: self._make_evaluator(task.name, num_examples)
+            task.name: seqio.Evaluator(
+                task.name,
+                feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
+                eval_split=dataset_cfg.split,
+                use_cached=dataset_cfg.use_cached,
+                seed=dataset_cfg.seed,
+                sequence_length=dataset_cfg.task_feature_lengths,
+                num_examples=num_examples,
+            )
             for task in find_tasks(model, dataset_cfg)
             if dataset_cfg.split in task.splits and task.metric_fns
         }
@@ -129,17 +136,6 @@ class InferenceEvaluator:
                 f"{dataset_cfg.split!r}."
             )
         self.tasks = tuple(self._evaluators)
-
-    def _make_evaluator(self, name: str, num_examples: int | None) -> seqio.Evaluator:
-        return seqio.Evaluator(
-            name,
-            feature_converter=self._model.FEATURE_CONVERTER_CLS(pack=False),
-            eval_split=self._cfg.split,
-            use_cached=self._cfg.use_cached,
-            seed=self._cfg.seed,
-            sequence_length=self._cfg.task_feature_lengths,
-            num_examples=num_examples,
-        )
 
     def evaluate(
         self,
@@ -165,35 +161,34 @@ class InferenceEvaluator:
             name: self._evaluate(name, params, step, resume_key) for name in tasks or self.tasks
         }
 
-    def _chunk_files(self, name: str, step: int, key: str) -> ChunkFiles:
-        return ChunkFiles(self._output_dir / name / f".candidates-{step}", key)
+    def _chunk_dir(self, name: str, step: int) -> pathlib.Path:
+        return self._output_dir / name / f".candidates-{step}"
 
-    def forget(self, name: str, step: int, resume_key: str) -> None:
+    def forget(self, name: str, step: int) -> None:
         """Removes the chunks of a task, whose results are known."""
-        self._chunk_files(name, step, resume_key).remove()
+        if jax.process_index() == 0:
+            shutil.rmtree(self._chunk_dir(name, step), ignore_errors=True)
 
     def _evaluate(self, name: str, params: Any, step: int, resume_key: str | None) -> Metrics:
         """Decodes and measures one task; SeqIO calls back for what its metrics need."""
         decoded: Outputs = {}
         seconds = 0.0
 
-        def predict(dataset: tf.data.Dataset) -> list[tuple[int, np.ndarray]]:
-            nonlocal seconds
-            if self._chunks.num_decodes > 1:
-                outputs, seconds = candidate_chunks.draw(
-                    functools.partial(self._predict_chunk, name, params, dataset),
-                    self._chunks,
-                    candidate_chunks.TaskJudges(self._evaluators[name], name),
-                    self._chunk_files(name, step, resume_key) if resume_key else None,
-                )
+        def predict(dataset: tf.data.Dataset) -> Predictions:
+            nonlocal decoded, seconds
+            if sum(self._chunk_sizes) == 1:
+                pairs, seconds = self._run(self._predict, f"predict {name}", params, dataset)
+                decoded = {index: (found.tokens, found.aux["scores"]) for index, found in pairs}
             else:
-                outputs, seconds = self._predict_once(name, params, dataset)
-            decoded.update(outputs)
+                decoded, seconds = candidate_chunks.draw(
+                    functools.partial(self._predict_chunk, name, params, dataset),
+                    self._chunk_sizes,
+                    candidate_chunks.TaskJudges(self._evaluators[name], name),
+                    ChunkFiles(self._chunk_dir(name, step), resume_key) if resume_key else None,
+                )
             return [(index, tokens) for index, (tokens, _) in decoded.items()]
 
-        def predict_with_aux(
-            dataset: tf.data.Dataset,
-        ) -> tuple[list[tuple[int, np.ndarray]], dict[str, list[np.ndarray]]]:
+        def predict_with_aux(dataset: tf.data.Dataset) -> tuple[Predictions, dict[str, Any]]:
             return predict(dataset), {"scores": [scores for _, scores in decoded.values()]}
 
         def score(dataset: tf.data.Dataset) -> list[tuple[int, float]]:
@@ -215,13 +210,6 @@ class InferenceEvaluator:
             values["decode_seconds_per_example"] = seconds / len(decoded)
             self._write_predictions(name, step, decoded)
         return values
-
-    def _predict_once(
-        self, name: str, params: Any, dataset: tf.data.Dataset
-    ) -> tuple[Outputs, float]:
-        """Decodes each example once."""
-        pairs, seconds = self._run(self._predict, f"predict {name}", params, dataset)
-        return {index: (found.tokens, found.aux["scores"]) for index, found in pairs}, seconds
 
     def _predict_chunk(
         self, name: str, params: Any, dataset: tf.data.Dataset, number: int, size: int
@@ -256,9 +244,9 @@ class InferenceEvaluator:
             dataset = dataset.flat_map(
                 lambda *example: tf.data.Dataset.from_tensors(example).repeat(repeats)
             )
-        batches = dataset.batch(self._cfg.batch_size).as_numpy_iterator()
+        batches = dataset.batch(self._batch_size).as_numpy_iterator()
         with Progress(total if total >= 0 else None, title, "examples") as progress:
-            pairs, seconds = run_batches(function, params, batches, progress, *position)
+            pairs, seconds = function.run_batches(params, batches, progress, *position)
         return [(int(index), output) for index, output in pairs], seconds
 
     def _write_predictions(self, name: str, step: int, predictions: Outputs) -> None:
@@ -268,16 +256,11 @@ class InferenceEvaluator:
         examples = self._evaluators[name].cached_task_datasets[name].as_numpy_iterator()
         lines = []
         for index, example in enumerate(examples):
-            tokens, scores = predictions[index]
-            samples = [detokenize(row, vocabulary) for row in np.atleast_2d(tokens)]
-            record: dict[str, Any] = {
+            record = {
                 "inputs": _text(example, "inputs", self._model.input_vocabulary),
                 "target": _text(example, "targets", vocabulary),
-                "prediction": samples[-1],
-                "score": float(np.atleast_1d(scores)[-1]),
+                **prediction_fields(*predictions[index], vocabulary),
             }
-            if len(samples) > 1:
-                record["samples"] = samples
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_atomically(self._output_dir / name / f"predictions-{step}.jsonl", "".join(lines))
 
@@ -308,11 +291,6 @@ def evaluate(
     is known, `results.json` and `results.md` at the end.
 
     Args:
-      model: The model.
-      dataset_cfg: Tasks and split.
-      restore_checkpoint_cfg: The checkpoints.
-      partitioner: Devices and sharding.
-      output_dir: Directory for results.
       inference_evaluator_cls: Makes the evaluator.
       best_metric: Metric that picks the best checkpoint, 'metric' or 'task/metric'; None for no
         choice.
@@ -343,11 +321,7 @@ def evaluate(
         print(f"tasks: {', '.join(evaluator.tasks)}")
         print(f"checkpoints: {', '.join(path for _, path in checkpoints)}")
         return {"rows": [], "best": None}
-    restore = functools.partial(
-        restore_params,
-        abstract_params=abstract_params(model, partitioner, INIT_SHAPES, {}),
-        verify=restore_checkpoint_cfg.mode == "all",
-    )
+    restore = restorer(model, partitioner, restore_checkpoint_cfg)
     rows, complete = [], []
     with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
         for step, path in checkpoints:
@@ -395,7 +369,7 @@ def _evaluate_checkpoint(
             metrics = evaluator.evaluate(params, step, [task], key)[task]
             row = {"step": step, "task": task, "metrics": metrics, "settings": settings}
             resumable.save(file, key, row, indent=1)
-            evaluator.forget(task, step, key)
+            evaluator.forget(task, step)
             row["digest"] = key
         rows.append(row)
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import itertools
 import json
 import pathlib
@@ -17,22 +16,20 @@ import seqio
 import tensorflow as tf
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
-from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Prediction,
     Predictor,
     Scorer,
-    run_batches,
+    prediction_fields,
+    restorer,
 )
 from diffusion_t5x.evaluation.evaluation import find_tasks
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
-from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 Example = Mapping[str, Any]  # a task's features
 ExampleBatch = tuple[list[Example], datasets.Batch]
@@ -60,11 +57,7 @@ def infer(
     kept in a file; a run that is killed and started again resumes after the last such file.
 
     Args:
-      model: The model.
-      dataset_cfg: Tasks, split and lengths.
       restore_checkpoint_cfg: One checkpoint.
-      partitioner: Devices and sharding.
-      output_dir: Directory for the files.
       mode: 'predict' or 'score'.
       shard_id: Index of this share of the examples.
       num_shards: Number of shares.
@@ -108,18 +101,19 @@ def infer(
             repr(getattr(model, "decoder", None)),
         ]
     )  # fmt: skip
-    abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
-    params = restore_params(path, abstract, verify=restore_checkpoint_cfg.mode == "all")
+    params = restorer(model, partitioner, restore_checkpoint_cfg)(path)
     function: CompiledFunction[Any]
-    fields: Callable[[Any], Mapping[str, Any]]
     if mode == "predict":
         function = Predictor(
             model, partitioner, random_seed, size, return_all_decodes=return_all_decodes
         )
-        fields = functools.partial(_prediction_fields, model.output_vocabulary)
     else:
-        function, fields = Scorer(model, partitioner, random_seed, size), _score_fields
-    lines = functools.partial(_lines, function, fields, params)
+        function = Scorer(model, partitioner, random_seed, size)
+
+    def lines(batches: list[ExampleBatch], first: int, progress: Progress) -> str:
+        pairs, _ = function.run_batches(params, batches, progress, first=first)
+        return "".join(_line(*pair, model.output_vocabulary) for pair in pairs)
+
     for task, output in zip(tasks, outputs, strict=True):
         if not _is_finished(output, key):
             examples = _examples(model, task, dataset_cfg, shard_id, num_shards)
@@ -154,35 +148,16 @@ def _batches(pairs: Iterator[tuple[Example, Example]], size: int) -> Iterator[Ex
         yield list(examples), stacked
 
 
-def _lines(
-    function: CompiledFunction[Any],
-    fields: Callable[[Any], Mapping[str, Any]],
-    params: Any,
-    batches: list[ExampleBatch],
-    first: int,
-    progress: Progress,
-) -> list[str]:
-    """Returns a JSON line per example of batches from number `first` on."""
-    pairs, _ = run_batches(function, params, batches, progress, first=first)
-    return [_line(example, fields(output)) for example, output in pairs]
-
-
-def _score_fields(score: float) -> dict[str, Any]:
-    return {"score": score}
-
-
-def _prediction_fields(vocabulary: seqio.Vocabulary, prediction: Prediction) -> dict[str, Any]:
-    """Returns a prediction's fields of a line: the best sample, and all if there are several."""
-    texts = [detokenize(row, vocabulary) for row in np.atleast_2d(prediction.tokens)]
-    scores = [float(score) for score in np.atleast_1d(prediction.aux["scores"])]
-    fields: dict[str, Any] = {"prediction": texts[-1], "score": scores[-1]}
-    if len(scores) > 1:
-        fields |= {"samples": texts, "scores": scores}
-    return fields
-
-
-def _line(example: Example, fields: Mapping[str, Any]) -> str:
-    record = {"inputs": {k: _jsonable(v) for k, v in example.items()}, **fields}
+def _line(example: Example, output: Prediction | float, vocabulary: seqio.Vocabulary) -> str:
+    """Returns an example's line: its features, then what was predicted, or its score."""
+    record: dict[str, Any] = {"inputs": {k: _jsonable(v) for k, v in example.items()}}
+    if isinstance(output, Prediction):
+        scores = output.aux["scores"]
+        record |= prediction_fields(output.tokens, scores, vocabulary)
+        if "samples" in record:
+            record["scores"] = scores.tolist()
+    else:
+        record["score"] = output
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
@@ -219,7 +194,7 @@ def _write(
     key: str,
     batches: Iterator[ExampleBatch],
     period: int,
-    lines: Callable[[list[ExampleBatch], int, Progress], list[str]],
+    lines: Callable[[list[ExampleBatch], int, Progress], str],
 ) -> None:
     """Writes a file of lines in parts of `period` batches, of which finished ones are skipped."""
     directory = output.with_name(f".{output.name}.parts")
@@ -228,8 +203,7 @@ def _write(
         while group := list(itertools.islice(batches, period)):
             part = directory / f"part-{len(parts):06}.jsonl"
             if resumable.load_text(part, key) is None:
-                text = "".join(lines(group, len(parts) * period, progress))
-                resumable.save_text(part, key, text)
+                resumable.save_text(part, key, lines(group, len(parts) * period, progress))
             parts.append(part)
     if jax.process_index() != 0:
         return

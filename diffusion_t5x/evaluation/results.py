@@ -19,7 +19,6 @@ def choose_best(rows: Sequence[ResultRow], metric: str, mode: str) -> dict[str, 
     """Chooses the row with the best value of a metric, the earliest of equals; NaN is the worst.
 
     Args:
-      rows: Each with 'step', 'task' and 'metrics'.
       metric: 'metric' or 'task/metric'.
       mode: 'max' or 'min'.
 

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation.compiled_model import Predictor
+from diffusion_t5x.evaluation.compiled_model import Predictor, restorer
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 
 def show_step(tokens: np.ndarray, vocabulary: Any) -> str:
@@ -41,11 +39,9 @@ def sample(
     """Decodes `inputs` and prints each with its result.
 
     Args:
-      model: The model.
       restore_checkpoint_cfg: One checkpoint.
       partitioner: Devices and sharding. The texts are one batch, padded with rows of zeros to a
         multiple of the data-parallel shards; what the padding decodes to is dropped.
-      inputs: Texts.
       task_feature_lengths: Maximum tokens of 'inputs' and 'targets'.
       show_trajectory: Also print the best sample's canvas at every step.
       random_seed: Seed of decoding.
@@ -83,8 +79,7 @@ def sample(
         "decoder_target_tokens": targets,
     }
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
-    abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
-    params = restore_params(path, abstract, verify=restore_checkpoint_cfg.mode == "all")
+    params = restorer(model, partitioner, restore_checkpoint_cfg)(path)
     if dry_run:
         return []
     shards = partitioner.num_data_shards

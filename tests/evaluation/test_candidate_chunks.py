@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_t5x.evaluation import candidate_chunks
-from diffusion_t5x.evaluation.candidate_chunks import ChunkConfig, ChunkFiles
+from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, chunk_sizes
 
 
 def _chunk(number, size):
@@ -38,8 +38,8 @@ def _equal(ours, theirs):
     "settings,sizes", [((80, 8), [8] * 10), ((5, 2), [2, 2, 1]), ((1, 8), [1]), ((3, 3), [3])]
 )
 def test_chunks_are_as_many_candidates_as_were_asked_for(settings, sizes):
-    assert ChunkConfig(*settings).sizes() == sizes
-    outputs, seconds = candidate_chunks.draw(_chunk, ChunkConfig(*settings), NOBODY, None)
+    assert chunk_sizes(*settings) == sizes
+    outputs, seconds = candidate_chunks.draw(_chunk, sizes, NOBODY, None)
     tokens, scores = outputs[7]
     expected = [100 * number + i for number, size in enumerate(sizes) for i in range(size)]
     assert tokens[:, 0].tolist() == expected
@@ -50,13 +50,13 @@ def test_chunks_are_as_many_candidates_as_were_asked_for(settings, sizes):
 @pytest.mark.parametrize("settings", [(0, 1), (1, 0), (-1, 8)])
 def test_no_candidates_are_refused(settings):
     with pytest.raises(ValueError, match=r"NUM_DECODES = .*, DECODES_PER_CHUNK = "):
-        ChunkConfig(*settings)
+        chunk_sizes(*settings)
 
 
 @pytest.mark.parametrize("killed_at", range(4))
 def test_a_killed_run_resumes_after_its_last_chunk_and_gives_the_same(tmp_path, killed_at):
-    cfg = ChunkConfig(7, 2)
-    whole, _ = candidate_chunks.draw(_chunk, cfg, NOBODY, None)
+    sizes = chunk_sizes(7, 2)
+    whole, _ = candidate_chunks.draw(_chunk, sizes, NOBODY, None)
     drawn, judged, remembered = [], [], []
 
     def judge(targets, predictions, known):
@@ -79,17 +79,15 @@ def test_a_killed_run_resumes_after_its_last_chunk_and_gives_the_same(tmp_path, 
 
     files = ChunkFiles(tmp_path / "chunks", "key")
     with pytest.raises(KeyboardInterrupt):
-        candidate_chunks.draw(dying, cfg, _judges(judge), files)
+        candidate_chunks.draw(dying, sizes, _judges(judge), files)
     before = list(judged)
-    outputs, seconds = candidate_chunks.draw(living, cfg, _judges(judge), files)
+    outputs, seconds = candidate_chunks.draw(living, sizes, _judges(judge), files)
     assert drawn == [0, 1, 2, 3]
     assert seconds == 2.0
     _equal(outputs, whole)
     assert remembered == before
     assert judged == [[[100 * n + i for i in range(s)], [100 * n + i + 50 for i in range(s)]]
-                      for n, s in enumerate(cfg.sizes())]  # fmt: skip
-    files.remove()
-    assert not files.directory.exists()
+                      for n, s in enumerate(sizes)]  # fmt: skip
 
 
 def test_a_damaged_chunk_and_those_of_other_settings_are_drawn_again(tmp_path, capsys):
@@ -99,15 +97,15 @@ def test_a_damaged_chunk_and_those_of_other_settings_are_drawn_again(tmp_path, c
         drawn.append(number)
         return _chunk(number, size)
 
-    cfg, files = ChunkConfig(3, 1), ChunkFiles(tmp_path, "key")
-    whole, _ = candidate_chunks.draw(chunk, cfg, NOBODY, files)
+    sizes, files = [1, 1, 1], ChunkFiles(tmp_path, "key")
+    whole, _ = candidate_chunks.draw(chunk, sizes, NOBODY, files)
     path = tmp_path / "chunk-00001.json"
     path.write_text(path.read_text()[:-5])
-    outputs, _ = candidate_chunks.draw(chunk, cfg, NOBODY, files)
+    outputs, _ = candidate_chunks.draw(chunk, sizes, NOBODY, files)
     assert drawn == [0, 1, 2, 1]
     assert f"{path} is damaged" in capsys.readouterr().out
     _equal(outputs, whole)
-    candidate_chunks.draw(chunk, cfg, NOBODY, ChunkFiles(tmp_path, "other"))
+    candidate_chunks.draw(chunk, sizes, NOBODY, ChunkFiles(tmp_path, "other"))
     assert drawn == [0, 1, 2, 1, 0, 1, 2]
 
 
@@ -124,7 +122,7 @@ def test_a_chunk_is_judged_while_the_next_is_drawn():
             assert is_judged.wait(10)
         return _chunk(number, size)
 
-    candidate_chunks.draw(chunk, ChunkConfig(2, 1), _judges(judge), None)
+    candidate_chunks.draw(chunk, [1, 1], _judges(judge), None)
     assert is_judged.is_set()
 
 
@@ -142,13 +140,13 @@ def test_a_judge_that_fails_ends_the_run_before_all_is_drawn():
         return _chunk(number, size)
 
     with pytest.raises(RuntimeError, match="no sandbox"):
-        candidate_chunks.draw(chunk, ChunkConfig(50, 1), _judges(judge), None)
+        candidate_chunks.draw(chunk, [1] * 50, _judges(judge), None)
     assert len(drawn) < 50
 
 
 def test_candidates_that_are_all_alike_are_spoken_of(capsys):
     same = lambda number, size: _chunk(0, 1)  # noqa: E731
-    candidate_chunks.draw(same, ChunkConfig(3, 1), NOBODY, None)
+    candidate_chunks.draw(same, [1, 1, 1], NOBODY, None)
     assert "all 3 candidates of every example are alike" in capsys.readouterr().out
-    candidate_chunks.draw(_chunk, ChunkConfig(3, 1), NOBODY, None)
+    candidate_chunks.draw(_chunk, [1, 1, 1], NOBODY, None)
     assert capsys.readouterr().out == ""

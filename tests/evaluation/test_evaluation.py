@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
-from diffusion_t5x.evaluation import evaluation, results
+from diffusion_t5x.evaluation import compiled_model, evaluation, results
 from diffusion_t5x.runtime import resumable, terminal
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
@@ -114,13 +114,9 @@ def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_di
     evaluator = evaluation.InferenceEvaluator(
         toy.model("diffusion"), cfg, PjitPartitioner(), str(tmp_path), return_all_decodes=True
     )
-    from diffusion_t5x.checkpointing.reading import restore_params
-    from diffusion_t5x.runtime.train_state import abstract_params
-
-    abstract = abstract_params(
-        toy.model("diffusion"), PjitPartitioner(), evaluation.INIT_SHAPES, {}
-    )
-    params = restore_params(list_checkpoints(str(run_dir))[-1][1], abstract)
+    cfg = RestoreCheckpointConfig(str(run_dir), "all")
+    restore = compiled_model.restorer(toy.model("diffusion"), PjitPartitioner(), cfg)
+    params = restore(list_checkpoints(str(run_dir))[-1][1])
     assert evaluator.evaluate(params, 3)[name]["samples"] == 2
     both = toy.dataset_cfg("test", batch_size=11, mixture_or_task_name=(name, toy.TASK))
     evaluator = evaluation.InferenceEvaluator(
@@ -154,7 +150,7 @@ def test_a_checkpoint_that_vanishes_before_all_tasks_are_evaluated_cannot_be_the
             raise FileNotFoundError(path)
         return {}
 
-    monkeypatch.setattr(evaluation, "restore_params", restore)
+    monkeypatch.setattr(compiled_model, "restore_params", restore)
     known = tmp_path / "checkpoint_3" / "a.json"
     path = str(run_dir / "checkpoint_3")
     row = {"step": 3, "task": "a", "metrics": {"score": 3.0}}

@@ -20,7 +20,7 @@ from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation import evaluation
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import abstract_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 from tasks import metrics
 
 CODE = "toy_code"
@@ -103,9 +103,7 @@ def _expected(run_dir):
     """Texts of the candidates, from the seed and nothing of the evaluator."""
     model = toy.model("diffusion")
     [(_, path)] = select_checkpoints(RestoreCheckpointConfig(str(run_dir), "all"))
-    params = restore_params(
-        path, abstract_params(model, PjitPartitioner(), evaluation.INIT_SHAPES, {})
-    )
+    params = restore_params(path, abstract_params(model, PjitPartitioner(), INIT_SHAPES, {}))
     texts = [f"t{number:03}" for number in range(5)]
     rows = np.array([[*toy.VOCABULARY.encode(text), 0, 0] for text in texts], np.int32)
     samples = [[] for _ in texts]
