@@ -15,11 +15,7 @@ from diffusion_t5x.commands import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `conversion.convert`.
-
-    Args:
-      argv: Replaces the command line.
-    """
+    """Runs `conversion.convert`; `argv` replaces the command line."""
     parser = flags.make_parser(__doc__)
     add = parser.add_argument
     add("--from", dest="source", required=True, help="checkpoint, or a run for its latest")

@@ -6,16 +6,11 @@ python -m diffusion_t5x.eval --gin_file=models/tiny.gin --gin_file=objectives/di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
 
 from diffusion_t5x.commands import flags
 
-
-def main(argv: Sequence[str] | None = None) -> Any:
-    """Runs `evaluation.evaluate` as gin configures it; `argv` replaces the command line."""
-    return flags.run("diffusion_t5x.evaluation.evaluation.evaluate", __doc__, argv)
-
+main = functools.partial(flags.run, "diffusion_t5x.evaluation.evaluation.evaluate", __doc__)
 
 if __name__ == "__main__":
     main()

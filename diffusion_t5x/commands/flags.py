@@ -11,15 +11,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import gin
+from diffusion_t5x import gin_utils
+
 GIN_FLAG = "--gin."
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser of the flags of T5X's commands, under the same names, and `--dry_run`.
+def comma_separated(text: str) -> list[str]:
+    """Returns the parts of a flag's value that are not empty."""
+    return [part for part in text.split(",") if part]
 
-    Args:
-      description: The first lines of `--help`.
-    """
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser of the flags of T5X's commands, under the same names, and `--dry_run`."""
     parser = argparse.ArgumentParser(
         description=description,
         allow_abbrev=False,
@@ -29,9 +33,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--gin_file", action="append", default=[], help="gin file; repeat for several")
     add("--gin_bindings", action="append", default=[], help="NAME = VALUE; repeat for several")
-    add("--gin_search_paths", default="", help="comma-separated directories of gin files")
+    paths: dict[str, Any] = {"type": comma_separated, "default": []}
+    add("--gin_search_paths", **paths, help="comma-separated directories of gin files")
     add("--tfds_data_dir", help="directory of TFDS data sets, instead of the tasks' own")
-    add("--seqio_additional_cache_dirs", default="", help="comma-separated SeqIO caches")
+    add("--seqio_additional_cache_dirs", **paths, help="comma-separated SeqIO caches")
     add(
         "--distributed",
         action="store_true",
@@ -55,16 +60,13 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 def run(
     function: str, description: str, argv: Sequence[str] | None = None, *, topology: bool = False
 ) -> Any:
-    """Starts a command, parses its gin files, and calls the gin-configured `function`.
+    """Starts a command, parses its gin files, and returns what the configured `function` returns.
 
     Args:
       function: The dotted path of the function, e.g. 'diffusion_t5x.training.loop.train'.
       description: The first lines of `--help`.
       argv: The arguments after the program's name; None for this process's.
       topology: True if the command has `--topology`, a dry run for absent devices.
-
-    Returns:
-      The function's result.
 
     Raises:
       SystemExit: if a flag is wrong.
@@ -84,7 +86,6 @@ def run(
         configure(args, ["hardware/topology.gin"], [f"TOPOLOGY={chosen!r}"])
     else:
         configure(args)
-    import gin
     from diffusion_t5x.runtime.guards import stops_when_full
 
     module, _, name = function.rpartition(".")
@@ -95,8 +96,6 @@ def run(
 
 def _output_dir() -> str:
     """Returns the directory that the configured command writes to."""
-    import gin
-
     for macro in ("%MODEL_DIR", "%EVAL_OUTPUT_DIR", "%INFER_OUTPUT_DIR"):
         with contextlib.suppress(ValueError):
             return str(gin.query_parameter(macro))
@@ -104,42 +103,40 @@ def _output_dir() -> str:
 
 
 def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses flags, then imports TensorFlow, sets the compilation cache and joins the pod.
+    """Parses flags as `run` does, imports TensorFlow, sets the compilation cache, joins the pod.
 
-    Args:
-      parser: A parser from `make_parser`, perhaps with further flags.
-      argv: The arguments after the program's name; None for this process's.
-
-    Returns:
-      The values of the flags.
-
-    Raises:
-      SystemExit: if a flag is wrong.
+    JAX's own setting of the cache (`JAX_COMPILATION_CACHE_DIR`, which may name a bucket that all
+    hosts of a pod share) has precedence over `xla` in this project's cache. What the flags of
+    processes leave out, JAX reads from the environment of a TPU pod, GKE, Slurm or MPI.
     """
     args = parser.parse_args(rewrite_gin_flags(sys.argv[1:] if argv is None else argv))
     _import_tensorflow()
-    _set_compilation_cache()
-    _join_processes(args)
+    import jax
+
+    from diffusion_t5x.data.embedded import file_cache
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(file_cache.cache_dir() / "xla"))
+    if args.distributed or args.coordinator_address is not None:
+        jax.distributed.initialize(args.coordinator_address, args.process_count, args.process_index)
     return args
 
 
 def configure(
     args: argparse.Namespace, files: Sequence[str] = (), bindings: Sequence[str] = ()
 ) -> None:
-    """Parses gin files and bindings, and passes the data flags to SeqIO.
-
-    Args:
-      args: The values of the flags.
-      files: Gin files to parse before those of the command line.
-      bindings: Bindings `NAME=VALUE` to parse before those of the command line.
-    """
-    import gin
-    from diffusion_t5x import gin_utils
-
+    """Parses gin files and bindings, those given here first, and passes the data flags to SeqIO."""
     gin.clear_config()
-    search_paths = [path for path in args.gin_search_paths.split(",") if path]
-    gin_utils.parse_config([*files, *args.gin_file], [*bindings, *args.gin_bindings], search_paths)
-    _configure_seqio(args)
+    gin_utils.parse_config(
+        [*files, *args.gin_file], [*bindings, *args.gin_bindings], args.gin_search_paths
+    )
+    if args.seqio_additional_cache_dirs or args.tfds_data_dir:
+        import seqio
+
+        if args.seqio_additional_cache_dirs:
+            seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs)
+        if args.tfds_data_dir:
+            seqio.set_tfds_data_dir_override(args.tfds_data_dir)
 
 
 def _import_tensorflow() -> None:
@@ -160,42 +157,3 @@ def _import_tensorflow() -> None:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-
-
-def _set_compilation_cache() -> None:
-    """Keeps compiled functions on disk, so that a restart does not compile them again.
-
-    JAX's own setting (`JAX_COMPILATION_CACHE_DIR`, which may name a bucket that all hosts of a pod
-    share) has precedence over `xla` in this project's cache.
-    """
-    import jax
-
-    from diffusion_t5x.data.embedded import file_cache
-
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(file_cache.cache_dir() / "xla"))
-
-
-def _join_processes(args: argparse.Namespace) -> None:
-    """Joins the processes of a multi-process run if the flags ask for it.
-
-    JAX reads what the flags leave out from the environment of a TPU pod, GKE, Slurm or MPI.
-    """
-    if args.coordinator_address is None and not args.distributed:
-        return
-    import jax
-
-    jax.distributed.initialize(args.coordinator_address, args.process_count, args.process_index)
-
-
-def _configure_seqio(args: argparse.Namespace) -> None:
-    """Passes the data flags to SeqIO."""
-    cache_dirs = [path for path in args.seqio_additional_cache_dirs.split(",") if path]
-    if not cache_dirs and not args.tfds_data_dir:
-        return
-    import seqio
-
-    if cache_dirs:
-        seqio.add_global_cache_dirs(cache_dirs)
-    if args.tfds_data_dir:
-        seqio.set_tfds_data_dir_override(args.tfds_data_dir)

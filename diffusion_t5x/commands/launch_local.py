@@ -25,14 +25,7 @@ def free_port() -> int:
 
 
 def process_argv(command: Sequence[str], processes: int, index: int, port: int) -> list[str]:
-    """Returns the command line of one process.
-
-    Args:
-      command: The command line common to all processes, `python -m diffusion_t5x.train ...`.
-      processes: The number of processes.
-      index: The index of this process.
-      port: The port that process 0 listens on.
-    """
+    """Returns the command line of process `index`, of those that find each other at `port`."""
     if processes == 1:
         return list(command)
     return [
@@ -44,11 +37,7 @@ def process_argv(command: Sequence[str], processes: int, index: int, port: int) 
 
 
 def process_environment(devices: int | None) -> dict[str, str]:
-    """Returns this environment with simulated CPU devices.
-
-    Args:
-      devices: The number of devices per process; None keeps the real devices.
-    """
+    """Returns this environment, with `devices` simulated CPU devices unless that is None."""
     environment = dict(os.environ)
     if devices is not None:
         flags = environment.get("XLA_FLAGS", "")
@@ -98,8 +87,8 @@ def run(command: Sequence[str], processes: int, devices: int | None, max_restart
     which are then not restarted.
 
     Args:
-      command: The command line common to all processes.
-      processes: The number of processes.
+      command: The command line common to all processes, `python -m diffusion_t5x.train ...`.
+      processes: Their number.
       devices: Simulated CPU devices per process; None keeps the real devices.
       max_restarts: The maximum number of restarts.
 
