@@ -89,7 +89,10 @@ GIN_FILES = {
     "settings/tpu.gin": "hardware/tpu.gin",
 }
 # Name that gin files bound -> the name that they bind now.
-GIN_NAMES = {"train_step.Trainer": "trainer.Trainer"}
+GIN_NAMES = {
+    "experiment_graph.configured": "experiment_graph.load",
+    "train_step.Trainer": "trainer.Trainer",
+}
 # Setting and old value -> what replaces it.
 VALUES = {("experiment", "figure3"): "python -m benchmarks.figure3"}
 

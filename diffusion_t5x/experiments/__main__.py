@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import pathlib
 import shlex
@@ -24,9 +23,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import gin
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import sample, train
-from diffusion_t5x.commands.flags import GIN_FLAG
+from diffusion_t5x import gin_utils, sample, train
+from diffusion_t5x.commands.flags import GIN_FLAG, comma_separated
 from diffusion_t5x.experiments import experiment_graph, report, stages
 from diffusion_t5x.experiments.experiment_graph import Experiment, Scale
 from diffusion_t5x.experiments.stages import Stage
@@ -43,29 +43,22 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], Any]] = {
 
 def names(kind: str) -> list[str]:
     """Returns the names of the 'experiments' or 'scales' that gin files of this project define."""
-    from diffusion_t5x.gin_utils import config_dir
-
-    stems = {path.stem for path in (config_dir() / kind).glob("*.gin")} - {"common"}
+    stems = {path.stem for path in (gin_utils.config_dir() / kind).glob("*.gin")} - {"common"}
     return sorted(stem for stem in stems if not stem.endswith("_settings"))
 
 
 def _file(kind: str, name: str) -> str:
     """Returns the gin file of an experiment or a scale: `name` itself if it is a path."""
-    if "/" in name or name.endswith(".gin"):
-        return name
-    check_known(name, names(kind), kind.removesuffix("s"))
-    return f"{kind}/{name}.gin"
+    if "/" not in name and not name.endswith(".gin"):
+        check_known(name, names(kind), kind.removesuffix("s"))
+        return f"{kind}/{name}.gin"
+    return name
 
 
 def load(
     name: str, scale: str | None, search_paths: Sequence[str] = ()
 ) -> tuple[Experiment, Scale, str]:
-    """Reads an experiment and a scale.
-
-    Args:
-      name: Name or gin file of the experiment.
-      scale: Name or gin file of the scale; None for the experiment's own.
-      search_paths: Further directories of gin files.
+    """Reads an experiment and a scale, each a name or a gin file; None is the experiment's scale.
 
     Returns:
       The experiment, the scale, and the scale's name.
@@ -74,8 +67,6 @@ def load(
       ValueError: if there is no such experiment or scale.
       FileNotFoundError: if a gin file is not found.
     """
-    import gin
-    from diffusion_t5x import gin_utils
 
     def parse(*files: str) -> tuple[Experiment, Scale]:
         gin.clear_config()
@@ -106,11 +97,9 @@ class Run:
         gin_flags: Sequence[str] = (),
         search_paths: Sequence[str] = (),
     ):
-        """Reads the gin files.
+        """Reads the gin files, as `load` does.
 
         Args:
-          name: Name or gin file of the experiment.
-          scale: Name or gin file of the scale; None for the experiment's own.
           root: Directory of all experiments.
           gin_flags: `--gin.NAME=VALUE` each, for every stage.
           search_paths: Further directories of gin files, for every stage.
@@ -124,16 +113,13 @@ class Run:
         own = scale_name == pathlib.Path(self.experiment.scale).stem
         self.results_dir = pathlib.Path(root) / (self.name if own else f"{self.name}_{scale_name}")
         searched = [f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []
-        self.stages = [
-            dataclasses.replace(stage, flags=(*searched, *gin_flags))
-            for stage in stages.make(self.experiment, self.scale, self.stages_dir)
-        ]
+        self._flags = [*searched, *gin_flags]
+        self.stages = stages.make(self.experiment, self.scale, self.stages_dir)
 
     def argv(self, stage: Stage) -> list[str]:
         """Returns a stage's arguments, with the best checkpoint if it is chosen by now."""
-        if stage.chosen_by is None:
-            return stage.argv()
-        return stage.argv(report.best_step(self.stages_dir / stage.chosen_by))
+        best = report.best_step(self.stages_dir / stage.after) if stage.after else None
+        return [*stage.argv(best), *self._flags]
 
     def _command_line(self, stage: Stage) -> str:
         return f"python -m diffusion_t5x.{stage.command} {shlex.join(self.argv(stage))}"
@@ -144,7 +130,7 @@ class Run:
         for number, stage in enumerate(self.stages, 1):
             lines.append(f"# [{number}/{len(self.stages)}] {stage.name}")
             if stage.after:
-                lines.append(f"# after: {', '.join(stage.after)}")
+                lines.append(f"# after: {stage.after}")
             if stage.steps:
                 lines.append(f"# at most {stage.steps:,} steps, {stage.tokens:,} tokens")
             lines.append(self._command_line(stage))
@@ -167,13 +153,13 @@ class Run:
                 self._run_stage(stage, title, show_commands)
         finally:  # by now it is known which checkpoints the tests read
             write_atomically(commands, self.plan() + "\n")
-        results = report.collect(self.experiment, self.scale, self.stages_dir)
-        report.write(self.results_dir, self.experiment, self.scale, results)
-        report.show(self.experiment, self.scale, results, self.stages_dir)
+        found = report.Report(self.experiment, self.scale, self.stages_dir)
+        found.write(self.results_dir)
+        found.show()
         self._show_trajectory()
         where = ", ".join(str(self.results_dir / f"results.{kind}") for kind in ("json", "md"))
         print(f"\nresults of {self.name}: {where}; the commands: {commands}")
-        return results
+        return found.results
 
     def _run_stage(self, stage: Stage, title: str, show_command: bool) -> None:
         """Runs a stage, or what is left of it, and prints its line.
@@ -205,10 +191,9 @@ class Run:
         seconds = time.monotonic() - started
         print(f"{title}: {report.outcome(stage, directory)}, {seconds:.0f} s", flush=True)
 
-    def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Returns header and body: the results of finished stages beside the paper's numbers."""
-        results = report.collect(self.experiment, self.scale, self.stages_dir)
-        return report.comparison(self.experiment, self.scale, results)
+    def table(self) -> report.Table:
+        """Returns the results of finished stages beside the paper's numbers."""
+        return report.Report(self.experiment, self.scale, self.stages_dir).comparison()
 
     def _show_trajectory(self) -> None:
         """Prints how the last row's model that has a canvas denoises one, if a text is given."""
@@ -220,7 +205,7 @@ class Run:
         if self.experiment.trajectory is None or not denoising:
             return
         row, task = denoising[-1], self.scale.tasks[self.experiment.tasks[0]]
-        test = next(stage for stage in self.stages if stage.name == row.test(0, task))
+        test = next(stage for stage in self.stages if stage.name == row.test(task))
         kept = ("TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "RANDOM_SEED")
         bindings = {
             **{name: test.bindings[name] for name in kept},
@@ -230,9 +215,8 @@ class Run:
             "SHOW_TRAJECTORY": True,
         }
         files = (*test.files[:2], "runs/sample.gin")
-        stage = Stage("", "sample", files, bindings, chosen_by=test.chosen_by, flags=test.flags)
         print("\none canvas, step by step ('_' padding, '|' end of text, '·' a byte):")
-        COMMANDS["sample"](self.argv(stage))
+        COMMANDS["sample"](self.argv(Stage("", "sample", files, bindings, test.after)))
 
 
 @contextlib.contextmanager
@@ -244,14 +228,6 @@ def _output_to(path: pathlib.Path) -> Iterator[None]:
         except BaseException:
             print(f"stopped; its output is in {path}", file=sys.stderr, flush=True)
             raise
-
-
-def _print_list() -> None:
-    body = []
-    for name in names("experiments"):
-        experiment, _, scale = load(name, None)
-        body.append([name, experiment.title, scale])
-    terminal.print_table(["experiment", "what", "scale"], body)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -269,19 +245,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", help="name or gin file; by default the experiment's own")
     parser.add_argument("--root", default="runs", help="directory for everything")
     parser.add_argument("--commands", action="store_true", help="print commands and their output")
-    parser.add_argument(
-        "--gin_search_paths", default="", help="comma-separated directories of gin files"
-    )
+    text = "comma-separated directories of gin files"
+    parser.add_argument("--gin_search_paths", type=comma_separated, default=[], help=text)
     args, others = parser.parse_known_args(argv)
     strange = [flag for flag in others if not flag.startswith(GIN_FLAG)]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if args.list:
-        _print_list()
+        body = []
+        for name in names("experiments"):
+            experiment, _, scale = load(name, None)
+            body.append([name, experiment.title, scale])
+        terminal.print_table(["experiment", "what", "scale"], body)
         return
-    search_paths = [path for path in args.gin_search_paths.split(",") if path]
-    name = args.plan or args.run or args.table
-    run = Run(name, args.scale, args.root, others, search_paths)
+    run = Run(
+        args.plan or args.run or args.table, args.scale, args.root, others, args.gin_search_paths
+    )
     if args.plan:
         print(run.plan())
     elif args.run:

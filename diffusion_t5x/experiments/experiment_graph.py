@@ -15,7 +15,6 @@ from diffusion_t5x.names import check_known
 
 T = TypeVar("T")
 Bindings = Mapping[str, Any]
-NO_BINDINGS: Bindings = {}
 DEFAULT = "default"  # the name of a decoding that the test stage's name leaves out
 
 
@@ -196,41 +195,33 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a table."""
+    """One row of a table, of one seed; directories are relative to that of the scale."""
 
     architecture: str
     size: str
     pretraining: str
     method: Method
     decoding: str
+    seed: int = 0
 
-    def base(self, seed: int) -> str:
-        """Returns the directory that its stages share with other methods', under the scale's."""
-        return f"{self.architecture}/{self.size}/{self.pretraining}/seed_{seed}"
+    @property
+    def base(self) -> str:
+        """The directory that its stages share with those of other methods."""
+        return f"{self.architecture}/{self.size}/{self.pretraining}/seed_{self.seed}"
 
-    def chain(self, seed: int) -> list[str]:
-        """Returns the names of the stages, in order, that make the model it is fine-tuned from."""
-        return [f"{self.base(seed)}/{stage}" for stage, _ in self.method.pretraining()]
+    def run(self, task: TaskSettings) -> str:
+        """Returns the directory of its fine-tuning."""
+        return f"{self.base}/{task.name}/{self.method.name}"
 
-    def run(self, seed: int, task: TaskSettings) -> str:
-        """Returns the directory of its fine-tuning, under that of the scale."""
-        return f"{self.base(seed)}/{task.name}/{self.method.name}"
-
-    def test(self, seed: int, task: TaskSettings) -> str:
+    def test(self, task: TaskSettings) -> str:
         """Returns the name of the stage that measures it."""
         suffix = "" if self.decoding == DEFAULT else f"_{self.decoding}"
-        return f"{self.run(seed, task)}/test{suffix}"
+        return f"{self.run(task)}/test{suffix}"
 
 
 def load(experiment: Experiment, scale: Scale | None = None) -> tuple[Experiment, Scale | None]:
     """Returns the experiment and the scale that gin files bind here."""
     return experiment, scale
-
-
-def __getattr__(name: str) -> Any:
-    if name == "configured":  # not an AttributeError, which gin would replace by its own
-        raise ValueError("experiment_graph.configured is now experiment_graph.load; rename it.")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def lookup(known: Mapping[str, T], name: str, setting: str) -> T:

@@ -10,11 +10,10 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from diffusion_t5x.experiments.experiment_graph import (
     DEFAULT,
-    NO_BINDINGS,
     Bindings,
     Experiment,
     Method,
@@ -27,7 +26,8 @@ from diffusion_t5x.experiments.experiment_graph import (
 )
 
 T = TypeVar("T")
-BEST = "{best}"  # stands in a binding for the step that was best on the validation split
+BEST = "{best}"  # stands in a path for the step that was best on the validation split
+NO_BINDINGS: Bindings = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,10 @@ class Stage:
       name: Unique within a scale, and the directory that the command writes to.
       command: 'train', 'eval' or 'sample'.
       files: Gin files.
-      bindings: Gin bindings; `BEST` in one stands for the step chosen by `chosen_by`.
-      after: Names of the stages that must have finished.
+      bindings: Gin bindings; `BEST` in CHECKPOINT_PATH stands for the step that `after` chooses.
+      after: Name of the stage that must have finished.
       steps: Most training steps; 0 where nothing is trained.
       tokens: Positions that these steps train on, prefixes and padding included.
-      chosen_by: Name of the stage whose results name the best checkpoint.
-      flags: Further arguments, which override the bindings.
       title: What the stage does, in words.
     """
 
@@ -51,11 +49,9 @@ class Stage:
     command: str
     files: tuple[str, ...]
     bindings: Bindings
-    after: tuple[str, ...] = ()
+    after: str | None = None
     steps: int = 0
     tokens: int = 0
-    chosen_by: str | None = None
-    flags: tuple[str, ...] = ()
     title: str = dataclasses.field(default="", compare=False)
 
     def argv(self, best: int | None = None) -> list[str]:
@@ -64,16 +60,11 @@ class Stage:
         if best is not None:
             values["CHECKPOINT_PATH"] = values["CHECKPOINT_PATH"].replace(BEST, str(best))
         files = [f"--gin_file={file}" for file in self.files]
-        return [*files, *(f"--gin.{k}={v!r}" for k, v in values.items()), *self.flags]
+        return [*files, *(f"--gin.{name}={value!r}" for name, value in values.items())]
 
 
 def make(experiment: Experiment, scale: Scale, root: pathlib.Path) -> list[Stage]:
-    """Returns the stages of an experiment in an order in which they can run, each once.
-
-    Args:
-      experiment: What is compared.
-      scale: How big everything is.
-      root: Directory of the scale.
+    """Returns the stages, below the scale's directory `root`, in an order in which they can run.
 
     Raises:
       ValueError: if the scale lacks something that the experiment names, or two methods give one
@@ -82,25 +73,20 @@ def make(experiment: Experiment, scale: Scale, root: pathlib.Path) -> list[Stage
     found: dict[str, Stage] = {}
     every = [row for _, row in rows(experiment)]
     most = max(scale.seeds.get(row.size, 1) for row in every)
+    axes = (experiment.architectures, experiment.sizes, experiment.pretraining)
     for seed, row in itertools.product(range(most), every):
         if seed >= scale.seeds.get(row.size, 1):
             continue
-        varying = [
-            *[row.architecture] * (len(experiment.architectures) > 1),
-            *[row.size] * (len(experiment.sizes) > 1),
-            *[row.pretraining] * (len(experiment.pretraining) > 1),
-            *[f"seed {seed}"] * (most > 1),
-        ]
-        builder = _Builder(scale, root, row, seed, f" ({', '.join(varying)})" if varying else "")
+        names = (row.architecture, row.size, row.pretraining)
+        varying = [name for name, axis in zip(names, axes, strict=True) if len(axis) > 1]
+        varying += [f"seed {seed}"] * (most > 1)
+        where = f" ({', '.join(varying)})" if varying else ""
+        builder = _Builder(scale, root, dataclasses.replace(row, seed=seed), where)
         pretraining = builder.pretraining()
         made = list(pretraining)
         for role in experiment.tasks:
             task = lookup(scale.tasks, role, "task")
-            made += [
-                builder.finetuning(task, pretraining),
-                builder.validation(task),
-                builder.test(task, experiment.decoding[row.decoding]),
-            ]
+            made += builder.of_task(task, pretraining, experiment.decoding[row.decoding])
         for stage in made:
             if found.setdefault(stage.name, stage) != stage:
                 raise ValueError(
@@ -122,50 +108,65 @@ class _Builder:
     scale: Scale
     root: pathlib.Path
     row: Row
-    seed: int
     where: str
 
-    def _path(self, name: str) -> str:
-        return str(self.root / name)
-
-    def _files(self, method: Method, run: str) -> tuple[str, ...]:
+    def _stage(
+        self,
+        name: str,
+        run: str,
+        method: Method,
+        data: Pretraining | TaskSettings,
+        title: str,
+        after: str | None,
+        bindings: Bindings,
+        steps: int = 0,
+    ) -> Stage:
+        """Makes a stage of the gin file `run`, whose `bindings` follow those of all stages."""
         model = lookup(self.scale.models, f"{self.row.architecture}/{self.row.size}", "model")
-        return (model, method.objective, f"runs/{run}.gin", *self.scale.settings)
-
-    def _common(self, method: Method, data: Pretraining | TaskSettings) -> dict[str, Any]:
-        return {
-            **self.scale.model_bindings.get(self.row.size, NO_BINDINGS),
-            **method.bindings,
-            "MIXTURE_OR_TASK_NAME": data.mixture if isinstance(data, Pretraining) else data.name,
-            "TASK_FEATURE_LENGTHS": {"inputs": data.inputs, "targets": data.targets},
-            "RANDOM_SEED": self.seed,
-        }
+        return Stage(
+            name,
+            "eval" if run == "eval" else "train",
+            (model, method.objective, f"runs/{run}.gin", *self.scale.settings),
+            {
+                **self.scale.model_bindings.get(self.row.size, NO_BINDINGS),
+                **method.bindings,
+                "MIXTURE_OR_TASK_NAME": (
+                    data.mixture if isinstance(data, Pretraining) else data.name
+                ),
+                "TASK_FEATURE_LENGTHS": {"inputs": data.inputs, "targets": data.targets},
+                "RANDOM_SEED": self.row.seed,
+                **bindings,
+            },
+            after,
+            steps,
+            steps * self.scale.batch_size * (data.inputs + data.targets),
+            f"{title}{self.where}",
+        )
 
     def _train(
         self,
         name: str,
-        method: Method,
         run: str,
+        method: Method,
         data: Pretraining | TaskSettings,
+        title: str,
         before: Sequence[Stage],
         steps: int,
         period: int,
-        title: str,
         extra: Bindings = NO_BINDINGS,
     ) -> Stage:
         """Makes a training of `steps` steps from the model that the stages `before` lead to."""
-        start = before[-1].name if before else None
         bindings = {
-            **self._common(method, data),
-            "MODEL_DIR": self._path(name),
+            "MODEL_DIR": str(self.root / name),
             "EVAL_PERIOD": period,
             "CHECKPOINT_PERIOD": period,
             **extra,
         }
+        start = before[-1].name if before else None
         if start is None:
             bindings["TRAIN_STEPS"] = steps
         else:
-            bindings["INITIAL_CHECKPOINT_PATH"] = self._path(start)
+            bindings["INITIAL_CHECKPOINT_PATH"] = str(self.root / start)
             bindings["TRAIN_STEPS_RELATIVE"] = steps
         scheduler, rate = "optimizers.create_learning_rate_scheduler", method.learning_rate
         if rate is None and self.scale.learning_rates is not None:
@@ -175,16 +176,7 @@ class _Builder:
         if self.scale.learning_rates is not None:
             bindings[f"{scheduler}.step_offset"] = sum(stage.steps for stage in before)
             bindings[f"{scheduler}.steps_per_cycle"] = steps
-        return Stage(
-            name,
-            "train",
-            self._files(method, run),
-            bindings,
-            after=(start,) if start else (),
-            steps=steps,
-            tokens=steps * self.scale.batch_size * (data.inputs + data.targets),
-            title=f"{title}{self.where}",
-        )
+        return self._stage(name, run, method, data, title, start, bindings, steps)
 
     def pretraining(self) -> list[Stage]:
         """Makes the pretraining and the adaptation."""
@@ -192,80 +184,64 @@ class _Builder:
         data = lookup(scale.pretraining, self.row.pretraining, "pretraining")
         made: list[Stage] = []
         for stage, method in self.row.method.pretraining():
-            run, steps, n = "pretrain", scale.pretrain_steps, method.adapt_steps
+            run, steps, period = "pretrain", scale.pretrain_steps, scale.pretrain_checkpoint_period
             if made:
-                run = "adapt"
+                run, n = "adapt", method.adapt_steps
                 steps = lookup(scale.adapt_steps, n, "adapt_steps") if isinstance(n, str) else n
-            name, title = f"{self.row.base(self.seed)}/{stage}", f"{run} {method.shown}"
-            period = scale.pretrain_checkpoint_period
-            period = min(period, steps) if made else period
-            made.append(self._train(name, method, run, data, tuple(made), steps, period, title))
+                period = min(period, steps)
+            name, title = f"{self.row.base}/{stage}", f"{run} {method.shown}"
+            made.append(self._train(name, run, method, data, title, made, steps, period))
         return made
 
-    def finetuning(self, task: TaskSettings, before: Sequence[Stage]) -> Stage:
-        """Makes the fine-tuning of the model that the stages `before` lead to."""
-        method, run = self.row.method, self.row.run(self.seed, task)
-        extra: dict[str, Any] = {
-            # The next stage decodes each checkpoint.
-            "trainer.train.infer_eval_dataset_cfg": None,
-        }
+    def of_task(
+        self, task: TaskSettings, before: Sequence[Stage], decoding: Bindings
+    ) -> list[Stage]:
+        """Makes fine-tuning, the choice of its best checkpoint, and the measurement of that one."""
+        method, run = self.row.method, self.row.run(task)
+        shown = f"{method.shown} on {task.name}"
+        # Checkpoints are decoded for their choice, not in training.
+        extra: dict[str, object] = {"trainer.train.infer_eval_dataset_cfg": None}
         if self.scale.patience is not None:
             extra["PATIENCE"] = self.scale.patience
         steps, period = method.finetune_steps, method.checkpoint_period
         steps = steps or _of_kind(task.finetune_steps, method.kind, "finetune_steps")
         period = period or _of_kind(task.checkpoint_period, method.kind, "checkpoint_period")
-        title = f"fine-tune {method.shown} on {task.name}"
-        return self._train(
-            f"{run}/train", method, "finetune", task, before, steps, period, title, extra
+        title = f"fine-tune {shown}"
+        training = self._train(
+            f"{run}/train", "finetune", method, task, title, before, steps, period, extra
         )
-
-    def _eval(
-        self,
-        name: str,
-        task: TaskSettings,
-        checkpoint: str,
-        num_examples: int | None,
-        title: str,
-        extra: Bindings,
-        **links: Any,
-    ) -> Stage:
-        """Makes an evaluation of the checkpoints at `checkpoint`."""
-        bindings = {
-            **self._common(self.row.method, task),
-            "CHECKPOINT_PATH": self._path(checkpoint),
-            "EVAL_OUTPUT_DIR": self._path(name),
-            "EVALUATOR_NUM_EXAMPLES": num_examples,
-            **extra,
-        }
-        title = f"{title} {self.row.method.shown} on {task.name}"
-        files = self._files(self.row.method, "eval")
-        return Stage(name, "eval", files, bindings, title=f"{title}{self.where}", **links)
-
-    def validation(self, task: TaskSettings) -> Stage:
-        """Makes the choice of the best checkpoint of the fine-tuning."""
-        run = self.row.run(self.seed, task)
-        extra = {
-            "BEST_METRIC": task.validation_metric or task.metric,
-            "datasets.DatasetConfig.split": task.validation_split,
-        }
-        return self._eval(
-            f"{run}/validation", task, f"{run}/train", self.scale.validation_examples,
-            "choose a checkpoint of", extra, after=(f"{run}/train",),
-        )  # fmt: skip
-
-    def test(self, task: TaskSettings, decoding: Bindings) -> Stage:
-        """Makes the measurement of the best checkpoint."""
-        method, run = self.row.method, self.row.run(self.seed, task)
-        chosen_by = f"{run}/validation"
-        extra = {
-            "datasets.DatasetConfig.split": task.test_split,
-            **({"NUM_DECODES": task.num_decodes} if task.num_decodes > 1 else {}),
-            **task.decoding.get(method.kind, NO_BINDINGS),
-            **method.decoding,
-            **decoding,
-        }
+        validation = self._stage(
+            f"{run}/validation",
+            "eval",
+            method,
+            task,
+            title=f"choose a checkpoint of {shown}",
+            after=training.name,
+            bindings={
+                "CHECKPOINT_PATH": str(self.root / training.name),
+                "EVAL_OUTPUT_DIR": str(self.root / run / "validation"),
+                "EVALUATOR_NUM_EXAMPLES": self.scale.validation_examples,
+                "BEST_METRIC": task.validation_metric or task.metric,
+                "datasets.DatasetConfig.split": task.validation_split,
+            },
+        )
         how = "test" if self.row.decoding == DEFAULT else f"test with {self.row.decoding}"
-        return self._eval(
-            self.row.test(self.seed, task), task, f"{run}/train/checkpoint_{BEST}",
-            self.scale.test_examples, how, extra, after=(chosen_by,), chosen_by=chosen_by,
-        )  # fmt: skip
+        test = self._stage(
+            self.row.test(task),
+            "eval",
+            method,
+            task,
+            title=f"{how} {shown}",
+            after=validation.name,
+            bindings={
+                "CHECKPOINT_PATH": str(self.root / training.name / f"checkpoint_{BEST}"),
+                "EVAL_OUTPUT_DIR": str(self.root / self.row.test(task)),
+                "EVALUATOR_NUM_EXAMPLES": self.scale.test_examples,
+                "datasets.DatasetConfig.split": task.test_split,
+                **({"NUM_DECODES": task.num_decodes} if task.num_decodes > 1 else {}),
+                **task.decoding.get(method.kind, NO_BINDINGS),
+                **method.decoding,
+                **decoding,
+            },
+        )
+        return [training, validation, test]
