@@ -74,13 +74,12 @@ def parse_config(
         unknown function or parameter, or if a required macro has no value; the message offers the
         nearest name.
     """
-    places = [*search_paths, str(config_dir())]
-    for place in places:
+    for place in [*search_paths, str(config_dir())]:
         gin.add_config_file_search_path(place)
-    found = [_find(file, places) for file in files]
+    found = [find(file, search_paths) for file in files]
     with _errors_with_hints(), _no_package_files():
         gin.parse_config_files_and_bindings(files, [], finalize_config=False)
-    macros = _macros_set()
+    macros = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
     with _errors_with_hints():
         gin.parse_config([to_binding(assignment) for assignment in assignments])
     _refuse_unknown_macros(assignments, macros | _macros_read())
@@ -90,17 +89,19 @@ def parse_config(
         gin.finalize()
 
 
-def _find(file: str, places: Sequence[str]) -> str:
+def find(file: str, search_paths: Sequence[str]) -> str:
     """Returns the path of a gin file, searching where gin does.
 
     Raises:
       FileNotFoundError: naming the file's new name, or the nearest of this project's files.
     """
-    for place in ["", *places]:
+    places = ["", *search_paths, str(config_dir())]
+    for place in places:
         if os.path.exists(path := os.path.join(place, file)):
             return path
     raise FileNotFoundError(
-        f"--gin_file={file} was not found in {', '.join(['.', *places])}; {_file_hint(file)}"
+        f"--gin_file={file} was not found in {', '.join(place or '.' for place in places)}; "
+        f"{_file_hint(file)}"
     )
 
 
@@ -164,11 +165,6 @@ def _hint(message: str) -> str:
         known = sorted({".".join(key.split(".")[-dots:]) for key, _ in registered.items()})
         return f"\n{name!r}: {did_you_mean(name, known)}"
     return ""
-
-
-def _macros_set() -> set[str]:
-    """Returns the names of the macros that have a value."""
-    return {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
 
 
 def _macros_read() -> set[str]:

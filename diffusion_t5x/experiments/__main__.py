@@ -47,11 +47,18 @@ def names(kind: str) -> list[str]:
     return sorted(stem for stem in stems if not stem.endswith("_settings"))
 
 
-def _file(kind: str, name: str) -> str:
+def _file(kind: str, name: str, search_paths: Sequence[str]) -> str:
     """Returns the gin file of an experiment or a scale: `name` itself if it is a path."""
+    known, what = names(kind), kind.removesuffix("s")
     if "/" not in name and not name.endswith(".gin"):
-        check_known(name, names(kind), kind.removesuffix("s"))
+        check_known(name, known, what)
         return f"{kind}/{name}.gin"
+    found = pathlib.Path(gin_utils.find(name, search_paths))
+    if found.stem in known and not found.parent.samefile(gin_utils.config_dir() / kind):
+        raise ValueError(
+            f"{name} is named like the {what} {found.stem!r} of this project, and directories are "
+            "named after the files; give it another name."
+        )
     return name
 
 
@@ -64,7 +71,7 @@ def load(
       The experiment, the scale, and the scale's name.
 
     Raises:
-      ValueError: if there is no such experiment or scale.
+      ValueError: if there is no such experiment or scale, or a file is named like another one's.
       FileNotFoundError: if a gin file is not found.
     """
 
@@ -73,9 +80,9 @@ def load(
         gin_utils.parse_config(files, [], search_paths)
         return gin.get_configurable(experiment_graph.load)()
 
-    file = _file("experiments", name)
+    file = _file("experiments", name, search_paths)
     scale = scale or parse(file)[0].scale
-    return *parse(file, _file("scales", scale)), pathlib.Path(scale).stem
+    return *parse(file, _file("scales", scale, search_paths)), pathlib.Path(scale).stem
 
 
 class Run:

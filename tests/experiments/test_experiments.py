@@ -11,6 +11,7 @@ import shlex
 
 import pytest
 
+from diffusion_t5x import gin_utils
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.experiments import report, stages
 from diffusion_t5x.runtime.files import write_atomically
@@ -238,6 +239,19 @@ def test_a_method_of_a_users_own_takes_one_gin_file_and_one_objective(tmp_path, 
     assert "test my method on embedded_translation_en_fr" in out
     assert re.search("my method: +'mine'", out)  # a decoded sample
     assert "embedded_translation_en_fr/ar2mine/train/checkpoint_10" in out
+
+
+def test_a_file_named_like_one_of_this_project_is_refused_for_it_would_share_its_directory(
+    tmp_path,
+):
+    for name in ("table2.gin", "laptop.gin"):
+        (tmp_path / name).write_text(MINE)
+    with pytest.raises(ValueError, match=r"table2\.gin is named like the experiment 'table2'"):
+        experiments.Run(str(tmp_path / "table2.gin"), None, tmp_path)
+    with pytest.raises(ValueError, match=r"laptop\.gin is named like the scale 'laptop'"):
+        experiments.Run("demo", "laptop.gin", tmp_path, (), [str(tmp_path)])
+    for own in ("experiments/demo.gin", str(gin_utils.config_dir() / "experiments/demo.gin")):
+        assert experiments.Run(own, "scales/laptop.gin", tmp_path).results_dir == tmp_path / "demo"
 
 
 def test_methods_that_do_not_go_together_are_refused(tmp_path):
