@@ -150,7 +150,7 @@ def _batches(pairs: Iterator[tuple[Example, Example]], size: int) -> Iterator[Ex
 
 def _line(example: Example, output: Prediction | float, vocabulary: seqio.Vocabulary) -> str:
     """Returns an example's line: its features, then what was predicted, or its score."""
-    record: dict[str, Any] = {"inputs": {k: _jsonable(v) for k, v in example.items()}}
+    record: dict[str, Any] = {"inputs": dict(example)}
     if isinstance(output, Prediction):
         scores = output.aux["scores"]
         record |= prediction_fields(output.tokens, scores, vocabulary)
@@ -158,19 +158,17 @@ def _line(example: Example, output: Prediction | float, vocabulary: seqio.Vocabu
             record["scores"] = scores.tolist()
     else:
         record["score"] = output
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps(record, ensure_ascii=False, default=_jsonable) + "\n"
 
 
 def _jsonable(value: Any) -> Any:
-    """Converts text to str, other bytes to base64, arrays to lists."""
+    """Converts what JSON lacks: text to str, other bytes to base64, arrays to lists."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             return base64.b64encode(value).decode()
-    if isinstance(value, np.ndarray):
-        return [_jsonable(item) for item in value.tolist()]
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist()
 
 
 def _note(output: pathlib.Path) -> pathlib.Path:
