@@ -102,6 +102,7 @@ def infer(
         ]
     )  # fmt: skip
     params = restorer(model, partitioner, restore_checkpoint_cfg)(path)
+    vocabulary = model.output_vocabulary
     function: CompiledFunction[Any]
     if mode == "predict":
         function = Predictor(
@@ -112,7 +113,7 @@ def infer(
 
     def lines(batches: list[ExampleBatch], first: int, progress: Progress) -> str:
         pairs, _ = function.run_batches(params, batches, progress, first=first)
-        return "".join(_line(*pair, model.output_vocabulary) for pair in pairs)
+        return "".join(_line(example, output, vocabulary) for example, output in pairs)
 
     for task, output in zip(tasks, outputs, strict=True):
         if not _is_finished(output, key):
