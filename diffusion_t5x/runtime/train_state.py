@@ -12,7 +12,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -66,17 +65,22 @@ def abstract_train_state(
     (Adafactor's factors, counters) are replicated.
     """
     params = abstract_params(model, partitioner, shapes, types)
+    by_path = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
-    def place(leaf: Any, param: Any = None) -> Any:
-        alike = param is not None and param.shape == leaf.shape
-        sharding = param.sharding if alike else partitioner.replicated
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        # A moment's path ends with its parameter's, such as `[0].mu['decoder']['kernel']`.
+        ends = (by_path.get(jax.tree_util.keystr(path[start:])) for start in range(len(path)))
+        alike = (param for param in ends if param is not None and param.shape == leaf.shape)
+        sharding = next((param.sharding for param in alike), partitioner.replicated)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    init = model.optimizer_def.init
-    opt_state = optax.tree_utils.tree_map_params(
-        init, place, jax.eval_shape(init, params), params, transform_non_params=place
+    opt_state = jax.tree_util.tree_map_with_path(
+        place, jax.eval_shape(model.optimizer_def.init, params)
     )
-    return TrainState(place(jax.ShapeDtypeStruct((), jnp.int32)), params, opt_state)
+    return TrainState(place((), jax.ShapeDtypeStruct((), jnp.int32)), params, opt_state)
 
 
 def create_train_state(
