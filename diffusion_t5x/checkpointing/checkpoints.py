@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,23 +20,17 @@ from orbax.checkpoint import checkpoint_managers
 from diffusion_t5x import names
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
-from diffusion_t5x.checkpointing.items import (
-    ArraysArgs,
-    ArraysHandler,
-    DatasetArgs,
-    DatasetHandler,
-    SavesPosition,
-)
+from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
 from diffusion_t5x.checkpointing.reading import optimizer_item
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime.train_state import TrainState
 
+if TYPE_CHECKING:
+    from diffusion_t5x.data.datasets import DatasetIterator
+
 PREFIX = "checkpoint"
 ITEMS = ("params", "optimizer", "dataset")
 _NAME = re.compile(rf"^{PREFIX}_(\d+)$")
-# Names of barriers, which must be the same in all processes.
-_METRICS_CHECKED = "checkpoint_metrics_checked"
-_DAMAGED_SET_ASIDE = "damaged_checkpoints_set_aside"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +85,7 @@ class RestoreCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """The checkpoints that a run saves, and the one it starts from.
-
-    Attributes:
-      save: When to save; None to save nothing.
-      restore: The checkpoint to start from; None for fresh parameters.
-    """
+    """The checkpoints that a run saves, if any, and the one that it starts from, if not afresh."""
 
     save: SaveCheckpointConfig | None = None
     restore: RestoreCheckpointConfig | None = None
@@ -138,18 +127,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """The writer of one run's checkpoints.
-
-    Attributes:
-      config: When to save, and what to keep.
-    """
+    """The writer of one run's checkpoints; `config` says when to save, and what to keep."""
 
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
         path = epath.Path(directory).absolute()
         if jax.process_index() == 0:
             integrity.set_aside_unreadable_metrics(path)
-        multihost_utils.sync_global_devices(_METRICS_CHECKED)
+        multihost_utils.sync_global_devices("checkpoint_metrics_checked")
         self._manager = _Manager(
             path,
             options=_manager_options(config),
@@ -163,15 +148,16 @@ class Checkpointer:
     def save(
         self,
         state: TrainState,
-        iterator: SavesPosition | None = None,
+        iterator: DatasetIterator | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts writing `checkpoint_{state.step}`, unless it exists.
 
-        Arrays are copied before this returns, so the state may be donated afterwards.
+        Arrays are copied before this returns, so the state may be donated afterwards. If its
+        `opt_state` is None, parameters alone are saved.
 
         Args:
-          state: The state to save; if its `opt_state` is None, parameters alone are saved.
+          state: The state to save.
           iterator: The iterator whose position to save; None for none.
           metrics: Metrics by which the best checkpoints are kept.
         """
@@ -197,7 +183,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for path in damaged:
                 print(f"{path} is kept as {integrity.set_aside(epath.Path(path))}.")
-        multihost_utils.sync_global_devices(_DAMAGED_SET_ASIDE)
+        multihost_utils.sync_global_devices("damaged_checkpoints_set_aside")
         self._manager.reload()
 
     def close(self) -> None:
@@ -207,13 +193,10 @@ class Checkpointer:
 
 
 def find_checkpoints(path: str) -> list[tuple[int, str]]:
-    """Finds a checkpoint, or all finished checkpoints of a run.
+    """Returns (step, path) of a checkpoint, or of all finished ones of a run, ascending.
 
     Args:
       path: A checkpoint, ours or T5X's, or the directory of a run.
-
-    Returns:
-      (step, path) of each, ascending; an empty list if there is none.
     """
     directory = epath.Path(path)
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
@@ -245,9 +228,7 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
     )
 
 
-def newest_undamaged(
-    path: str, items: Sequence[str] = ("params",)
-) -> tuple[int, str, tuple[str, ...]]:
+def newest_undamaged(path: str, items: Sequence[str]) -> tuple[int, str, tuple[str, ...]]:
     """Verifies the checkpoints of a run, newest first, until one is undamaged.
 
     All processes of a run call this together. Each prints the damage that it finds.
@@ -282,17 +263,10 @@ def newest_undamaged(
 def select_checkpoints(
     config: RestoreCheckpointConfig, items: Sequence[str] = ("params",)
 ) -> list[tuple[int, str]]:
-    """Selects the checkpoints that a configuration asks for.
+    """Returns (step, path) of the checkpoints that a configuration asks for, ascending.
 
-    The latest checkpoint of a run is its newest undamaged one. With `mode = 'all'` nothing is
-    verified here: each checkpoint is verified when it is restored.
-
-    Args:
-      config: The checkpoints to select.
-      items: The items to verify.
-
-    Returns:
-      (step, path) of each, ascending.
+    The latest checkpoint of a run is its newest undamaged one, as far as `items` go. With
+    `mode = 'all'` nothing is verified here: each checkpoint is verified when it is restored.
 
     Raises:
       FileNotFoundError: If there is no checkpoint.

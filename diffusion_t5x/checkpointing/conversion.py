@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import flax.core
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from diffusion_t5x.checkpointing.reading import (
     open_params,
 )
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
-from diffusion_t5x.interop.stored_arrays import StoredArray, read_all, read_together
+from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
 from diffusion_t5x.runtime.terminal import print_table
 from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, named_leaves
 
@@ -43,11 +44,9 @@ FRESH = "fresh"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """The outcome of a conversion.
+    """The checkpoint that a conversion wrote.
 
     Attributes:
-      path: Path of the checkpoint written.
-      step: Its step.
       arrays: Its arrays by name; the `source` of each is its name in the checkpoint read, or
         'fresh'.
       dropped: Names of the arrays read that were not used.
@@ -159,7 +158,7 @@ def _fresh_parameters(model: Model) -> dict[str, StoredArray]:
     """Returns a model's parameters, initialised when the first is read."""
 
     def init(rng: jax.Array) -> Any:
-        return flax.core.unfreeze(model.get_initial_variables(rng, INIT_SHAPES, {})["params"])
+        return model.get_initial_variables(rng, INIT_SHAPES, {})["params"]
 
     def read() -> dict[str, np.ndarray]:
         return named_leaves(jax.device_get(jax.jit(init)(jax.random.PRNGKey(0))))
@@ -173,12 +172,10 @@ def _write(destination: str, step: int, arrays: Mapping[str, StoredArray], layou
     if layout != OURS:
         t5x_checkpoints.write_checkpoint(destination, step, arrays)
         return
-    params = flax.traverse_util.unflatten_dict(read_all(arrays, "reading"), sep="/")
-    checkpointer = Checkpointer(destination, SaveCheckpointConfig(save_dataset=False))
-    try:
+    params = flax.traverse_util.unflatten_dict(dict(read_each(arrays, "reading")), sep="/")
+    config = SaveCheckpointConfig(save_dataset=False)
+    with contextlib.closing(Checkpointer(destination, config)) as checkpointer:
         checkpointer.save(TrainState(jnp.int32(step), params, None))
-    finally:
-        checkpointer.close()
 
 
 def describe_network(params: Mapping[str, StoredArray], *, start_token: bool) -> str:
@@ -226,11 +223,10 @@ config.TransformerConfig:
 
 def print_conversion(conversion: Conversion) -> None:
     """Prints a table of the arrays read and written, one line for all layers, and the notes."""
-    groups: dict[tuple[str, ...], int] = {}
-    for name, array in conversion.arrays.items():
-        source = _merge_layers(array.source)
-        key = (_merge_layers(name), str(list(array.shape)), array.dtype.name, source)
-        groups[key] = groups.get(key, 0) + 1
+    groups = collections.Counter(
+        (_merge_layers(name), str(list(array.shape)), array.dtype.name, _merge_layers(array.source))
+        for name, array in conversion.arrays.items()
+    )
     rows: list[list[Any]] = [[*key[:3], count, key[3]] for key, count in groups.items()]
     rows += [[None, None, None, None, name] for name in conversion.dropped]
     print_table(["written", "shape", "dtype", "arrays", "read"], rows, conversion.path)

@@ -65,10 +65,6 @@ def verify(path: str | epath.Path, items: Sequence[str]) -> None:
     All processes of a run call this together. Each reads its share of the files and names the
     damage in it; all of them raise if one found damage.
 
-    Args:
-      path: The checkpoint.
-      items: The items to verify, such as 'params'.
-
     Raises:
       FileNotFoundError: If the checkpoint was deleted meanwhile.
       DamagedCheckpointError: If a file is missing, truncated or changed.
@@ -124,16 +120,10 @@ def _damage_of_file(item: epath.Path, name: str, size: int, crc: str) -> str | N
 
 
 def set_aside(path: epath.Path) -> epath.Path:
-    """Renames a damaged directory to `{name}.damaged`, numbered if that name is taken.
+    """Renames a directory to `{name}.damaged`, numbered if that is taken; returns the new path.
 
     Nothing is deleted, and the step of a checkpoint can be saved again. Only one process may call
     this.
-
-    Args:
-      path: The directory.
-
-    Returns:
-      Its new path.
     """
     number, target = 1, path.with_name(f"{path.name}.{DAMAGED}")
     while target.exists():
@@ -147,9 +137,6 @@ def set_aside_unreadable_metrics(directory: epath.Path) -> None:
 
     Orbax reads the metrics of all checkpoints when it opens a run, and fails on such a file; a
     checkpoint without metrics counts as the worst. Only one process may call this.
-
-    Args:
-      directory: The run's directory.
     """
     for file in directory.glob("*/metrics/metrics"):
         try:

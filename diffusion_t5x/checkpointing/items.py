@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -11,21 +11,8 @@ from etils import epath
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 
-
-class SavesPosition(Protocol):
-    """An iterator that can save and restore its position.
-
-    Attributes:
-      num_shards: Number of data shards over all processes.
-    """
-
-    num_shards: int
-
-    def save(self, path: str) -> None:
-        """Writes the position to files whose names begin with `path`."""
-
-    def restore(self, path: str) -> None:
-        """Moves to the position at which `save(path)` was called."""
+if TYPE_CHECKING:
+    from diffusion_t5x.data.datasets import DatasetIterator
 
 
 class _Handler(ocp.CheckpointHandler):
@@ -73,21 +60,13 @@ class DatasetHandler(_Handler):
 @ocp.args.register_with_handler(DatasetHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class DatasetArgs(ocp.args.CheckpointArgs):
-    """The iterator whose position is saved.
+    """The iterator of this process whose position is saved."""
 
-    Attributes:
-      iterator: The iterator of this process.
-    """
-
-    iterator: SavesPosition
+    iterator: DatasetIterator
 
 
-def restore_position(path: str, iterator: SavesPosition) -> None:
+def restore_position(path: str, iterator: DatasetIterator) -> None:
     """Moves an iterator to the position saved in a checkpoint, if there is one.
-
-    Args:
-      path: The checkpoint.
-      iterator: The iterator of this process.
 
     Raises:
       CheckpointMismatchError: If the checkpoint has another number of data shards.

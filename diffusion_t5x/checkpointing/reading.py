@@ -22,12 +22,7 @@ class CheckpointMismatchError(ValueError):
 
 
 def compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each difference in names and shapes.
-
-    Args:
-      stored: The checkpoint's arrays, anything with a shape and a dtype, by name.
-      expected: The model's.
-    """
+    """Returns a line for each difference in names and shapes of anything with shapes and dtypes."""
 
     def describe(leaf: Any) -> str:
         return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
@@ -100,18 +95,14 @@ def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> A
 
     Args:
       path: The checkpoint.
-      abstract_params: `jax.ShapeDtypeStruct`s of the parameters, with the shardings to restore them
-        onto.
+      abstract_params: `jax.ShapeDtypeStruct`s, with the shardings to restore parameters onto.
       verify: Whether to compare the files with their checksums; False if that was done when the
         checkpoint was selected.
-
-    Returns:
-      The parameters, in the structure of `abstract_params`.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
       DamagedCheckpointError: If a file is missing, truncated or changed.
-      CheckpointMismatchError: If they do not fit.
+      CheckpointMismatchError: If the parameters do not fit.
     """
     if t5x_checkpoints.is_t5x_checkpoint(path):
         stored = _open_fitting(path, abstract_params)
@@ -124,11 +115,7 @@ def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> A
 def open_params(path: str) -> dict[str, StoredArray]:
     """Opens the parameters of a checkpoint, ours or T5X's, verified; arrays are read on demand.
 
-    Args:
-      path: The checkpoint.
-
-    Returns:
-      The parameters of each layer under our names, such as 'decoder/layers_0/mlp/wo/kernel'.
+    They are those of each layer under our names, such as 'decoder/layers_0/mlp/wo/kernel'.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.

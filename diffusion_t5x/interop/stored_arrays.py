@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -17,13 +17,10 @@ from diffusion_t5x.runtime.terminal import Progress
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array in a checkpoint.
+    """An array in a checkpoint, whose values are read on demand.
 
     Attributes:
       source: Its name in the checkpoint; the first and last name if it is stacked from several.
-      shape: Its shape.
-      dtype: Its type.
-      read: Reads its values.
     """
 
     source: str
@@ -50,12 +47,11 @@ class StoredArray:
 def read_together(
     leaves: Mapping[str, Any], item: str, read: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, StoredArray]:
-    """Returns arrays of an item that are all read once the first is asked for.
+    """Returns arrays of an item that are all read, by `read`, once the first is asked for.
 
     Args:
       leaves: Anything with the shape and dtype of each array, by name.
       item: Name of the item, for the arrays' `source`.
-      read: Reads all arrays, by name.
     """
     read = functools.cache(read)
     return {
@@ -95,11 +91,7 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
 
 
 def stack(layers: Sequence[StoredArray], axis: int) -> StoredArray:
-    """Returns the arrays of several layers stacked along a new axis.
-
-    Raises:
-      ValueError: If their shapes differ.
-    """
+    """Returns the arrays of several layers, of one shape, stacked along a new axis."""
     shapes = {layer.shape for layer in layers}
     if len(shapes) > 1:
         raise ValueError(f"{layers[0].source} differs in shape between layers: {shapes}.")
@@ -112,34 +104,27 @@ def stack(layers: Sequence[StoredArray], axis: int) -> StoredArray:
     )
 
 
-def read_all(stored: Mapping[str, StoredArray], description: str) -> dict[str, np.ndarray]:
-    """Reads every array, with a progress bar of this description."""
-    arrays = {}
+def read_each(
+    stored: Mapping[str, StoredArray], description: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads arrays one at a time under a progress bar; yields the name and values of each."""
     with Progress(len(stored), description, "arrays") as progress:
         for name, array in stored.items():
-            arrays[name] = array.read()
+            yield name, array.read()
             progress.update()
-    return arrays
 
 
 def place(stored: Mapping[str, StoredArray], abstract: Mapping[str, Any], description: str) -> Any:
-    """Reads arrays onto the devices, one at a time.
+    """Reads arrays onto the devices, one at a time, as a nested dictionary.
 
     Args:
       stored: The arrays, by names such as 'decoder/final_layer_norm/scale'.
-      abstract: `jax.ShapeDtypeStruct`s with shardings, under the same names.
+      abstract: `jax.ShapeDtypeStruct`s of their types and shardings, under the same names.
       description: Description for the progress bar.
-
-    Returns:
-      The arrays, in the types and shardings of `abstract`, as a nested dictionary.
     """
+    cast = {name: array.cast(abstract[name].dtype) for name, array in stored.items()}
     placed = {}
-    with Progress(len(stored), description, "arrays") as progress:
-        for name, array in stored.items():
-            leaf = abstract[name]
-            value = array.read().astype(leaf.dtype)
-            placed[name] = jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, value.__getitem__
-            )
-            progress.update()
+    for name, values in read_each(cast, description):
+        leaf = abstract[name]
+        placed[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__)
     return flax.traverse_util.unflatten_dict(placed, sep="/")

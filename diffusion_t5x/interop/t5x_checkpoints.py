@@ -23,8 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from diffusion_t5x.interop.stored_arrays import StoredArray, read_together
-from diffusion_t5x.runtime.terminal import Progress
+from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
 
 INDEX = "checkpoint"
 STATE = "state"
@@ -38,7 +37,6 @@ class T5XCheckpoint:
     """A T5X checkpoint, as far as we use it.
 
     Attributes:
-      step: Its step.
       params: Its parameters, by names such as 'decoder/decoder_norm/scale'.
       has_optimizer_state: Whether it has an optimiser state, which is not read.
     """
@@ -184,13 +182,7 @@ def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
 def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray]) -> str:
     """Writes `{directory}/checkpoint_{step}`, atomically, in the layout that every T5X reads.
 
-    Args:
-      directory: Directory of the run, local or `gs://bucket/…`.
-      step: Step of the checkpoint.
-      params: Parameters, by T5X's names.
-
-    Returns:
-      The checkpoint's path.
+    Returns the checkpoint's path. The directory of the run may be `gs://bucket/…`.
 
     Raises:
       FileExistsError: If it exists.
@@ -202,11 +194,10 @@ def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray
     if temporary.exists():
         temporary.rmtree()  # of a writer that was killed
     temporary.mkdir(parents=True)
-    specs = {}
-    with Progress(len(params), f"writing {final}", "arrays") as progress:
-        for name, array in params.items():
-            specs[name] = _write_array(temporary, f"target.{name.replace('/', '.')}", array)
-            progress.update()
+    specs = {
+        name: _write_array(temporary, f"target.{name.replace('/', '.')}", value)
+        for name, value in read_each(params, f"writing {final}")
+    }
     target = flax.traverse_util.unflatten_dict(specs, sep="/")
     index = {
         "version": VERSION,
@@ -217,13 +208,13 @@ def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray
     return str(final)
 
 
-def _write_array(directory: epath.Path, name: str, array: StoredArray) -> dict[str, Any]:
+def _write_array(directory: epath.Path, name: str, array: np.ndarray) -> dict[str, Any]:
     """Writes one zarr array; returns its leaf in the index."""
     chunks = _chunks(array.shape, CHUNK_BYTES // array.dtype.itemsize)
     metadata = {"compressor": {"id": "gzip"}, "shape": list(array.shape), "chunks": chunks}
     spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
     address = kvstore(str(directory / name))
-    ts.open({**spec, "kvstore": address}, create=True).result().write(array.read()).result()
+    ts.open({**spec, "kvstore": address}, create=True).result().write(array).result()
     relative = {**address, "path": name}
     if "bucket" in relative:
         relative["bucket"] = "t5x-dummy-bucket"  # as T5X writes it; the index names no real bucket

@@ -49,11 +49,7 @@ _OUTPUT_KERNEL = re.compile(r"attention/out/kernel$")
 
 
 def network_of(names: Iterable[str]) -> str:
-    """Returns which of `NETWORKS` has parameters of these names.
-
-    Raises:
-      ValueError: If none has.
-    """
+    """Returns which of `NETWORKS` has parameters of these names; raises ValueError if none has."""
     names = set(names)
     if "decoder/final_layer_norm/scale" in names:
         return OURS
@@ -74,11 +70,7 @@ def begins_with_zero(names: Iterable[str]) -> bool:
 
 
 def hint(misfits: Iterable[str]) -> str:
-    """Returns hints on the settings that could resolve mismatches, or ''.
-
-    Args:
-      misfits: Lines that describe the mismatches, as `checkpointing.reading.compare` returns them.
-    """
+    """Returns hints on the settings that could resolve the lines of `reading.compare`, or ''."""
     text = "\n".join(misfits)
     hints = {
         r"decoder/.*rel_embedding.*, 64\], the model .*, 32\]": "decoder_relative_buckets = 64",
@@ -92,11 +84,7 @@ def hint(misfits: Iterable[str]) -> str:
 
 
 def to_ours(params: Mapping[str, StoredArray]) -> Params:
-    """Returns the parameters of any known network under our names, one per layer.
-
-    Raises:
-      ValueError: If the network is unknown.
-    """
+    """Returns the parameters of any known network under our names, one per layer."""
     network = network_of(params)
     ours: Params = {}
     for name, stored in params.items():
@@ -140,12 +128,9 @@ def _to_our_shape(name: str, array: StoredArray) -> StoredArray:
 
 
 def scan(params: Mapping[str, StoredArray], axis: int = 0, prefix: str = "layers") -> Params:
-    """Stacks the parameters of layers into those of scanned layers.
+    """Stacks the parameters of layers, under our names or T5X's, along `axis` of scanned layers.
 
-    Args:
-      params: Parameters, one per layer, under our names or T5X's.
-      axis: The axis to stack layers along.
-      prefix: The name that replaces 'layers_{n}'; '' for that of the stack, as in T5X.
+    `prefix` replaces 'layers_{n}' in names; '' stands for the name of the stack, as in T5X.
     """
     scanned: Params = {}
     groups: dict[str, dict[int, StoredArray]] = {}
@@ -167,11 +152,7 @@ def is_scanned(names: Iterable[str]) -> bool:
 
 
 def from_ours(params: Mapping[str, StoredArray], network: str) -> Params:
-    """Returns our parameters under the names and in the shapes of a network of T5X.
-
-    Args:
-      params: Our parameters, one per layer.
-      network: One of `NETWORKS` other than ours.
+    """Returns our parameters, one per layer, under the names and in the shapes of a T5X network.
 
     Raises:
       ValueError: If the network is unknown or cannot hold them.
@@ -200,11 +181,7 @@ def _their_name(name: str, network: str, gated: bool) -> str:
 
 
 def _share_tables(params: Mapping[str, StoredArray], *, shared: bool) -> Params:
-    """Converts position-bias tables to one per stack if `shared`, else to one per layer.
-
-    Raises:
-      ValueError: If the tables of layers differ and cannot be shared.
-    """
+    """Converts position-bias tables to one per stack if `shared`, else to one per layer."""
     result: Params = {}
     for name, array in params.items():
         side, _, rest = name.partition("/")

@@ -14,18 +14,10 @@ def require_parameters(
     *,
     is_resuming: bool = False,
 ) -> Mapping[str, Any]:
-    """Checks that T5X finds every parameter of our model in a checkpoint; changes nothing.
+    """Checks that T5X finds every parameter of our model in a checkpoint; returns `state_dict`.
 
     T5X's `fallback_to_scratch`, which an optimiser needs to start fresh, would also silently
-    initialise parameters whose names differ.
-
-    Args:
-      state_dict: The state in the checkpoint.
-      target_state_dict: The state of the model and optimiser.
-      is_resuming: Whether the run resumes from its own checkpoint; T5X passes it.
-
-    Returns:
-      `state_dict`.
+    initialise parameters whose names differ. T5X passes `is_resuming`.
 
     Raises:
       ValueError: If the checkpoint lacks parameters; the message lists them.

@@ -11,9 +11,7 @@ from typing import Any
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file so that it is whole or absent, whenever the process ends.
 
-    Args:
-      path: The file; its directory is created.
-      content: The content; text is encoded as UTF-8.
+    Its directory is created.
 
     Raises:
       OSError: If it cannot be written; `filename` is set.
@@ -32,18 +30,26 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the lines of a JSONL file that have a `step`; damaged lines are left out.
 
-    Args:
-      path: The file; no lines if it does not exist.
+    A file that does not exist has no lines.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for text in pathlib.Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
+    return lines
+
+
+def rewind_lines(path: str | os.PathLike[str], last_step: int) -> list[dict[str, Any]]:
+    """Returns the lines up to `last_step`; the first process drops the others from the file."""
+    import jax
+
+    lines = [line for line in read_lines(path) if line["step"] <= last_step]
+    if os.path.exists(path) and jax.process_index() == 0:
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

@@ -45,16 +45,14 @@ def stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = []
-    try:
+    asked, before = [], None
+    with suppress(ValueError):  # only the main thread may catch signals
         before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    except ValueError:  # only the main thread may catch signals
-        yield lambda step: False
-        return
     try:
         yield lambda step: bool(asked)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Watchdog:
@@ -70,14 +68,6 @@ class Watchdog:
     """
 
     def __init__(self, timeout_seconds: float | None):
-        """Prepares the thread, which starts as the context is entered.
-
-        Args:
-          timeout_seconds: Longest time between two signs of life; None or 0 for no limit.
-
-        Raises:
-          ValueError: If it is negative.
-        """
         if timeout_seconds is not None and timeout_seconds < 0:
             raise ValueError(
                 f"step_timeout_seconds = {timeout_seconds}; expected seconds, or None for no limit."
@@ -146,8 +136,7 @@ class Watchdog:
 class DiskFull(SystemExit):
     """Something could not be written for lack of room; the exit code is `DISK_FULL`.
 
-    Attributes:
-      message: The directory, the disk and the original error.
+    `message` names the directory, the disk and the original error.
     """
 
     def __init__(self, message: str):
@@ -158,12 +147,8 @@ class DiskFull(SystemExit):
 def find_full_disk(error: BaseException | None) -> tuple[str, BaseException] | None:
     """Finds a disk-full error in an exception's chain of causes.
 
-    Args:
-      error: The exception.
-
-    Returns:
-      The system's words, such as 'No space left on device', and the error of the chain that has
-      them; None if there is none.
+    Returns the system's words, such as 'No space left on device', and the error that has them;
+    None if there is none.
     """
     # No room, a quota that is used up, and a file larger than the shell's limit allows.
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -185,9 +170,6 @@ def stops_when_full(directory: str | os.PathLike[str]) -> Iterator[None]:
 
     With several processes, this one ends at once: an ordinary exit would wait for the others, which
     wait for it.
-
-    Args:
-      directory: The directory that is written to, for the message.
     """
     try:
         yield

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.core
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.linen import partitioning as nn_partitioning
@@ -36,9 +37,6 @@ def standard_logical_axis_rules(
       activation_partitioning_dims: Number of dimensions of activations that are split, 1 or 2.
       parameter_partitioning_dims: Number of dimensions of parameters that are split, 1 or 2.
       additional_rules: Rules to append to the standard ones.
-
-    Raises:
-      ValueError: If a number of dimensions is neither 1 nor 2.
     """
     for name, dims in (
         ("activation_partitioning_dims", activation_partitioning_dims),
@@ -65,15 +63,7 @@ def standard_logical_axis_rules(
 
 
 def single_slice_mesh(devices: Sequence[jax.Device], num_partitions: int) -> Mesh:
-    """Returns a ('data', 'model') mesh; 'model' is the fast axis: its devices are neighbours.
-
-    Args:
-      devices: The devices, neighbours side by side.
-      num_partitions: Length of the 'model' axis.
-
-    Raises:
-      ValueError: If `num_partitions` does not divide the devices.
-    """
+    """Returns a ('data', 'model') mesh; 'model' is the fast axis: its devices are neighbours."""
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
             f"PjitPartitioner.num_partitions = {num_partitions} does not divide the "
@@ -88,17 +78,9 @@ def multi_slice_mesh(
 ) -> Mesh:
     """Returns a ('replica', 'data', 'model') mesh over slices joined by a slower network (DCN).
 
-    An axis is as long as the product of its two lengths, of which that over slices is the outer
-    one: devices whose positions on an axis differ by less than `ici_mesh_shape` share a slice.
-    Devices without slices, such as GPUs and CPUs, count as one slice per process.
-
-    Args:
-      devices: The devices of all slices.
-      ici_mesh_shape: Lengths of the three axes within a slice.
-      dcn_mesh_shape: Lengths of the three axes over slices.
-
-    Raises:
-      ValueError: If a shape is not three positive numbers, or does not fit the devices.
+    An axis is as long as the product of its lengths within a slice and over slices, the outer one:
+    devices whose positions differ by less than `ici_mesh_shape` share a slice. Devices without
+    slices, such as GPUs and CPUs, count as one slice per process.
     """
     for name, shape in (("ici_mesh_shape", ici_mesh_shape), ("dcn_mesh_shape", dcn_mesh_shape)):
         if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
@@ -160,9 +142,6 @@ class PjitPartitioner:
             slice; `num_partitions` is then left at 1.
           dcn_mesh_shape: For several slices, lengths of the axes over slices; required together
             with `ici_mesh_shape`.
-
-        Raises:
-          ValueError: If the devices cannot be divided that way.
         """
         devices = jax.devices() if devices is None else devices
         rules = standard_logical_axis_rules() if logical_axis_rules is None else logical_axis_rules
@@ -193,14 +172,7 @@ class PjitPartitioner:
         self._saved = tuple(shard for shard, row in enumerate(owners) if here == row[0])
 
     def data_layout(self, batch_size: int) -> DataLayout:
-        """Returns the rows of global batches that this process reads.
-
-        Args:
-          batch_size: Examples per global batch.
-
-        Raises:
-          ValueError: If the data-parallel shards do not divide them.
-        """
+        """Returns the rows that this process reads of global batches of `batch_size` examples."""
         return DataLayout(batch_size, self.num_data_shards, self._shards, self._saved)
 
     def param_shardings(self, params_axes: Any) -> Any:
@@ -209,21 +181,11 @@ class PjitPartitioner:
         Args:
           params_axes: Flax's collection of the same name, which names the axes of each parameter.
         """
-        logical = flax.core.unfreeze(nn_partitioning.get_axis_names(params_axes))
-        with nn_partitioning.axis_rules(self.logical_axis_rules):
-            specs = jax.tree.map(
-                nn_partitioning.logical_to_mesh_axes,
-                logical,
-                is_leaf=lambda x: isinstance(x, PartitionSpec),
-            )
-        return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec),
-            specs,
-            is_leaf=lambda x: isinstance(x, PartitionSpec),
-        )
+        names = flax.core.unfreeze(nn_partitioning.get_axis_names(params_axes))
+        return nn.logical_to_mesh_sharding(names, self.mesh, self.logical_axis_rules)
 
     def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
-        """Returns global arrays `[batch, ...]` made from this process's rows.
+        """Returns global arrays `[batch, ...]`.
 
         Args:
           batch: This process's rows, `[rows, ...]` each, in the order of its data shards.
@@ -251,12 +213,7 @@ class PjitPartitioner:
         return multihost_utils.process_allgather(tree, tiled=True)
 
     def jit(self, fn: Callable[..., Any], **kwargs: Any) -> JittedFunction:
-        """Applies `jax.jit`, with flax's sharding constraints resolved by this mesh and its rules.
-
-        Args:
-          fn: The function to compile.
-          **kwargs: Further arguments of `jax.jit`.
-        """
+        """Applies `jax.jit`; this mesh and its rules resolve the sharding constraints of flax."""
 
         def in_context(*args: Any) -> Any:
             with nn_partitioning.axis_rules(self.logical_axis_rules):

@@ -29,9 +29,9 @@ def digest(settings: Any) -> str:
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """Returns the JSON object in a file, or None if the file is absent or damaged."""
-    text = _read(path)
-    value = None if text is None else _parse(text)
-    if text is not None and value is None:
+    if (text := _read(path)) is None:
+        return None
+    if (value := _parse(text)) is None:
         report(path)
     return value
 
@@ -53,8 +53,7 @@ def load_text(path: Path, key: str) -> str | None:
 
     A text is damaged if its length is not the one that its first line gives.
     """
-    content = _read(path)
-    if content is None:
+    if (content := _read(path)) is None:
         return None
     header, _, text = content.partition("\n")
     value = _parse(header)

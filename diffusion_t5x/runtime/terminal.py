@@ -56,33 +56,15 @@ def _open_bars() -> rich.progress.Progress:
     return _bars
 
 
-def _close_bar(bar: rich.progress.TaskID) -> None:
-    """Removes a bar inside others; the display ends with the last bar."""
-    global _bars  # noqa: PLW0603
-    assert _bars is not None
-    if len(_bars.tasks) > 1:
-        _bars.remove_task(bar)
-    else:
-        _bars.stop()
-        _bars = None
-
-
 class Progress:
-    """A count towards a total, shown with its rate and the time left.
+    """A count towards a total, if it is known, shown with its rate and the time left.
 
-    A context manager. It is a bar where standard error is a terminal, else a line every
+    A context manager. `unit` names what is counted, in the plural; the rate leaves out the first
+    `initial` units. It is a bar where standard error is a terminal, else a line every
     `SECONDS_BETWEEN_LINES`; on processes other than the first it shows nothing.
     """
 
     def __init__(self, total: int | None, description: str, unit: str, initial: int = 0):
-        """Starts showing progress.
-
-        Args:
-          total: Number of units; None if it is unknown.
-          description: The work in progress.
-          unit: Name of what is counted, in the plural.
-          initial: Number of units done before, which the rate leaves out.
-        """
         import jax
 
         self._total, self._unit, self._done, self._initial = total, unit, initial, initial
@@ -131,10 +113,14 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            _close_bar(self._bar)
-        else:
+        global _bars  # noqa: PLW0603
+        if self._bar is None or _bars is None:
             self._line()
+        elif len(_bars.tasks) > 1:
+            _bars.remove_task(self._bar)
+        else:  # the display ends with the last bar
+            _bars.stop()
+            _bars = None
 
 
 def format_value(value: Any) -> str:

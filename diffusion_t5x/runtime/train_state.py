@@ -1,8 +1,7 @@
 """The state that training carries from step to step, and its layout over the devices.
 
-Arguments of the functions below: `model`, a `models.Model`; `partitioner`, the layout over
-the devices; `shapes` and `types`, input shapes `[rows, length]` and dtypes to initialise with, by
-feature; `rng`, the key of the initial values.
+Arguments of the functions below: `shapes` and `types`, input shapes `[rows, length]` and dtypes to
+initialise with, by feature; `rng`, the key of the initial values.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import flax.core
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,13 +23,7 @@ INIT_SHAPES: Shapes = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters and optimiser state after `step` updates.
-
-    Attributes:
-      step: Number of updates, a scalar int32.
-      params: The network's parameters.
-      opt_state: The optimiser's state.
-    """
+    """Parameters and optimiser state after `step` updates, a scalar int32."""
 
     step: jax.Array
     params: Any
@@ -41,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
 def input_shapes_and_types(
     element_spec: Mapping[str, tuple[tuple[int, ...], Any]],
 ) -> tuple[Shapes, Mapping[str, Any]]:
-    """Returns shapes and dtypes to initialise a network with; one row suffices.
+    """Returns shapes and dtypes to initialise a network with, of one row, which suffices.
 
     Args:
       element_spec: Feature -> (shape `[rows, length]`, dtype).
@@ -55,8 +47,7 @@ def abstract_params(
 ) -> Any:
     """Returns the parameters as `jax.ShapeDtypeStruct`s with shardings."""
     variables = jax.eval_shape(
-        lambda rng: flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)),
-        jax.random.PRNGKey(0),
+        lambda rng: model.get_initial_variables(rng, shapes, types), jax.random.PRNGKey(0)
     )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -74,44 +65,22 @@ def abstract_train_state(
     (Adafactor's factors, counters) are replicated.
     """
     params = abstract_params(model, partitioner, shapes, types)
-    opt_state = jax.eval_shape(model.optimizer_def.init, params)
     by_path = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = partitioner.replicated
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
         # A moment's path ends with its parameter's, such as `[0].mu['decoder']['kernel']`.
-        for start in range(len(path)):
-            param = by_path.get(jax.tree_util.keystr(path[start:]))
-            if param is not None and param.shape == leaf.shape:
-                sharding = param.sharding
-                break
+        ends = (by_path.get(jax.tree_util.keystr(path[start:])) for start in range(len(path)))
+        alike = (param for param in ends if param is not None and param.shape == leaf.shape)
+        sharding = next((param.sharding for param in alike), partitioner.replicated)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioner.replicated)
-    return TrainState(
-        step=step,
-        params=params,
-        opt_state=jax.tree_util.tree_map_with_path(place, opt_state),
+    opt_state = jax.tree_util.tree_map_with_path(
+        place, jax.eval_shape(model.optimizer_def.init, params)
     )
-
-
-def create_params(
-    model: Model,
-    partitioner: PjitPartitioner,
-    shapes: Shapes,
-    types: Mapping[str, Any],
-    rng: jax.Array,
-) -> Any:
-    """Initialises parameters in their shards."""
-
-    def init(rng: jax.Array) -> Any:
-        return flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)["params"])
-
-    abstract = abstract_params(model, partitioner, shapes, types)
-    return partitioner.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(rng)
+    return TrainState(place((), jax.ShapeDtypeStruct((), jnp.int32)), params, opt_state)
 
 
 def create_train_state(
@@ -125,7 +94,7 @@ def create_train_state(
     abstract = abstract_train_state(model, partitioner, shapes, types)
 
     def init(rng: jax.Array) -> TrainState:
-        params = flax.core.unfreeze(model.get_initial_variables(rng, shapes, types)["params"])
+        params = model.get_initial_variables(rng, shapes, types)["params"]
         return TrainState(jnp.int32(0), params, model.optimizer_def.init(params))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

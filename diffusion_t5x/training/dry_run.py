@@ -18,11 +18,7 @@ CHIP_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 
 
 class DoesNotFit(SystemExit):
-    """The step needs more memory than its devices have; the exit code is 1.
-
-    Attributes:
-      report: The report of the step.
-    """
+    """The step needs more memory than its devices have, as `report` says; the exit code is 1."""
 
     def __init__(self, report: Report):
         super().__init__(1)
@@ -34,17 +30,13 @@ class Report:
     """The memory that a training step needs on one device; all sizes are in bytes.
 
     Attributes:
-      device: Kind of the devices.
       mesh: Number of devices along each mesh axis.
       parameter_count: Number of parameters of the whole model.
-      parameters: Size of the parameters.
-      optimizer: Size of the optimiser's state.
-      batch: Size of the batch.
-      temporaries: Size of activations and other intermediate arrays; None if the compiler refused.
-      total: Size of all arrays that exist at once; None if the compiler refused.
+      temporaries: Activations and other intermediate arrays; None if the compiler refused.
+      total: All arrays that exist at once; None if the compiler refused.
       limit: Memory of a device; None if unknown.
-      refusal: The compiler's message if it refused for lack of memory, else None.
-      compiled: The compiled step, for reading more from it; None if the compiler refused.
+      refusal: The compiler's message if it refused for lack of memory.
+      compiled: The compiled step, for reading more from it.
     """
 
     device: str
@@ -53,10 +45,10 @@ class Report:
     parameters: int
     optimizer: int
     batch: int
-    temporaries: int | None
-    total: int | None
-    limit: int | None
-    refusal: str | None
+    temporaries: int | None = None
+    total: int | None = None
+    limit: int | None = None
+    refusal: str | None = None
     compiled: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
 
     @property
@@ -89,14 +81,10 @@ class Report:
 def check(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) -> Report:
     """Compiles a training step, prints its report, and names settings that help if it is too large.
 
-    Args:
-      trainer: The trainer whose step is compiled.
-      state: Shapes, dtypes and shardings of the train state.
-      batch: Shapes, dtypes and shardings of a global batch, as `abstract_batch` gives them.
+    Args and errors are those of `compile_step`.
 
     Raises:
       DoesNotFit: If the step does not fit.
-      ValueError: If the devices do not divide an array.
     """
     report = compile_step(trainer, state, batch)
     lines = list(report.lines())
@@ -112,11 +100,9 @@ def check(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) -> Repo
 def abstract_batch(
     trainer: Trainer, batch_size: int, shapes: Shapes, types: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a global batch.
+    """Returns shapes, dtypes and shardings of a global batch of `batch_size` examples.
 
     Args:
-      trainer: The trainer that the batch is for.
-      batch_size: Examples per global batch.
       shapes: Shape of each feature, `[rows, length]` for any number of rows.
       types: Dtype of each feature.
     """
@@ -131,9 +117,8 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
     """Compiles a training step for the devices of its mesh, which need not exist.
 
     Args:
-      trainer: The trainer whose step is compiled.
-      state: Shapes, dtypes and shardings of the train state.
-      batch: Shapes, dtypes and shardings of a global batch.
+      state: `jax.ShapeDtypeStruct`s with shardings.
+      batch: The same of a global batch, as `abstract_batch` gives it.
 
     Raises:
       ValueError: If the devices do not divide an array.
@@ -148,10 +133,7 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         parameters=_bytes(state.params),
         optimizer=_bytes((state.step, state.opt_state)),
         batch=_bytes(batch),
-        temporaries=None,
-        total=None,
         limit=device_memory(device),
-        refusal=None,
     )
     metrics = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),

@@ -34,10 +34,8 @@ class EarlyStopping:
     def should_stop(self, log: Sequence[Mapping[str, Any]]) -> bool:
         """Returns True if the last `patience` evaluations are no better than the best before them.
 
-        The decision depends on the log alone, so a resumed run decides as it would have.
-
-        Args:
-          log: The lines of `metrics.jsonl`, in order.
+        The decision depends on the lines of `metrics.jsonl` alone, so a resumed run decides as it
+        would have.
 
         Raises:
           ValueError: If there are evaluations but none has the metric.

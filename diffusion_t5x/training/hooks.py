@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x.checkpointing.checkpoints import Checkpointer
 from diffusion_t5x.data import datasets
 from diffusion_t5x.runtime.guards import Watchdog
 from diffusion_t5x.runtime.train_state import TrainState
@@ -80,13 +79,8 @@ def evaluation(
 ) -> Callable[[Run], None]:
     """Returns a hook that evaluates, logs the results, and may stop training early.
 
-    A preempted run is not evaluated: the time it is given is for saving.
-
-    Args:
-      evaluations: The evaluations.
-      log: The run's log.
-      early_stopping: Decides from the log's lines.
-      watchdog: Suspended meanwhile, since evaluations may take any time.
+    A preempted run is not evaluated: the time it is given is for saving. The watchdog is suspended
+    meanwhile, since evaluations may take any time.
     """
 
     def hook(run: Run) -> None:
@@ -95,16 +89,11 @@ def evaluation(
         with watchdog.suspended():
             results = [evaluate(run.state) for evaluate in evaluations]
         for split, values in ((s, v) for result in results for s, v in result.items()):
-            log.evaluation(run.step, split, values)
+            log.write(run.step, split, values)
             run.results.update({f"{split}/{name}": value for name, value in values.items()})
         run.stopped_early = early_stopping.should_stop(log.lines)
 
     return hook
-
-
-def saving(checkpointer: Checkpointer, iterator: datasets.DatasetIterator) -> Callable[[Run], None]:
-    """Returns a hook that saves state, data position and this step's evaluations."""
-    return lambda run: checkpointer.save(run.state, iterator, run.results)
 
 
 def loss_evaluation(
@@ -112,11 +101,8 @@ def loss_evaluation(
 ) -> Evaluate:
     """Returns an evaluation of the loss, as split 'training_eval'.
 
-    Args:
-      trainer: The trainer whose eval step is run.
-      cfg: The data to evaluate.
-      num_batches: Number of batches; None for the whole split.
-      random_seed: Seed of the data, unless `cfg` has its own.
+    It takes `num_batches` batches, None for the whole split; `random_seed` is that of the data,
+    unless `cfg` has its own.
     """
     layout = trainer.partitioner.data_layout(cfg.batch_size)
     converter = trainer.model.FEATURE_CONVERTER_CLS

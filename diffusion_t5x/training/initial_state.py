@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from diffusion_t5x.checkpointing import checkpoints, reading
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
-from diffusion_t5x.checkpointing.items import SavesPosition, restore_position
-from diffusion_t5x.interfaces import Model
-from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import Shapes, TrainState, create_train_state
+from diffusion_t5x.checkpointing.items import restore_position
+from diffusion_t5x.data.datasets import DatasetIterator
+from diffusion_t5x.runtime.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +20,7 @@ class StartingPoint:
     """The checkpoint that a run starts or resumes from, found undamaged.
 
     Attributes:
-      path: Path of the checkpoint; None for fresh parameters.
-      step: Step of the state.
+      path: The checkpoint; None for fresh parameters.
       first_step: Step that the run started at, from which TRAIN_STEPS_RELATIVE counts.
       is_own: Whether the run saved the checkpoint itself, and resumes.
       has_optimizer: Whether the optimiser state is restored as well.
@@ -53,8 +50,8 @@ class StartingPoint:
           relative_steps: TRAIN_STEPS_RELATIVE, which takes precedence.
 
         Raises:
-          ValueError: If both are None, the one that counts is not a positive integer, or the
-            initial checkpoint has no step left to train. A finished run may be started again.
+          ValueError: If neither is set, the one that counts is no positive integer, or an initial
+            checkpoint has no step left to train. A finished run may be started again.
         """
         name, steps = "TRAIN_STEPS_RELATIVE", relative_steps
         if steps is None:
@@ -74,14 +71,7 @@ class StartingPoint:
         return steps
 
     def check(self, abstract: TrainState) -> None:
-        """Compares names and shapes in the checkpoint with the state's; reads no array.
-
-        Args:
-          abstract: `jax.ShapeDtypeStruct`s of the state.
-
-        Raises:
-          CheckpointMismatchError: If they differ.
-        """
+        """Refuses a checkpoint of other names or shapes than the state's; reads no array."""
         if self.path is None:
             return
         reading.check_params(self.path, abstract.params)
@@ -98,10 +88,6 @@ def what_is_left(step: int, last_step: int) -> str:
 
 def find(model_dir: str, config: CheckpointConfig) -> StartingPoint:
     """Decides what a run starts from, and verifies that checkpoint.
-
-    Args:
-      model_dir: Directory of the run.
-      config: What the run saves and restores.
 
     Raises:
       FileNotFoundError: If the initial checkpoint does not exist.
@@ -138,25 +124,19 @@ def _select_initial(config: checkpoints.RestoreCheckpointConfig) -> tuple[int, s
 
 def restore(
     start: StartingPoint,
-    model: Model,
-    partitioner: PjitPartitioner,
     abstract: TrainState,
     checkpointer: Checkpointer | None,
-    iterator: SavesPosition,
-    random_seed: int,
-    spec: tuple[Shapes, Mapping[str, Any]],
+    iterator: DatasetIterator,
+    create: Callable[[], TrainState],
 ) -> TrainState:
     """Restores or creates the state that a run starts from, sharded as `abstract` is.
 
     Args:
       start: What `find` decided.
-      model: The model to train.
-      partitioner: Devices and sharding.
       abstract: `jax.ShapeDtypeStruct`s of the state, with shardings.
       checkpointer: The run's checkpointer; None if it saves nothing.
       iterator: The training data, moved to its saved position if the run resumes.
-      random_seed: Seed of fresh parameters.
-      spec: Shapes and types of the inputs to initialise with.
+      create: Initialises a state, of fresh parameters.
 
     Raises:
       CheckpointMismatchError: If the checkpoint does not fit.
@@ -167,8 +147,7 @@ def restore(
             if checkpointer.config.save_dataset:
                 restore_position(start.path, iterator)
         return reading.restore_train_state(start.path, abstract)
-    rng = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
-    state = create_train_state(model, partitioner, *spec, rng)
+    state = create()
     if start.path is None:
         return state
     params = reading.restore_params(start.path, abstract.params, verify=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
@@ -19,6 +21,7 @@ from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import (
     TrainState,
     abstract_train_state,
+    create_train_state,
     input_shapes_and_types,
 )
 from diffusion_t5x.training import dry_run as dry_runs
@@ -56,13 +59,11 @@ def train(
 ) -> TrainState | dry_runs.Report:
     """Trains until `total_steps`, resuming from the run's latest checkpoint if it has one.
 
+    Returns the final state, or the report of a dry run.
+
     Args:
-      model: The model, a `models.Model`.
       model_dir: Directory of the run, which gets `checkpoint_{step}/`, `config.gin`,
         `model-info.txt`, `metrics.jsonl` and TensorBoard events.
-      train_dataset_cfg: Training data.
-      partitioner: Layout of state and batches over the devices.
-      trainer_cls: Factory of the `Trainer`.
       total_steps: Step to stop at; steps of an initial checkpoint count.
       train_eval_dataset_cfg: Data to evaluate the loss on; None for no such evaluation.
       infer_eval_dataset_cfg: Data to decode and measure; None for no such evaluation.
@@ -82,9 +83,6 @@ def train(
       summarize_config_fn: Writes the configuration to the run's directory.
       dry_run: Check everything, compile the step, report its memory, and write nothing.
 
-    Returns:
-      The final state, or the report of a dry run.
-
     Raises:
       NonFiniteError: If the loss, a gradient or an update is not finite in more steps in a row
         than `Trainer.max_skipped_updates` allows; `nonfinite/` has the batch.
@@ -97,14 +95,21 @@ def train(
       ValueError: If settings contradict each other.
     """
     # Set-up: the state to start from, and how far to go.
-    _check_periods(EVAL_PERIOD=eval_period, log_period=log_period)
+    for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
+        if not isinstance(period, int) or period < 1:
+            raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
     start = initial_state.find(model_dir, checkpoint_cfg)
     last_step = start.last_step(total_steps, relative_steps)
     watchdog = Watchdog(step_timeout_seconds)
 
-    # Data: this process's rows of each global batch.
+    # Data: this process's rows of each global batch, without end.
     batch_size = train_dataset_cfg.batch_size
-    iterator = _open_data(model, partitioner, train_dataset_cfg, random_seed)
+    iterator = datasets.get_training_iterator(
+        train_dataset_cfg,
+        model.FEATURE_CONVERTER_CLS,
+        layout=partitioner.data_layout(batch_size),
+        seed=random_seed,
+    )
     _check_tasks(model, train_dataset_cfg, train_eval_dataset_cfg)
     record = run_record.describe(model, str(train_dataset_cfg.mixture_or_task_name))
     if start.is_own:
@@ -118,10 +123,22 @@ def train(
         model=model, partitioner=partitioner, abstract_state=abstract, random_seed=random_seed
     )
     trainer.check_batch_size(batch_size)
-    evaluations = _evaluations(
-        trainer, train_eval_dataset_cfg, eval_steps, infer_eval_dataset_cfg,
-        inference_evaluator_cls, model_dir, random_seed,
-    )  # fmt: skip
+
+    # Evaluations that training pauses for.
+    evaluations = []
+    if train_eval_dataset_cfg is not None:
+        evaluations.append(
+            hooks.loss_evaluation(trainer, train_eval_dataset_cfg, eval_steps, random_seed)
+        )
+    if infer_eval_dataset_cfg is not None and inference_evaluator_cls is not None:
+        evaluator = inference_evaluator_cls(
+            model=model,
+            dataset_cfg=infer_eval_dataset_cfg,
+            partitioner=partitioner,
+            output_dir=f"{model_dir}/inference_eval",
+            random_seed=random_seed,
+        )
+        evaluations.append(hooks.text_evaluation(evaluator))
 
     # By now every mistake in the settings has been found, and nothing has been written.
     if dry_run:
@@ -132,12 +149,20 @@ def train(
 
     # Start: arrays, restored or fresh, and the files that describe the run.
     with contextlib.ExitStack() as opened:
-        checkpointer = opened.enter_context(_open_checkpointer(model_dir, checkpoint_cfg))
-        state = initial_state.restore(
-            start, model, partitioner, abstract, checkpointer, iterator, random_seed, spec
-        )
+        checkpointer = None
+        if checkpoint_cfg.save is not None:
+            # Finishes pending saves however training ends.
+            checkpointer = opened.enter_context(
+                contextlib.closing(Checkpointer(model_dir, checkpoint_cfg.save))
+            )
+        key = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
+        create = functools.partial(create_train_state, model, partitioner, *spec, key)
+        state = initial_state.restore(start, abstract, checkpointer, iterator, create)
         step = int(state.step)
-        _describe(model_dir, abstract, record, summarize_config_fn)
+        write_model_info(model_dir, abstract)
+        run_record.write(model_dir, record)
+        if summarize_config_fn is not None and jax.process_index() == 0:
+            summarize_config_fn(model_dir)
         log = opened.enter_context(MetricLog(model_dir, step, batch_size))
         nonfinite = NonFiniteSteps(
             model_dir, step, trainer.leaf_names, trainer.max_skipped_updates, random_seed
@@ -149,7 +174,10 @@ def train(
             (eval_period, hooks.evaluation(evaluations, log, early_stopping, watchdog)),
         ]
         if checkpointer is not None:
-            periodic.append((checkpointer.config.period, hooks.saving(checkpointer, iterator)))
+            save = checkpointer.save
+            periodic.append(
+                (checkpointer.config.period, lambda run: save(run.state, iterator, run.results))
+            )
 
         # Loop.
         if step >= last_step or early_stopping.should_stop(log.lines):
@@ -171,12 +199,7 @@ def _run_steps(
     log: MetricLog,
     watchdog: Watchdog,
 ) -> TrainState:
-    """Compiles the step and runs it until the run ends; arguments as in `train`.
-
-    Raises:
-      NonFiniteError: If too many steps in a row are not finite.
-      Preempted: After SIGTERM, once the hooks have run.
-    """
+    """Compiles the step and runs it until the run ends; arguments and errors as in `train`."""
     # Compilation, once the first batch is there: data fail sooner than a compiler ends.
     rows = next(iterator)
     batch = trainer.partitioner.shard_batch(rows)
@@ -224,25 +247,6 @@ def _run_steps(
     return run.state
 
 
-def _open_data(
-    model: Model, partitioner: PjitPartitioner, cfg: datasets.DatasetConfig, random_seed: int
-) -> datasets.DatasetIterator:
-    """Returns an endless iterator of this process's rows of global batches, `[rows, length]`."""
-    return datasets.get_training_iterator(
-        cfg,
-        model.FEATURE_CONVERTER_CLS,
-        layout=partitioner.data_layout(cfg.batch_size),
-        seed=random_seed,
-    )
-
-
-def _check_periods(**periods: int) -> None:
-    """Refuses periods that are not positive numbers of steps."""
-    for name, period in periods.items():
-        if not isinstance(period, int) or period < 1:
-            raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
-
-
 def _check_tasks(
     model: Model, trained: datasets.DatasetConfig, evaluated: datasets.DatasetConfig | None
 ) -> None:
@@ -255,57 +259,6 @@ def _check_tasks(
         tasks.append(datasets.find_task(evaluated, converter))
     for task in tasks:
         vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
-
-
-def _evaluations(
-    trainer: Trainer,
-    loss_cfg: datasets.DatasetConfig | None,
-    loss_batches: int | None,
-    text_cfg: datasets.DatasetConfig | None,
-    evaluator_cls: Callable[..., Any] | None,
-    model_dir: str,
-    random_seed: int,
-) -> list[hooks.Evaluate]:
-    """Returns the evaluations that training pauses for, as `train` describes them."""
-    evaluations = []
-    if loss_cfg is not None:
-        evaluations.append(hooks.loss_evaluation(trainer, loss_cfg, loss_batches, random_seed))
-    if text_cfg is not None and evaluator_cls is not None:
-        evaluator = evaluator_cls(
-            model=trainer.model,
-            dataset_cfg=text_cfg,
-            partitioner=trainer.partitioner,
-            output_dir=f"{model_dir}/inference_eval",
-            random_seed=random_seed,
-        )
-        evaluations.append(hooks.text_evaluation(evaluator))
-    return evaluations
-
-
-@contextlib.contextmanager
-def _open_checkpointer(model_dir: str, config: CheckpointConfig) -> Iterator[Checkpointer | None]:
-    """Opens the run's checkpointer, which finishes pending saves however training ends."""
-    if config.save is None:
-        yield None
-        return
-    checkpointer = Checkpointer(model_dir, config.save)
-    try:
-        yield checkpointer
-    finally:
-        checkpointer.close()
-
-
-def _describe(
-    model_dir: str,
-    abstract: TrainState,
-    record: Mapping[str, str],
-    summarize_config_fn: Callable[[str], None] | None,
-) -> None:
-    """Writes the files that describe a run."""
-    write_model_info(model_dir, abstract)
-    run_record.write(model_dir, record)
-    if summarize_config_fn is not None and jax.process_index() == 0:
-        summarize_config_fn(model_dir)
 
 
 def _say(text: str) -> None:

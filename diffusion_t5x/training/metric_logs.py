@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from diffusion_t5x.runtime.files import read_lines, write_atomically
+from diffusion_t5x.runtime.files import read_lines, rewind_lines, write_atomically
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 if TYPE_CHECKING:
@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 def write_model_info(model_dir: str, abstract_state: TrainState) -> None:
-    """Writes names, shapes and shardings of all parameters to `model-info.txt`.
-
-    Args:
-      model_dir: Directory of the run.
-      abstract_state: Shapes and shardings of the state.
-    """
+    """Writes names, shapes and shardings of all parameters to `model-info.txt`."""
     if jax.process_index() != 0:
         return
     leaves = named_leaves(abstract_state.params)
@@ -54,23 +49,16 @@ class MetricLog:
     """
 
     def __init__(self, model_dir: str, restored_step: int, batch_size: int):
-        """Opens the log.
-
-        Args:
-          model_dir: Directory of the run.
-          restored_step: Step that the run starts or resumes from.
-          batch_size: Examples per step.
-        """
+        """Opens the log of a run from `restored_step` on, of `batch_size` examples per step."""
         self._dir = pathlib.Path(model_dir)
         self._batch_size = batch_size
         self._writers: dict[str, MetricWriter] = {}
         self._file = None
-        self.lines = [line for line in read_metrics(model_dir) if line["step"] <= restored_step]
+        self.lines = rewind_lines(self._dir / "metrics.jsonl", restored_step)
         self._seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
         self.last_step, self._last_seconds = restored_step, self._seconds
         if jax.process_index() == 0:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_atomically(self._dir / "metrics.jsonl", text)
+            self._dir.mkdir(parents=True, exist_ok=True)
             self._file = open(self._dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def count(self, seconds: float) -> None:
@@ -78,49 +66,31 @@ class MetricLog:
         self._seconds += seconds
 
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs training metrics averaged since the last such line."""
+        """Writes training metrics averaged since the last such line, and rates."""
         rate = (step - self.last_step) / max(self._seconds - self._last_seconds, 1e-9)
         self.last_step, self._last_seconds = step, self._seconds
-        self._write(
-            step,
-            "train",
-            {
-                **metrics,
-                "seconds": self._seconds,
-                "steps_per_second": rate,
-                "examples_per_second": rate * self._batch_size,
-            },
-        )
+        rates = {"steps_per_second": rate, "examples_per_second": rate * self._batch_size}
+        self.write(step, "train", {**metrics, "seconds": self._seconds, **rates})
 
-    def evaluation(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Logs the metrics of an evaluation."""
-        self._write(step, split, metrics)
-
-    def _write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Writes a line of metrics, and those that are finite to TensorBoard."""
         self.lines.append({"step": step, "split": split, **metrics})
         if self._file is None:
             return
         self._file.write(json.dumps(self.lines[-1]) + "\n")
         self._file.flush()
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._writer(split).write_scalars(step, finite)
-
-    def _writer(self, split: str) -> MetricWriter:
         if split not in self._writers:
             from clu import metric_writers
 
             self._writers[split] = metric_writers.SummaryWriter(str(self._dir / split))
-        return self._writers[split]
-
-    def close(self) -> None:
-        """Writes everything that is buffered."""
-        for writer in self._writers.values():
-            writer.close()
-        if self._file is not None:
-            self._file.close()
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._writers[split].write_scalars(step, finite)
 
     def __enter__(self) -> MetricLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        for writer in self._writers.values():
+            writer.close()
+        if self._file is not None:
+            self._file.close()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from diffusion_t5x.runtime.files import read_lines, write_atomically
+from diffusion_t5x.runtime.files import rewind_lines, write_atomically
 from diffusion_t5x.training.train_step import Health, NonFiniteError
 
 # Skipped steps whose batches are kept; the batch of the step that stops a run always is.
@@ -36,8 +36,6 @@ class NonFiniteSteps:
         """Reads the steps that the run has skipped so far; those after `restored_step` are dropped.
 
         Args:
-          model_dir: Directory of the run.
-          restored_step: Step that the run starts or resumes from.
           leaf_names: Names of the parameters, in the order of `Health.grad_squares`.
           max_skipped: Number of updates in a row that may be skipped; 0 stops at the first.
           random_seed: Seed of training, kept beside a batch.
@@ -45,22 +43,22 @@ class NonFiniteSteps:
         self._dir = pathlib.Path(model_dir) / "nonfinite"
         self._names, self._max, self._seed = list(leaf_names), max_skipped, random_seed
         self._log = self._dir / "skipped.jsonl"
-        lines = [line for line in read_lines(self._log) if line["step"] <= restored_step]
-        self._skipped = {line["step"] for line in lines}
-        if self._log.exists() and jax.process_index() == 0:
-            write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in lines))
+        self._skipped = {line["step"] for line in rewind_lines(self._log, restored_step)}
 
     def look_at(self, health: Health, batch: Mapping[str, np.ndarray]) -> None:
         """Waits for a step; if it is not finite, keeps its batch and counts it.
 
         Args:
           health: The health report of the step.
-          batch: This process's rows of the step's batch, `[rows, length]` each.
+          batch: This process's rows of its batch, `[rows, length]` each.
 
         Raises:
           NonFiniteError: If the step is not finite and no further update may be skipped.
         """
-        loss, bad = health.not_finite(self._names)
+        loss, *squares = jax.device_get((health.loss, health.grad_squares, health.update_squares))
+        finite = np.isfinite(squares).all(axis=0)  # [leaves]
+        bad = [name for name, fine in zip(self._names, finite, strict=True) if not fine]
+        loss = float(loss)
         if np.isfinite(loss) and not bad:
             return
         step = int(health.step)

@@ -61,7 +61,7 @@ def create_learning_rate_scheduler(
 ) -> Schedule:
     """Returns a schedule that is a product of named factors, with T5X's names and meanings.
 
-    With `s` the step less `step_offset` and `w = warmup_steps`, the factors are:
+    With `s` the step less `step_offset` and `w = warmup_steps`, the known `factors` are:
       'constant': `base_learning_rate`.
       'linear_warmup': `min(1, s / w)`.
       'linear_decay': `base_learning_rate * min(s / w, 1 + decay_factor * (w - s))`, which includes
@@ -71,39 +71,29 @@ def create_learning_rate_scheduler(
       'decay_every': `decay_factor ** (s // steps_per_decay)`.
       'cosine_decay': from 1 to 0 over each cycle of `steps_per_cycle` after the warm-up.
 
-    Args:
-      factors: Names of factors, joined by '*'.
-      base_learning_rate: Scale of 'constant' and 'linear_decay'.
-      warmup_steps: Number of warm-up steps.
-      decay_factor: Factor of 'decay_every', and slope of 'linear_decay'.
-      steps_per_decay: Steps between decays of 'decay_every'.
-      steps_per_cycle: Length of a cycle of 'cosine_decay', in steps.
-      step_offset: Steps that do not count, such as those of pretraining.
-      min_learning_rate: Lower bound of the learning rate.
-
-    Raises:
-      ValueError: If a factor is unknown.
+    Steps up to `step_offset`, such as those of pretraining, do not count. The rate is at least
+    `min_learning_rate`.
     """
+    warmup = max(warmup_steps, 1)
 
-    def after_warmup(step: jax.Array | int) -> Any:
-        return (step - warmup_steps) / max(steps_per_cycle, 1.0)
+    def rsqrt(step: jax.Array | int) -> jax.Array:
+        return jax.lax.rsqrt(jnp.maximum(step, warmup))
+
+    def cosine(step: jax.Array | int) -> jax.Array:
+        cycles = jnp.maximum((step - warmup_steps) / max(steps_per_cycle, 1.0), 0.0)
+        return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (cycles % 1.0))))
 
     known: dict[str, Callable[[jax.Array | int], Any]] = {
         "constant": lambda step: base_learning_rate,
-        "linear_warmup": lambda step: jnp.minimum(1.0, step / max(warmup_steps, 1)),
+        "linear_warmup": lambda step: jnp.minimum(1.0, step / warmup),
         "linear_decay": lambda step: (
             base_learning_rate
-            * jnp.minimum(step / max(warmup_steps, 1), 1.0 + decay_factor * (warmup_steps - step))
+            * jnp.minimum(step / warmup, 1.0 + decay_factor * (warmup_steps - step))
         ),
-        "rsqrt_decay": lambda step: jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1.0))),
-        "rsqrt_normalized_decay": lambda step: (
-            jnp.sqrt(max(warmup_steps, 1.0))
-            * jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1.0)))
-        ),
+        "rsqrt_decay": rsqrt,
+        "rsqrt_normalized_decay": lambda step: jnp.sqrt(warmup) * rsqrt(step),
         "decay_every": lambda step: decay_factor ** (step // steps_per_decay),
-        "cosine_decay": lambda step: jnp.maximum(
-            0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (jnp.maximum(after_warmup(step), 0.0) % 1.0)))
-        ),
+        "cosine_decay": cosine,
     }
     names = [name.strip() for name in factors.split("*")]
     for name in names:

@@ -39,12 +39,7 @@ class OtherRunError(ValueError):
 def describe(model: Model, mixture: str) -> dict[str, str]:
     """Describes the network, objective, vocabulary and data of a run.
 
-    Args:
-      model: The model; its network and objective are dataclasses.
-      mixture: Name of the task or mixture to train on.
-
-    Returns:
-      Each setting as text, by a dotted name such as 'network.config.num_layers'.
+    Each setting is text, by a dotted name such as 'network.config.num_layers'.
     """
     return {
         **dict(_fields("network", model.module)),
@@ -66,13 +61,9 @@ def _fields(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def check(model_dir: str, ours: Mapping[str, str]) -> None:
-    """Checks that a directory's checkpoints belong to this run.
+    """Checks that a directory's checkpoints, if it has a record of them, belong to this run.
 
     Settings that only one of the records has, which another version wrote, are not compared.
-
-    Args:
-      model_dir: Directory of the run; it may have no record.
-      ours: The description of this run.
 
     Raises:
       OtherRunError: If a setting differs.

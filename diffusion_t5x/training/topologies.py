@@ -19,14 +19,7 @@ GENERATIONS = {"v4": (2, "v4"), "v5e": (1, "v5litepod"), "v5p": (2, "v5p"), "v6e
 
 
 def accelerator_type(topology: str) -> str:
-    """Returns the accelerator name of a topology, such as 'v5p-32' for 'v5p:2x2x4'.
-
-    Args:
-      topology: Generation and chips of the slice.
-
-    Raises:
-      ValueError: If the topology does not have the form 'v5p:4x4x8' or its generation is unknown.
-    """
+    """Returns the accelerator name of a topology, such as 'v5p-32' for 'v5p:2x2x4'."""
     generation, _, slice_sizes = topology.partition(":")
     if generation not in GENERATIONS:
         raise ValueError(
@@ -48,16 +41,13 @@ def accelerator_type(topology: str) -> str:
 
 
 def devices(topology: str) -> np.ndarray:
-    """Returns the devices of a TPU slice, which can be compiled for but not run on.
+    """Returns the devices of a TPU slice, `[chips]`, which can be compiled for but not run on.
 
     The process must not be using a TPU of its own. libtpu reads its environment once, so a process
     compiles for the generation of the first topology that it asks for.
 
     Args:
       topology: Generation and chips of the slice, such as 'v5p:4x4x8' or 'v5e:4x4'.
-
-    Returns:
-      `jax.Device` objects: `[chips]`.
 
     Raises:
       ValueError: If the topology is unknown or libtpu refuses it.

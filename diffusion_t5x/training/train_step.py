@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import clu.metrics
@@ -41,16 +41,6 @@ class Health(flax.struct.PyTreeNode):
     loss: jax.Array
     grad_squares: jax.Array
     update_squares: jax.Array
-
-    def not_finite(self, names: Sequence[str]) -> tuple[float, list[str]]:
-        """Waits for the step; returns its loss and the leaves that are not finite.
-
-        Args:
-          names: Names of the leaves, in the order of `grad_squares`.
-        """
-        loss, *squares = jax.device_get((self.loss, self.grad_squares, self.update_squares))
-        finite = np.isfinite(squares).all(axis=0)  # [leaves]
-        return float(loss), [name for name, fine in zip(names, finite, strict=True) if not fine]
 
 
 def merge_metrics(ours: Metrics, theirs: Metrics) -> Metrics:
@@ -101,11 +91,7 @@ class Trainer:
     """Compiled train and eval steps of one model.
 
     Attributes:
-      model: The model that is trained.
-      partitioner: Layout of state and batches over the devices.
-      max_skipped_updates: Number of updates in a row that may be skipped.
       leaf_names: Names of the parameters, in the order of `Health.grad_squares`.
-      num_microbatches: Number of microbatches per batch.
       step: `(state, metrics, batch) -> (state, metrics, health)`, compiled; donates state, metrics.
       eval_step: `(params, metrics, batch) -> metrics`, compiled; donates metrics.
     """
@@ -124,8 +110,6 @@ class Trainer:
         """Prepares the steps; they are compiled when they are first called or lowered.
 
         Args:
-          model: The model, a `models.Model`.
-          partitioner: Layout of state and batches over the devices.
           abstract_state: Shapes and shardings of the train state.
           random_seed: Seed of all randomness in training. The key of a step is this seed's key
             folded with the step.
@@ -134,9 +118,6 @@ class Trainer:
           clip_norm: Largest global norm of the gradient; None for no clipping.
           max_skipped_updates: Number of updates in a row that are skipped because a loss, gradient
             or update is not finite; the next one stops training. 0 stops at the first.
-
-        Raises:
-          ValueError: If a number is out of range.
         """
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches = {num_microbatches}; expected at least 1 or None.")
@@ -164,14 +145,7 @@ class Trainer:
         )
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Checks that every microbatch divides evenly over the data-parallel shards.
-
-        Args:
-          batch_size: Examples of a global batch, a multiple of the data-parallel shards.
-
-        Raises:
-          ValueError: If it does not divide evenly.
-        """
+        """Refuses a `batch_size` whose microbatches data-parallel shards do not divide evenly."""
         [rows] = self.partitioner.batch_sharding.shard_shape((batch_size,))
         if rows % self.num_microbatches:
             raise ValueError(
@@ -182,21 +156,14 @@ class Trainer:
 
     def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
         """Returns the shapes of the metrics that a training step accumulates."""
-        update = self.partitioner.jit(lambda state, batch: self._update(state, batch)[1])
-        return update.eval_shape(state, batch)
+        return self.partitioner.jit(self._update).eval_shape(state, batch)[1]
 
     def eval_metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
         """Returns the shapes of the metrics that an eval step accumulates."""
-        eval_fn = self.model.eval_fn
-        evaluate = self.partitioner.jit(lambda params, batch: eval_fn(params, batch)[1])
-        return evaluate.eval_shape(state.params, batch)
+        return self.partitioner.jit(self.model.eval_fn).eval_shape(state.params, batch)[1]
 
     def empty_metrics(self, shapes: Metrics) -> Metrics:
-        """Returns metrics over no steps, on every device.
-
-        Args:
-          shapes: Metrics, or their shapes as `metric_shapes` gives them.
-        """
+        """Returns metrics over no steps, on every device, from metrics or their shapes."""
         return jax.tree.map(
             lambda x: jax.device_put(np.zeros(x.shape, x.dtype), self.partitioner.replicated),
             shapes,

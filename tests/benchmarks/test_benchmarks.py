@@ -17,8 +17,7 @@ from benchmarks import (
 )
 from diffusion_t5x import gin_utils
 from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
-from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, create_params
+from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState
 
 CACHED = "objectives/diffusion_cached_prefix.gin"
 
@@ -26,7 +25,7 @@ CACHED = "objectives/diffusion_cached_prefix.gin"
 @pytest.mark.slow
 def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
     model = decode_quality._make_model(["models/tiny.gin", CACHED], [])
-    params = create_params(model, PjitPartitioner(), INIT_SHAPES, {}, jax.random.PRNGKey(0))
+    params = model.get_initial_variables(jax.random.PRNGKey(0), INIT_SHAPES)["params"]
     checkpointer = Checkpointer(str(tmp_path), SaveCheckpointConfig())
     checkpointer.save(TrainState(jax.numpy.int32(7), params, None))
     checkpointer.close()

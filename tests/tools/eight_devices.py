@@ -27,7 +27,6 @@ from diffusion_t5x.networks import attention
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import (
     abstract_train_state,
-    create_params,
     create_train_state,
 )
 from diffusion_t5x.training import optimizers
@@ -83,7 +82,7 @@ def attention_in_chunks() -> list[Any]:
     out: list[Any] = []
     for block_logits in (2**20, 1):
         model = toy.model("autoregressive", "decoder_only", attention_block_logits=block_logits)
-        params = create_params(model, partitioner, shapes, {}, jax.random.PRNGKey(0))
+        params = create_train_state(model, partitioner, shapes, {}, jax.random.PRNGKey(0)).params
         step = partitioner.jit(jax.value_and_grad(lambda p, b, model=model: model.eval_fn(p, b)[0]))
         sharded = partitioner.shard_batch(batch)
         compiled = step.lower(params, sharded).compile()

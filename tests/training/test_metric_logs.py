@@ -76,7 +76,7 @@ def test_a_log_goes_on_behind_a_cut_off_line(tmp_path, events):
     whole = {"step": 1, "split": "train", "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(whole) + '\n{"step": 1, "spl')
     with MetricLog(str(tmp_path), 1, 8) as log:
-        log.evaluation(2, "training_eval", {"loss": 2.0})
+        log.write(2, "training_eval", {"loss": 2.0})
     assert read_metrics(str(tmp_path)) == [
         whole,
         {"step": 2, "split": "training_eval", "loss": 2.0},
@@ -86,9 +86,9 @@ def test_a_log_goes_on_behind_a_cut_off_line(tmp_path, events):
 def test_what_was_logged_beyond_the_restored_step_is_dropped(tmp_path, events):
     with MetricLog(str(tmp_path), 0, 8) as log:
         for step in (1, 2, 3):
-            log.evaluation(step, "training_eval", {"loss": float(step)})
+            log.write(step, "training_eval", {"loss": float(step)})
     with MetricLog(str(tmp_path), 2, 8) as log:
-        log.evaluation(3, "training_eval", {"loss": 30.0})
+        log.write(3, "training_eval", {"loss": 30.0})
     assert [line["loss"] for line in read_metrics(str(tmp_path))] == [1.0, 2.0, 30.0]
 
 
@@ -117,13 +117,13 @@ def test_rates_are_those_since_the_last_line_and_seconds_those_of_the_run(tmp_pa
 
 def test_every_line_is_on_disk_at_once(tmp_path, events):
     with MetricLog(str(tmp_path), 0, 8) as log:
-        log.evaluation(1, "inference_eval/a_task", {"bleu": 3.0})
+        log.write(1, "inference_eval/a_task", {"bleu": 3.0})
         assert read_metrics(str(tmp_path))[0]["split"] == "inference_eval/a_task"
 
 
 def test_numbers_that_are_not_finite_are_logged_but_not_drawn(tmp_path, events):
     with MetricLog(str(tmp_path), 0, 8) as log:
-        log.evaluation(1, "train", {"loss": math.nan, "accuracy": 0.5, "perplexity": math.inf})
+        log.write(1, "train", {"loss": math.nan, "accuracy": 0.5, "perplexity": math.inf})
     [line] = read_metrics(str(tmp_path))
     assert math.isnan(line["loss"]) and line["perplexity"] == math.inf
     assert events[0] == ("train", 1, {"accuracy": 0.5})
