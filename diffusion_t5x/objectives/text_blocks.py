@@ -14,7 +14,7 @@ def count_blocks(length: int, block_length: int) -> int:
 
 
 def count_used_blocks(tokens: Array, block_length: int) -> Array:
-    """Counts the blocks of `tokens [batch, length]` up to the last with text, at least 1: `[batch]`.
+    """Counts the blocks of `tokens [batch, length]` up to the last with text: `[batch]`, >= 1.
 
     Token 0 is padding.
     """

@@ -152,7 +152,7 @@ def test_cached_decoding_equals_uncached(network_class, pattern, scan_layers):
 
     @jax.jit
     def step(cache, tokens):
-        return network.apply({"params": params}, cache, tokens, pattern, method=network.step)
+        return network.apply({"params": params}, cache, tokens[:, None], method=network.append)
 
     cache, state = run(network, params, prefill)
     states = [state]
