@@ -28,11 +28,8 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
     """Returns the path of a generated file, and generates it if it does not exist.
 
     Generated files depend on the versions of Python, of CLDR and of the generator, so the directory
-    is named after these. A file appears whole or not at all.
-
-    Args:
-      name: The file's name in the cache, perhaps with directories.
-      write: Generates the file at the path it is called with.
+    is named after these. A file appears whole or not at all: `write` is called with another path.
+    The name may be one in directories.
     """
     version = f"{platform.python_version()}/{babel.__version__}/{GENERATOR_VERSION}"
     digest = hashlib.blake2b(version.encode(), digest_size=6).hexdigest()

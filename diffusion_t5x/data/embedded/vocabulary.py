@@ -38,8 +38,7 @@ def training_lines() -> list[str]:
 def train(path: pathlib.Path) -> None:
     """Trains the model and writes it: lossless, each digit a piece, bytes for unknown characters.
 
-    Args:
-      path: The file to write; a file beside it, with the suffix `.tsv`, is written as well.
+    A file beside it, with the suffix `.tsv`, is written as well.
     """
     model = io.BytesIO()
     # Text is not normalised, except that byte order marks are dropped. Without any rule the
