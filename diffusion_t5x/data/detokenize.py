@@ -10,15 +10,8 @@ def end_text(tokens: np.ndarray, eos_id: int | None, pad_id: int = 0) -> np.ndar
     """Overwrites the first end-of-text or padding token, and all after it, with end-of-text.
 
     The text of a canvas ends at the first of either. A denoiser writes padding after the text, but
-    nothing prevents a stray token there.
-
-    Args:
-      tokens: Tokens, `[..., length]` int.
-      eos_id: The end-of-text token; None if the vocabulary has none, which uses padding instead.
-      pad_id: The padding token.
-
-    Returns:
-      Tokens, `[..., length]`.
+    nothing prevents a stray token there. If the vocabulary has no `eos_id`, padding is written.
+    Tokens are `[..., length]` int.
     """
     end = pad_id if eos_id is None else eos_id
     over = np.logical_or.accumulate((tokens == end) | (tokens == pad_id), axis=-1)

@@ -47,8 +47,7 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
 def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line."""
     with open(path, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
