@@ -175,8 +175,10 @@ class Stack(nn.Module):
         else:
             kept = []
             for number in range(self.num_layers):
-                own = [part[number] if isinstance(part, list) else None for part in past]
-                x, new = make(name=f"layers_{number}")(x, *own, attended)
+                own, own_encoded = (
+                    part[number] if isinstance(part, list) else None for part in past
+                )
+                x, new = make(name=f"layers_{number}")(x, own, own_encoded, attended)
                 kept.append(new)
             key_values, encoded = map(list, zip(*kept, strict=True))
         x = RMSNorm(config, name="final_layer_norm")(x)
