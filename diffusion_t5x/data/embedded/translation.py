@@ -130,6 +130,6 @@ def generate(source_locale: str, target_locale: str) -> Iterator[dict[str, str]]
         known = pairs.setdefault(text, translation)
         if known != translation:
             pairs[text] = None
-    for text, translation in pairs.items():
-        if translation is not None:
-            yield {"source": text, "target": translation}
+    for text, unique in pairs.items():
+        if unique is not None:
+            yield {"source": text, "target": unique}
