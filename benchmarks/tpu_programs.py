@@ -45,8 +45,8 @@ def token(shape: Shape, batch_size: int, length: int) -> Program:
 
     def run(params: Any, cache: Any, tokens: Array) -> tuple[Any, Array, Array]:
         variables = {"params": params}
-        cache, hidden = module.apply(variables, cache, tokens, pattern, method=module.step)
-        logits = module.apply(variables, hidden, method=module.logits).astype(jnp.float32)
+        cache, hidden = module.apply(variables, cache, tokens[:, None], method=module.append)
+        logits = module.apply(variables, hidden[:, 0], method=module.logits).astype(jnp.float32)
         tokens = AutoregressiveDecoder().sample(KEY, logits)
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         return cache, tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]

@@ -46,17 +46,11 @@ class Network(Protocol):
         """Number of prefixes, `batch` below."""
 
     def forward(self, canvas: Array, rng: Array | None) -> Array:
-        """Computes hidden states of all positions in one pass under the objective's attention.
+        """Computes hidden states of `canvas [batch, length]` in one pass: `[batch, length, embed]`.
 
-        Under a causal pattern the state at a position has seen the prefix and the tokens *before*
-        that position, and predicts it; under a bidirectional one it has seen the whole canvas.
-
-        Args:
-          canvas: `[batch, length]` int32, target tokens or canvas.
-          rng: key for dropout; None where there is none.
-
-        Returns:
-          `[batch, length, embed]`.
+        Under a causal attention pattern the state at a position has seen the prefix and the tokens
+        *before* that position, and predicts it; under a bidirectional one it has seen the whole
+        canvas. `rng` is the key for dropout; None where there is none.
         """
 
     def logits(self, hidden: Array) -> Array:
@@ -67,32 +61,21 @@ class Network(Protocol):
         """
 
     def prefill(self, max_length: int, repeats: int) -> tuple[KVCache, Array]:
-        """Reads the prefixes into a key-value cache.
-
-        Args:
-          max_length: tokens that the cache has room for after each prefix.
-          repeats: copies of each row, neighbours.
+        """Reads the prefixes into a key-value cache, each `repeats` times; copies are neighbours.
 
         Returns:
-          The cache, and `[batch * repeats, embed]`, which predicts the first target token.
+          The cache, with room for `max_length` tokens after each prefix, and
+          `[batch * repeats, embed]`, which predicts the first target token.
         """
 
     def append_token(self, cache: KVCache, tokens: Array) -> tuple[KVCache, Array]:
-        """Appends `tokens [rows]` to a cache.
-
-        Returns:
-          The cache, and `[rows, embed]`, which predicts the next token.
-        """
+        """Appends `tokens [rows]`; also returns `[rows, embed]`, which predicts the next token."""
 
     def add_room(self, cache: KVCache, room: int) -> KVCache:
         """Returns the cache with room for `room` more tokens."""
 
     def extend_prefix(self, tokens: Array, counts: Array) -> Network:
-        """Returns the network with longer prefixes.
-
-        Args:
-          tokens: `[batch, length]` int32.
-          counts: `[batch]` int32, how many of each row's tokens follow its prefix.
+        """Returns the network with the first `counts [batch]` of `tokens [batch, length]` appended.
 
         Raises:
           ValueError: if the network's prefixes cannot be extended.
@@ -125,9 +108,7 @@ class CachedNetwork(Network, Protocol):
     def append_tokens(self, cache: KVCache, tokens: Array) -> KVCache:
         """Appends `tokens [batch, length]` to each prefix, as if they had always been there.
 
-        Args:
-          cache: has room for them (`add_room`).
-          tokens: int32.
+        The cache has room for them (`add_room`).
 
         Raises:
           ValueError: if earlier tokens would see later ones under the attention pattern.
@@ -149,16 +130,11 @@ class Corruption(Protocol):
         """Draws corruption rates `[batch_size]` float32 in [0, 1], one per example."""
 
     def corrupt(self, rng: Array, tokens: Array, rate: Array) -> tuple[Array, Array]:
-        """Corrupts a clean target.
-
-        Args:
-          rng: key for positions and noise.
-          tokens: `[batch, length]` int32.
-          rate: `[batch]` float32.
+        """Corrupts clean targets, `tokens [batch, length]`, at `rate [batch]`.
 
         Returns:
-          The canvas, `[batch, length]` int32, and which positions were replaced by noise, bool of
-          the same shape; noise may equal what it replaced.
+          The canvas, and which positions were replaced by noise, bool, which may equal what it
+          replaced; both `[batch, length]`.
         """
 
     def prior(self, rng: Array, shape: tuple[int, ...]) -> Array:
@@ -166,7 +142,11 @@ class Corruption(Protocol):
 
 
 class Objective(Protocol):
-    """What is learned: the loss of a batch, and the score of given targets."""
+    """What is learned: the loss of a batch, and the score of given targets.
+
+    Of its methods' arguments, `network` is bound to the batch's prefixes, `targets` are
+    `[batch, length]` int32 and `weights` of that shape, float32.
+    """
 
     @property
     def attention_pattern(self) -> str:
@@ -181,22 +161,14 @@ class Objective(Protocol):
         """Tokens that are never predicted: those of the corruption, if there is one."""
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
-        """Returns the loss weights `[batch, length]` that normalise and weigh the loss.
-
-        Args:
-          targets: `[batch, length]` int32.
-          weights: `[batch, length]` float32, the batch's own.
-        """
+        """Returns the weights that normalise and weigh the loss, given the batch's own."""
 
     def loss(
         self, network: Network, targets: Array, weights: Array, rng: Array
     ) -> tuple[Array, Array, Metrics]:
-        """Computes the loss of a batch.
+        """Computes the loss of a batch, with `weights` from `token_weights`.
 
         Args:
-          network: bound to the batch's prefixes.
-          targets: `[batch, length]` int32.
-          weights: `[batch, length]` float32, from `token_weights`.
           rng: key for corruption, draws and dropout.
 
         Returns:
@@ -204,12 +176,9 @@ class Objective(Protocol):
         """
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Array:
-        """Scores given targets: `[batch]` float32 in nats, higher is better.
+        """Scores targets, with `weights` from `token_weights`: `[batch]`, higher is better.
 
         Args:
-          network: bound to the batch's prefixes.
-          targets: `[batch, length]` int32.
-          weights: `[batch, length]` float32, from `token_weights`.
           rng: key for a Monte Carlo estimate; exact scores ignore it.
         """
 
@@ -218,77 +187,47 @@ class Readout(NamedTuple):
     """What one pass says about each position of canvases; every field is `[rows, length]`.
 
     Probabilities are the network's own, at temperature 1; log-probabilities and entropy in nats.
-
-    Attributes:
-      drawn: a draw from softmax(logits / temperature), int32; the argmax at temperature 0.
-      argmax: the likeliest token, int32; -1 before the first step.
-      drawn_log_prob: log-probability of `drawn`.
-      argmax_log_prob: log-probability of `argmax`.
-      canvas_log_prob: log-probability of the token that the canvas has.
-      entropy: entropy of the distribution.
     """
 
-    drawn: Array
-    argmax: Array
-    drawn_log_prob: Array
-    argmax_log_prob: Array
-    canvas_log_prob: Array
-    entropy: Array
+    drawn: Array  # a draw from softmax(logits / temperature), int32; the argmax at temperature 0
+    argmax: Array  # the likeliest token, int32; -1 before the first step
+    drawn_log_prob: Array  # log-probability of `drawn`
+    argmax_log_prob: Array  # log-probability of `argmax`
+    canvas_log_prob: Array  # log-probability of the token that the canvas has
+    entropy: Array  # entropy of the distribution
 
 
 class Canvas(NamedTuple):
-    """Canvases between two denoising steps; every field has a leading axis of rows.
+    """Canvases between two denoising steps; every field has a leading axis of rows."""
 
-    Attributes:
-      tokens: `[rows, length]` int32, what the next step reads.
-      text: `[rows, length]` int32, what is returned if no further step is taken.
-      certainty: `[rows, length]` float32, log-probability of each token of the canvas in the
-        readout that it was taken from; -inf for noise.
-      score: `[rows]` float32, in nats, higher is better; -inf before the first step.
-      readout: the readout of the last step.
-      done: `[rows]` bool; a canvas that is done no longer changes.
-      used: `[rows]` int32, the length up to which the canvas is still computed.
-      trajectory: `[rows, num_steps + 1, length]` int32, the canvas before the first step and after
-        each one; None unless asked for.
-    """
-
-    tokens: Array
-    text: Array
+    tokens: Array  # [rows, length] int32, what the next step reads
+    text: Array  # [rows, length] int32, what is returned if no further step is taken
+    # [rows, length] float32, log-probability of each token of the canvas in the readout that it
+    # was taken from; -inf for noise.
     certainty: Array
-    score: Array
-    readout: Readout
-    done: Array
-    used: Array
+    score: Array  # [rows] float32, in nats, higher is better; -inf before the first step
+    readout: Readout  # that of the last step
+    done: Array  # [rows] bool; a canvas that is done no longer changes
+    used: Array  # [rows] int32, the length up to which the canvas is still computed
+    # [rows, num_steps + 1, length] int32, the canvas before the first step and after each one;
+    # None unless asked for.
     trajectory: Array | None
 
 
 class StepView(NamedTuple):
-    """What update and stop rules see of a denoising step.
+    """What update and stop rules see of a denoising step."""
 
-    Attributes:
-      canvas: the canvases that the step read; `canvas.readout` and `canvas.score` are those of the
-        step before.
-      readout: the readout of this step.
-      step_index: scalar int32, 0 for the first step.
-      num_steps: the number of steps, unless all canvases are done before.
-    """
-
-    canvas: Canvas
-    readout: Readout
-    step_index: Array
-    num_steps: int
+    canvas: Canvas  # what the step read; its `readout` and `score` are those of the step before
+    readout: Readout  # that of this step
+    step_index: Array  # scalar int32, 0 for the first step
+    num_steps: int  # the number of steps, unless all canvases are done before
 
 
 class UpdateRule(Protocol):
     """What a denoising step writes into canvases, given what the network says about them."""
 
     def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
-        """Updates canvases.
-
-        Args:
-          step: the step.
-          rng: key for the rule's own draws.
-          prior: draws fresh noise.
+        """Updates canvases; `rng` is for the rule's own draws, `prior` draws fresh noise.
 
         Returns:
           `step.canvas` with other `tokens`, `text` and `certainty`, and the scores `[rows]` of
@@ -300,33 +239,23 @@ class StopRule(Protocol):
     """When a canvas is done before its steps are over."""
 
     def __call__(self, step: StepView, score: Array) -> Array:
-        """Returns which canvases are done: `[rows]` bool.
-
-        Args:
-          step: the step.
-          score: `[rows]`, the scores after the step.
-        """
+        """Returns which canvases are done, `[rows]` bool, given their scores after the step."""
 
 
 class Decoded(NamedTuple):
-    """What a decoder returns.
+    """What a decoder returns."""
 
-    Attributes:
-      tokens: `[batch, num_samples, length]` int32, best sample last.
-      scores: `[batch, num_samples]` float32 in nats, ascending.
-      trajectory: `[batch, num_samples, num_steps + 1, length]` int32, the canvas before the first
-        step and after each one; None unless asked for.
-      passes: `[batch]` int32, forward passes over canvases of an example, all samples together;
-        samples decoded beside others of a batch count until the last of the batch is done. None
-        where passes are not counted.
-      positions: `[batch]` int32, canvas positions in those passes, and those of blocks that joined
-        the prefix; other positions of prefixes are not counted.
-    """
-
-    tokens: Array
-    scores: Array
+    tokens: Array  # [batch, num_samples, length] int32, best sample last
+    scores: Array  # [batch, num_samples] float32 in nats, ascending
+    # [batch, num_samples, num_steps + 1, length] int32, the canvas before the first step and after
+    # each one; None unless asked for.
     trajectory: Array | None = None
+    # [batch] int32, forward passes over canvases of an example, all samples together; samples
+    # decoded beside others of a batch count until the last of the batch is done. None where passes
+    # are not counted.
     passes: Array | None = None
+    # [batch] int32, canvas positions in those passes, and those of blocks that joined the prefix;
+    # other positions of prefixes are not counted.
     positions: Array | None = None
 
 
@@ -336,11 +265,9 @@ class Decoder(Protocol):
     def decode(
         self, network: Network, length: int, rng: Array, return_trajectory: bool = False
     ) -> Decoded:
-        """Decodes texts for a batch of prefixes.
+        """Decodes texts of at most `length` tokens for the prefixes of `network`.
 
         Args:
-          network: bound to `batch` prefixes.
-          length: most tokens per text.
           rng: key for all draws.
           return_trajectory: keep the canvas of every step.
 

@@ -52,15 +52,7 @@ class Model:
         optimizer_def: Any,
         loss_normalizing_factor: losses.LossNormalizingFactor = None,
     ):
-        """Checks that the parts fit together.
-
-        Args:
-          module: see the attributes, as all that follow.
-          objective: the loss.
-          decoder: the sampler.
-          vocabulary: the vocabulary of prefixes and targets.
-          optimizer_def: the optimizer.
-          loss_normalizing_factor: T5X's.
+        """Checks that the parts fit together; `vocabulary` is that of prefixes and targets.
 
         Raises:
           ValueError: if the network has fewer embeddings than the vocabulary or the corruption has
@@ -118,13 +110,7 @@ class Model:
         input_shapes: Mapping[str, tuple[int, ...]],
         input_types: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Initialises variables: 'params', and 'params_axes' with their logical axes.
-
-        Args:
-          rng: key for the initial parameters.
-          input_shapes: shape of each batch feature.
-          input_types: ignored, as tokens are int32.
-        """
+        """Initialises variables for features of `input_shapes`; tokens are int32 in any case."""
         del input_types
         prefix = jnp.zeros(input_shapes["encoder_input_tokens"], jnp.int32)
         target = jnp.zeros(input_shapes["decoder_input_tokens"], jnp.int32)
@@ -133,44 +119,43 @@ class Model:
     def loss_fn(
         self, params: Any, batch: Batch, dropout_rng: Array | None
     ) -> tuple[Array, MetricsMap]:
-        """Computes the training loss of a batch.
+        """Computes the summed loss over `loss_normalization(batch)`, and metrics.
 
-        Args:
-          params: the network's parameters.
-          batch: features as in `docs/architecture.md`, each `[batch, length]`.
-          dropout_rng: key for all randomness of the step, corruption included; None evaluates, with
-            no dropout and the fixed randomness of `eval_fn`.
-
-        Returns:
-          The summed loss over `loss_normalization(batch)`, and metrics that merge over batches.
+        `batch` has features `[batch, length]` as in `docs/architecture.md`; `dropout_rng` is the
+        key for all randomness of the step, corruption included, and None for that of `eval_fn`.
         """
         if dropout_rng is None:
             return self.eval_fn(params, batch)
         return self._loss(params, batch, dropout_rng, deterministic=False)
 
     def eval_fn(self, params: Any, batch: Batch) -> tuple[Array, MetricsMap]:
-        """Computes the loss without dropout, its randomness fixed by the batch's tokens."""
+        """Computes the loss, its randomness fixed by the batch's tokens, without dropout."""
         return self._loss(params, batch, _fixed_rng(batch), deterministic=True)
 
     def loss_normalization(self, batch: Batch) -> Array:
-        """Computes the scalar that the summed loss of `batch` is divided by.
+        """Computes the normaliser, by which the trainer weighs microbatches.
 
-        The trainer weighs microbatches by it, so that accumulating their gradients is exact.
+        Accumulating their gradients is therefore exact.
         """
-        targets, weights, segment_ids = _targets(batch)
-        return losses.weigh_tokens(
-            self.loss_normalizing_factor, self.objective, targets, weights, segment_ids
-        )[1]
+        return self._normalize(batch, self._targets(batch)[1])[1]
+
+    def _targets(self, batch: Batch) -> tuple[Array, Array]:
+        """Returns targets and the objective's weights of them, each `[batch, length]`."""
+        targets = batch["decoder_target_tokens"]
+        weights = batch.get("decoder_loss_weights", targets > 0).astype(jnp.float32)
+        return targets, self.objective.token_weights(targets, weights)
+
+    def _normalize(self, batch: Batch, weights: Array) -> tuple[Array, Array]:
+        segment_ids = batch.get("decoder_segment_ids")
+        return losses.normalize_weights(self.loss_normalizing_factor, weights, segment_ids)
 
     def _loss(
         self, params: Any, batch: Batch, rng: Array, *, deterministic: bool
     ) -> tuple[Array, MetricsMap]:
         network_rng, objective_rng = jax.random.split(rng)
-        targets, weights, segment_ids = _targets(batch)
         network = self._bind(params, batch, network_rng, deterministic=deterministic)
-        weights, normalizer = losses.weigh_tokens(
-            self.loss_normalizing_factor, self.objective, targets, weights, segment_ids
-        )
+        targets, weights = self._targets(batch)
+        weights, normalizer = self._normalize(batch, weights)
         loss_sum, weight_sum, sums = self.objective.loss(network, targets, weights, objective_rng)
         sums = {"loss": (loss_sum, weight_sum), **sums}
         metrics = {
@@ -215,15 +200,14 @@ class Model:
           batch: only the prefixes are read, and the length of the targets.
           rng: key for the decoder's draws; None for a fixed one.
           return_all_decodes: return every sample, best last.
-          return_trajectory: also return the canvas of every step, as aux['trajectory']
+          return_trajectory: return the canvas of every step, as aux['trajectory']
             `[batch, (num_samples,) num_steps + 1, length]`.
-          return_cost: also return aux['passes'] and aux['positions'], each `[batch]`: what decoding
-            cost (see `interfaces.Decoded`).
+          return_cost: return aux['passes'] and aux['positions'] (see `interfaces.Decoded`).
           **decoder_params: override fields of the decoder for this call.
 
         Returns:
-          Tokens `[batch, length]`, or `[batch, num_samples, length]` with all decodes, and
-          `{'scores': [batch] or [batch, num_samples]}`; higher is better.
+          Tokens `[batch, (num_samples,) length]`, and aux, whose 'scores' are
+          `[batch(, num_samples)]`.
 
         Raises:
           ValueError: if the decoder has no such field, or the objective does not allow its value.
@@ -250,9 +234,8 @@ class Model:
         return tokens, aux
 
     def score_batch(self, params: Any, batch: Batch, return_intermediates: bool = False) -> Array:
-        """Scores given targets: `[batch]` float32 in nats, higher is better.
+        """Scores targets, `[batch]` float32 in nats, as the objective does: higher is better.
 
-        The objective decides what a score is: a log-likelihood, a bound of it, or a model score.
         Its randomness is fixed by the batch's tokens.
 
         Raises:
@@ -260,8 +243,7 @@ class Model:
         """
         if return_intermediates:
             raise ValueError("return_intermediates = True: these networks sow no intermediates.")
-        targets, weights, _ = _targets(batch)
-        weights = self.objective.token_weights(targets, weights)
+        targets, weights = self._targets(batch)
         network = self._bind(params, batch)
         return self.objective.score(network, targets, weights, _fixed_rng(batch))
 
@@ -288,13 +270,6 @@ def check_decoder(objective: Objective, decoder: Decoder) -> None:
         )
 
 
-def _targets(batch: Batch) -> tuple[Array, Array, Array | None]:
-    """Returns targets, their weights in float32 and their segment ids, each `[batch, length]`."""
-    targets = batch["decoder_target_tokens"]
-    weights = batch.get("decoder_loss_weights", targets > 0).astype(jnp.float32)
-    return targets, weights, batch.get("decoder_segment_ids")
-
-
 def _fixed_rng(batch: Batch) -> Array:
     """Derives a key from the batch's tokens, for evaluation."""
     tokens = batch["decoder_target_tokens"].astype(jnp.uint32)
@@ -303,11 +278,7 @@ def _fixed_rng(batch: Batch) -> Array:
 
 
 def _override(decoder: Any, fields: Mapping[str, Any]) -> Any:
-    """Returns the decoder with some fields replaced.
-
-    Raises:
-      ValueError: if it has no such field.
-    """
+    """Returns the decoder with some fields replaced, after checking that it has them."""
     known = [field.name for field in dataclasses.fields(decoder)]
     for name in fields:
         check_known(name, known, f"decoder parameter of {type(decoder).__name__}")

@@ -79,7 +79,7 @@ def test_the_prefix_tokens_are_never_corrupted_or_decoded(network_class, objecti
         config = model.module.config
         decode, logits = model.module.decode, model.module.logits
         output_weights = model.module.output_weights
-        prefill, step, encode = model.module.prefill, model.module.step, original
+        prefill, append, encode = model.module.prefill, model.module.append, original
 
         def apply(self, variables, *args, method, **kwargs):
             if method == original:

@@ -57,14 +57,7 @@ class DataLayout:
         return self.batch_size // self.num_shards
 
     def local_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Selects this process's rows of a global batch, shard by shard.
-
-        Args:
-          batch: Arrays by feature name, each `[batch_size, ...]`.
-
-        Returns:
-          Arrays by feature name, each `[len(shards) * shard_size, ...]`.
-        """
+        """Selects this process's rows of a global batch, `[batch_size, ...]`, shard by shard."""
         size = self.shard_size
         rows = np.concatenate([np.arange(size) + shard * size for shard in self.shards])
         return {name: value[rows] for name, value in batch.items()}
@@ -75,11 +68,8 @@ def with_shard_seed(task: seqio.Task | seqio.Mixture, shard: int) -> seqio.Task 
 
     SeqIO gives the same seed to all shards. A batch holds one or a few rows of each shard, so all
     its rows would be split, masked and drawn from a mixture's tasks alike. The seed that orders the
-    examples before they are divided among shards stays common, or shards would overlap.
-
-    Args:
-      task: A registered task or mixture, which is not changed.
-      shard: The index of the shard; shard 0 keeps SeqIO's seed.
+    examples before they are divided among shards stays common, or shards would overlap. Shard 0
+    keeps SeqIO's seed.
     """
     import seqio
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -72,12 +73,9 @@ def _is_positive(value: object) -> bool:
 
 
 def import_task_module(module: str | None) -> None:
-    """Imports the module that registers tasks.
+    """Imports the module that registers tasks; None or '' imports nothing.
 
     Call it after gin is parsed, so that the vocabulary of the tasks is the configured one.
-
-    Args:
-      module: The name of the module; None or '' imports nothing.
 
     Raises:
       ModuleNotFoundError: if the module does not exist; the message names the setting.
@@ -97,11 +95,7 @@ def import_task_module(module: str | None) -> None:
 
 
 def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
-    """Returns a registered task or mixture.
-
-    Raises:
-      ValueError: if `name` is not registered; the message offers the nearest name.
-    """
+    """Returns a registered task or mixture; a ValueError offers the nearest name."""
     known = sorted(set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names()))
     if name in known:
         return seqio.get_mixture_or_task(name)
@@ -116,12 +110,9 @@ def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
 def find_task(cfg: DatasetConfig, converter: seqio.FeatureConverter) -> seqio.Task | seqio.Mixture:
     """Returns the task or mixture of `cfg`, after checking its split and lengths.
 
-    Args:
-      cfg: The examples to read.
-      converter: The feature converter, whose task features need lengths.
-
     Raises:
-      ValueError: if the task or the split is unknown, or a task feature has no length.
+      ValueError: if the task or the split is unknown, or a feature that the converter reads has no
+        length.
     """
     import_task_module(cfg.module)
     if not isinstance(cfg.mixture_or_task_name, str):
@@ -151,7 +142,7 @@ def get_dataset(
     num_epochs: int | None = 1,
     seed: int | None = None,
 ) -> tf.data.Dataset:
-    """Reads the converted, unbatched examples of one data shard.
+    """Reads the converted, unbatched examples of one data shard: model features, each `[length]`.
 
     Args:
       cfg: The examples to read.
@@ -161,11 +152,8 @@ def get_dataset(
       num_epochs: Passes over the data; None repeats them without end.
       seed: The seed if `cfg.seed` is None.
 
-    Returns:
-      A dataset of model features, each `[length]`.
-
     Raises:
-      ValueError: if the task or the split is unknown, or a task feature has no length.
+      ValueError: as `find_task` does.
     """
     converter = feature_converter_cls(
         pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
@@ -196,12 +184,7 @@ class DatasetIterator:
     """
 
     def __init__(self, datasets: Sequence[tf.data.Dataset], layout: DataLayout):
-        """Starts reading.
-
-        Args:
-          datasets: Endless datasets of batches, one for each shard that this process reads.
-          layout: The division of the data among shards and processes.
-        """
+        """Starts reading `datasets` of batches, endless, one for each shard of this process."""
         self._layout = layout
         self._iterators = dict(zip(layout.shards, map(iter, datasets), strict=True))
         self._checkpoints = {
@@ -238,21 +221,15 @@ class DatasetIterator:
         return f"{os.fspath(path)}-{shard:05}-of-{self.num_shards:05}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the positions of the next batch, one file per data shard.
+        """Writes the positions of the next batch, one file per data shard, named `path` and more.
 
         If several processes read a shard, one of them writes its position.
-
-        Args:
-          path: The beginning of the files' names.
         """
         for shard in self._layout.saved:
             self._checkpoints[shard].write(self._file(path, shard))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Resumes at the batch before which `save(path)` was called, by any number of processes.
-
-        Args:
-          path: The beginning of the files' names.
 
         Raises:
           tf.errors.NotFoundError: if no position was saved at `path`, or if it was saved for
@@ -269,16 +246,9 @@ def get_training_iterator(
     layout: DataLayout | None = None,
     seed: int = 0,
 ) -> DatasetIterator:
-    """Returns an endless iterator of this process's rows of training batches.
+    """Returns an endless iterator of this process's rows of training batches, `[rows, length]`.
 
-    Args:
-      cfg: The examples to read.
-      feature_converter_cls: The model's `FEATURE_CONVERTER_CLS`.
-      layout: The division of global batches of `cfg.batch_size`; None for one shard, one process.
-      seed: The seed if `cfg.seed` is None.
-
-    Returns:
-      An iterator of batches, name -> `[rows, length]`.
+    The layout divides global batches of `cfg.batch_size`; None is for one shard, one process.
 
     Raises:
       ValueError: as `get_dataset` does; at the first batch, if a data shard has no example.
@@ -324,28 +294,15 @@ def get_eval_batches(
     num_batches: int | None = None,
     seed: int = 0,
 ) -> Iterator[Batch]:
-    """Yields this process's rows of one pass over a split, in the order of the data.
+    """Yields this process's rows, `[rows, length]`, of one pass over a split, in its order.
 
     The last batch is padded with rows of zeros. Every process reads the whole split and takes its
     rows of each batch after conversion. So no row is repeated or lost, and all processes get the
     same number of batches, whatever the number of source files and of texts packed into a row.
-
-    Args:
-      cfg: The examples to read.
-      feature_converter_cls: The model's `FEATURE_CONVERTER_CLS`.
-      layout: The division of global batches of `cfg.batch_size`; None for one shard, one process.
-      num_batches: The maximum number of batches; None for the whole split.
-      seed: The seed if `cfg.seed` is None.
-
-    Yields:
-      Batches, name -> `[rows, length]`.
-
-    Raises:
-      ValueError: as `get_dataset` does.
+    `num_batches` is the most to yield, None for all; for the rest see `get_training_iterator`.
     """
     layout = layout or DataLayout(cfg.batch_size)
-    dataset = get_dataset(cfg, feature_converter_cls, num_epochs=1, seed=seed)
-    for index, batch in enumerate(dataset.batch(cfg.batch_size).prefetch(2).as_numpy_iterator()):
-        if num_batches is not None and index >= num_batches:
-            return
+    dataset = get_dataset(cfg, feature_converter_cls, seed=seed)
+    batches = dataset.batch(cfg.batch_size).prefetch(2).as_numpy_iterator()
+    for batch in itertools.islice(batches, num_batches):
         yield layout.local_rows(pad_batch(batch, cfg.batch_size))

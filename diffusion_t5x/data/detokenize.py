@@ -6,27 +6,20 @@ import numpy as np
 import seqio
 
 
-def end_text(tokens: np.ndarray, eos_id: int | None, pad_id: int = 0) -> np.ndarray:
+def end_text(tokens: np.ndarray, eos_id: int | None) -> np.ndarray:
     """Overwrites the first end-of-text or padding token, and all after it, with end-of-text.
 
     The text of a canvas ends at the first of either. A denoiser writes padding after the text, but
-    nothing prevents a stray token there.
-
-    Args:
-      tokens: Tokens, `[..., length]` int.
-      eos_id: The end-of-text token; None if the vocabulary has none, which uses padding instead.
-      pad_id: The padding token.
-
-    Returns:
-      Tokens, `[..., length]`.
+    nothing prevents a stray token there. If the vocabulary has no `eos_id`, padding is written.
+    Tokens are `[..., length]` int.
     """
-    end = pad_id if eos_id is None else eos_id
-    over = np.logical_or.accumulate((tokens == end) | (tokens == pad_id), axis=-1)
+    end = eos_id or 0
+    over = np.logical_or.accumulate((tokens == end) | (tokens == 0), axis=-1)
     return np.where(over, end, tokens)
 
 
 def detokenize(tokens: np.ndarray, vocabulary: seqio.Vocabulary) -> str:
     """Decodes tokens `[length]` up to the end of the text."""
-    end = vocabulary.eos_id if vocabulary.eos_id is not None else 0
     ended = end_text(tokens, vocabulary.eos_id)
-    return vocabulary.decode([int(token) for token in ended[: int(np.sum(ended != end))]])
+    text = ended[ended != (vocabulary.eos_id or 0)]
+    return vocabulary.decode([int(token) for token in text])

@@ -30,10 +30,7 @@ class LanguageMixture:
     alpha: float = 0.3
 
     def choose(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Returns the languages to read.
-
-        Args:
-          known: All languages of the corpus.
+        """Returns the languages to read of those of the corpus.
 
         Raises:
           ValueError: if a language is unknown, or none is given; the message offers the nearest.

@@ -26,16 +26,9 @@ def chunk(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
 def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
     """Splits documents into a prefix, 'inputs', and its continuation, 'targets'.
 
-    Long documents are cut into pieces that fit both lengths, with one token of the targets reserved
-    for the end-of-text token. Each piece is split at a random position with at least one token on
-    either side.
-
-    Args:
-      dataset: Examples `{'targets': tokens [n]}`.
-      sequence_length: Maximum tokens of 'inputs' and 'targets'.
-
-    Returns:
-      Examples `{'inputs': tokens, 'targets': tokens}`.
+    Documents are `{'targets': tokens [n]}`. Long ones are cut into pieces that fit both lengths,
+    with one token of the targets reserved for the end-of-text token. Each piece is split at a
+    random position with at least one token on either side.
 
     Raises:
       ValueError: if the lengths have no room for a token on either side.
@@ -63,21 +56,13 @@ def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> t
 def span_corruption_lengths(
     num_tokens: int, noise_density: float, mean_span_length: float
 ) -> tuple[int, int]:
-    """Returns the numbers of tokens of 'inputs' and 'targets' after span corruption.
-
-    Args:
-      num_tokens: Tokens of the document.
-      noise_density: The fraction of tokens in corrupted spans.
-      mean_span_length: Tokens per span, on average.
-
-    Returns:
-      The length of 'inputs', and that of 'targets' including the end-of-text token.
-    """
+    """Returns the tokens of 'inputs', and of 'targets' with its end, after span corruption."""
     num_noise, num_spans = _noise_sizes(num_tokens, noise_density, mean_span_length)
     return num_tokens - num_noise + num_spans, num_noise + num_spans + 1
 
 
 def _noise_sizes(size: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
+    """Returns how many of `size` tokens are noise, and in how many spans."""
     num_noise = min(max(round(size * noise_density), 1), size - 1)
     num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, size - num_noise)
     return num_noise, num_spans
@@ -99,55 +84,41 @@ def span_corruption(
 ) -> tf.data.Dataset:
     """Replaces random spans by sentinels, as T5's span corruption (Raffel et al. 2020, 3.1.4).
 
-    'inputs' has a sentinel of the vocabulary in place of each span, see
-    `vocabularies.sentinel_ids`; 'targets' has each sentinel and the tokens that it replaced. The
-    end-of-text tokens are not added here.
+    Documents are `{'targets': tokens [n]}`, and cut to fit both lengths. 'inputs' has a sentinel of
+    the vocabulary of 'targets' in place of each span, see `vocabularies.sentinel_ids`; 'targets'
+    has each sentinel and the tokens that it replaced. The end-of-text tokens are not added here.
 
     Args:
-      dataset: Examples `{'targets': tokens [n]}`.
-      sequence_length: Maximum tokens of 'inputs' and 'targets'; documents are cut to fit both.
-      output_features: The features of the task; the sentinels are those of the vocabulary of
-        'targets'.
       noise_density: The fraction of tokens in corrupted spans.
       mean_span_length: Tokens per span, on average.
-
-    Returns:
-      Examples `{'inputs': tokens, 'targets': tokens}`.
 
     Raises:
       ValueError: if the lengths have no room for a span, or need more sentinels than there are.
     """
-    all_sentinels = sentinel_ids(output_features["targets"].vocabulary)
-    fits = [
-        size
-        for size in range(2, sum(sequence_length.values()))
-        if all(
-            needed <= sequence_length[name]
-            for name, needed in zip(
-                ("inputs", "targets"),
-                span_corruption_lengths(size, noise_density, mean_span_length),
-                strict=True,
-            )
-        )
-    ]
-    if not fits:
+
+    def fits(size: int) -> bool:
+        inputs, targets = span_corruption_lengths(size, noise_density, mean_span_length)
+        return inputs <= sequence_length["inputs"] and targets <= sequence_length["targets"]
+
+    sizes = [size for size in range(2, sum(sequence_length.values())) if fits(size)]
+    if not sizes:
         raise ValueError(f"TASK_FEATURE_LENGTHS = {sequence_length} has no room for a span.")
-    most_spans = _noise_sizes(fits[-1], noise_density, mean_span_length)[1]
+    longest = sizes[-1]
+    all_sentinels = sentinel_ids(output_features["targets"].vocabulary)
+    most_spans = _noise_sizes(longest, noise_density, mean_span_length)[1]
     if most_spans > len(all_sentinels):
         raise ValueError(
-            f"extra_ids = {len(all_sentinels)}, but {fits[-1]} tokens hold {most_spans} "
+            f"extra_ids = {len(all_sentinels)}, but {longest} tokens hold {most_spans} "
             "corrupted spans, each needing a sentinel; raise get_vocabulary.extra_ids, unless the "
             "vocabulary has its own sentinels, or lower the lengths."
         )
+    noise_sizes = [_noise_sizes(n, noise_density, mean_span_length) for n in range(longest + 1)]
 
     @seqio.map_over_dataset(num_seeds=2)
     def corrupt(features: Features, seeds: tf.Tensor) -> Features:
         tokens = features["targets"]
         size = tf.size(tokens)
-        noise = tf.cast(tf.round(tf.cast(size, tf.float64) * noise_density), tf.int32)
-        noise = tf.minimum(tf.maximum(noise, 1), size - 1)
-        spans = tf.cast(tf.round(tf.cast(noise, tf.float64) / mean_span_length), tf.int32)
-        spans = tf.minimum(tf.minimum(tf.maximum(spans, 1), noise), size - noise)
+        noise, spans = tf.unstack(tf.gather(noise_sizes, size))
         lengths = tf.stack(
             [
                 _random_lengths(size - noise, spans, seeds[0]),
@@ -163,17 +134,11 @@ def span_corruption(
             "targets": _replace_spans(tokens, ~is_noise, sentinels),
         }
 
-    return corrupt(chunk(dataset, fits[-1]))
+    return corrupt(chunk(dataset, longest))
 
 
 def _replace_spans(tokens: tf.Tensor, dropped: tf.Tensor, sentinels: tf.Tensor) -> tf.Tensor:
-    """Replaces the i-th span of dropped tokens by the i-th sentinel.
-
-    Args:
-      tokens: Tokens, `[n]`.
-      dropped: True for the tokens to drop, `[n]`.
-      sentinels: The sentinels, one per span.
-    """
+    """Replaces the i-th span of tokens that are dropped, `[n]` bool, by the i-th sentinel."""
     starts = dropped & ~tf.concat([[False], dropped[:-1]], axis=0)  # [n]
     span = tf.maximum(tf.cumsum(tf.cast(starts, tf.int32)) - 1, 0)  # [n], the index of the span
     replaced = tf.where(starts, tf.gather(sentinels, span), tf.cast(tokens, tf.int32))

@@ -34,16 +34,13 @@ class TfdsDataSource(seqio.TfdsDataSource):
             ) from error
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """Lists the files of a split."""
         self._prepare()
         return super().list_shards(split)
 
     def num_input_examples(self, split: str) -> int | None:
-        """Returns the number of examples of a split."""
         self._prepare()
         return super().num_input_examples(split)
 
     def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
-        """Returns the examples of a split; see `seqio.DataSource`."""
         self._prepare()
         return super().get_dataset(*args, **kwargs)

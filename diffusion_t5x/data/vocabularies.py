@@ -36,12 +36,7 @@ def sentinel_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
 
 
 def _sentencepiece(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
-    """Loads a model, and adds sentinels unless it has its own.
-
-    Raises:
-      ValueError: if the file is not a model, or the model has no end-of-text token, or its token 0
-        can occur in a text.
-    """
+    """Loads a model that this library can use, and adds sentinels unless it has its own."""
     vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=0)
     try:
         tokenizer = vocabulary.tokenizer
@@ -118,12 +113,7 @@ def check_task(
     input_vocabulary: seqio.Vocabulary,
     output_vocabulary: seqio.Vocabulary,
 ) -> None:
-    """Checks that a task and a model have the same vocabularies.
-
-    Args:
-      task: The task or mixture; features other than 'inputs' and 'targets' are not checked.
-      input_vocabulary: The model's vocabulary of 'inputs'.
-      output_vocabulary: The model's vocabulary of 'targets'.
+    """Checks that a task and a model have the same vocabularies of 'inputs' and of 'targets'.
 
     Raises:
       ValueError: if they differ.
@@ -133,8 +123,7 @@ def check_task(
         if feature is None or feature.vocabulary == ours:
             continue
         theirs = fingerprint(feature.vocabulary)
-        pieces = isinstance(ours, seqio.SentencePieceVocabulary)
-        if pieces and theirs == fingerprint(ours):
+        if isinstance(ours, seqio.SentencePieceVocabulary) and theirs == fingerprint(ours):
             continue
         raise ValueError(
             f"MIXTURE_OR_TASK_NAME = {task.name!r}: its {name} are tokens of {theirs}, but the "

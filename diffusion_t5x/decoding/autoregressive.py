@@ -17,13 +17,10 @@ NEGATIVE = -1e10
 
 
 def filter_logits(logits: Array, top_k: int, top_p: float) -> Array:
-    """Rules out all but the `top_k` likeliest tokens and all outside the `top_p` nucleus.
+    """Rules out of `logits [batch, vocab]` all but the `top_k` likeliest and the `top_p` nucleus.
 
-    Args:
-      logits: `[batch, vocab]`.
-      top_k: number of tokens to keep; 0 keeps all.
-      top_p: probability that the smallest set of likeliest tokens to keep must reach (Holtzman et
-        al. 2020); 0 or 1 keeps all.
+    The nucleus is the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman
+    et al. 2020); a `top_k` of 0 keeps all tokens, and so does a `top_p` of 0 or 1.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -38,21 +35,13 @@ def filter_logits(logits: Array, top_k: int, top_p: float) -> Array:
 
 
 class _State(NamedTuple):
-    """What the loop over tokens carries.
+    """What the loop over tokens carries."""
 
-    Attributes:
-      emitted: scalar int32, tokens emitted.
-      cache: keys and values of the prefixes and of all tokens but the last.
-      tokens: `[rows, length]` int32.
-      scores: `[rows]` float32.
-      ended: `[rows]` bool.
-    """
-
-    emitted: Array
-    cache: KVCache
-    tokens: Array
-    scores: Array
-    ended: Array
+    emitted: Array  # scalar int32, tokens emitted
+    cache: KVCache  # keys and values of the prefixes and of all tokens but the last
+    tokens: Array  # [rows, length] int32
+    scores: Array  # [rows] float32
+    ended: Array  # [rows] bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +75,10 @@ class AutoregressiveDecoder:
     def decode(
         self, network: Network, length: int, rng: Array, return_trajectory: bool = False
     ) -> Decoded:
-        """Decodes up to `length` tokens per prefix; a score is the log-likelihood, in nats.
-
-        Args:
-          network: bound to `batch` prefixes.
-          length: most tokens, the end-of-text token included.
-          rng: key for the draws.
-          return_trajectory: unsupported, since there is no canvas.
+        """Decodes up to `length` tokens, the end of the text included; scores are log-likelihoods.
 
         Raises:
-          ValueError: if a trajectory is asked for.
+          ValueError: if a trajectory is asked for, since there is no canvas.
         """
         if return_trajectory:
             raise ValueError("return_trajectory: an autoregressive decoder has no canvas.")
@@ -138,8 +121,8 @@ class AutoregressiveDecoder:
 
             state = jax.lax.while_loop(unfinished, take_step, state)
         tokens = state.tokens.reshape(network.batch_size, self.num_samples, length)
-        scores, tokens = best_last(state.scores.reshape(tokens.shape[:2]), tokens)
-        return Decoded(tokens, scores)
+        scores = state.scores.reshape(tokens.shape[:2])
+        return best_last(scores, Decoded(tokens, scores))
 
     def sample(self, rng: Array, logits: Array) -> Array:
         """Draws one token per row of `logits [batch, vocab]`: `[batch]` int32."""

@@ -21,27 +21,16 @@ Array = jax.Array
 
 
 class _State(NamedTuple):
-    """What the loop over blocks carries.
+    """What the loop over blocks carries."""
 
-    Attributes:
-      block: scalar int32, blocks written.
-      cache: keys and values of the prefixes and of the blocks so far.
-      tokens: `[batch, num_blocks * block_length]` int32.
-      trajectory: `[batch, num_steps + 1, num_blocks * block_length]` int32, or None.
-      scores: `[batch]` float32.
-      ended: `[batch]` bool.
-      passes: `[batch]` int32.
-      positions: `[batch]` int32.
-    """
-
-    block: Array
-    cache: KVCache
-    tokens: Array
-    trajectory: Array | None
-    scores: Array
-    ended: Array
-    passes: Array
-    positions: Array
+    block: Array  # scalar int32, blocks written
+    cache: KVCache  # keys and values of the prefixes and of the blocks so far
+    tokens: Array  # [batch, num_blocks * block_length] int32
+    trajectory: Array | None  # [batch, num_steps + 1, num_blocks * block_length] int32
+    scores: Array  # [batch] float32
+    ended: Array  # [batch] bool
+    passes: Array  # [batch] int32
+    positions: Array  # [batch] int32
 
 
 def decode_blocks(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from diffusion_t5x.decoding.lengths import bucket_lengths
 from diffusion_t5x.interfaces import Canvas, Readout
 
 Array = jax.Array
+Tree = TypeVar("Tree")
 
 
 def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Canvas:
@@ -34,12 +37,8 @@ def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Canvas:
 def windows(canvas: Canvas, trim_multiple: int) -> tuple[list[int], Array]:
     """Returns the lengths that a step may read, and the index of the one that it needs.
 
-    Args:
-      canvas: the canvases.
-      trim_multiple: the lengths are `bucket_lengths` of it; 0 for the whole length alone.
-
-    Returns:
-      The lengths, and a scalar int32: the first length that holds every position in use.
+    They are the `bucket_lengths` of `trim_multiple`, or with 0 the whole length alone; needed is
+    the first that holds every position in use, a scalar int32.
     """
     length = canvas.tokens.shape[1]
     if not 0 < trim_multiple < length:
@@ -84,34 +83,18 @@ def fill_trajectory(canvas: Canvas, step: Array) -> Canvas:
 def drop_uncertain(canvas: Canvas, count: int) -> tuple[Canvas, Canvas]:
     """Splits off the `count` canvases per example that the network is least certain of.
 
-    Args:
-      canvas: every field `[batch, samples, ...]`.
-      count: how many of the samples.
-
-    Returns:
-      The dropped canvases and the others.
+    Every field is `[batch, samples, ...]`; the dropped canvases are returned first.
     """
-    certainty = jnp.sum(canvas.readout.argmax_log_prob, axis=-1)
-    leaves, treedef = jax.tree.flatten(canvas)
-    canvas = jax.tree.unflatten(treedef, best_last(certainty, *leaves)[1:])
-    return jax.tree.map(lambda x: x[:, :count], canvas), jax.tree.map(
-        lambda x: x[:, count:], canvas
-    )
+    canvas = best_last(jnp.sum(canvas.readout.argmax_log_prob, axis=-1), canvas)
+    dropped = jax.tree.map(lambda x: x[:, :count], canvas)
+    return dropped, jax.tree.map(lambda x: x[:, count:], canvas)
 
 
-def best_last(scores: Array, *arrays: Array) -> tuple[Array, ...]:
-    """Sorts samples by score, the best last, as T5X's decoders return them.
-
-    Args:
-      scores: `[batch, num_samples]`, higher is better.
-      *arrays: each `[batch, num_samples, ...]`, sorted alike.
-
-    Returns:
-      The sorted scores, then the sorted arrays.
-    """
+def best_last(scores: Array, tree: Tree) -> Tree:
+    """Sorts a tree of `[batch, samples, ...]` by `scores [batch, samples]`, the best last."""
     order = jnp.argsort(scores, axis=1)
 
     def take(x: Array) -> Array:
         return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
-    return tuple(take(x) for x in (scores, *arrays))
+    return jax.tree.map(take, tree)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -122,16 +123,10 @@ class DiffusionDecoder:
     def decode(
         self, network: Network, length: int, rng: Array, return_trajectory: bool = False
     ) -> Decoded:
-        """Decodes one text per prefix and sample.
+        """Decodes one text per prefix and sample, scored by the update rule.
 
-        The update rule scores the samples. A text written in blocks has one sample, whose blocks
-        are each the best of their canvases and whose scores add up.
-
-        Args:
-          network: bound to `batch` prefixes.
-          length: tokens of the text.
-          rng: key for the canvas and every draw.
-          return_trajectory: keep the canvas of every step.
+        A text written in blocks has one sample, whose blocks are each the best of their canvases
+        and whose scores add up.
 
         Raises:
           ValueError: if prefixes cannot be cached under the objective's attention pattern.
@@ -158,10 +153,7 @@ class DiffusionDecoder:
         """Decodes canvases of `length` tokens: see `decode`."""
         batch_size = network.batch_size
         canvas_rng, draws_rng, updates_rng = jax.random.split(rng, 3)
-        rngs = (
-            jax.random.split(draws_rng, self.num_steps),
-            jax.random.split(updates_rng, self.num_steps),
-        )
+        rngs = tuple(jax.random.split(rng, self.num_steps) for rng in (draws_rng, updates_rng))
         noise = self.corruption.prior(canvas_rng, (batch_size * self.num_samples, length))
         zero = jnp.int32(0)
         state = _State(zero, zero, zero, canvases.start(noise, self.num_steps, return_trajectory))
@@ -177,12 +169,11 @@ class DiffusionDecoder:
                 state = state._replace(canvas=rows)
         finished.append(canvas)
         canvas = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *finished)
-        steps = [] if canvas.trajectory is None else [canvas.trajectory]
-        scores, tokens, *steps = canvases.best_last(canvas.score, canvas.text, *steps)
+        canvas = canvases.best_last(canvas.score, canvas)
         return Decoded(
-            tokens=tokens,
-            scores=scores,
-            trajectory=steps[0] if steps else None,
+            tokens=canvas.text,
+            scores=canvas.score,
+            trajectory=canvas.trajectory,
             passes=jnp.full(batch_size, state.passes),
             positions=jnp.full(batch_size, state.positions),
         )
@@ -197,12 +188,7 @@ class DiffusionDecoder:
         return [*stages, (samples, self.num_steps)]
 
     def _take_steps(
-        self,
-        network: Network,
-        samples: int,
-        last_step: int,
-        rngs: tuple[Array, Array],
-        state: _State,
+        self, network: Network, samples: int, last_step: int, rngs: Sequence[Array], state: _State
     ) -> _State:
         """Takes steps until all canvases are done or `last_step` steps were taken."""
 

@@ -24,18 +24,10 @@ def read_canvas(
     trim_multiple: int,
     chunk_logits: int,
 ) -> tuple[Readout, Array]:
-    """Reads canvases up to the longest one in use, or the next of `bucket_lengths`.
+    """Reads canvases with a network that is bound to one prefix per row.
 
-    Positions beyond keep their last readout. One function is compiled for each length that can
-    occur.
-
-    Args:
-      network: bound to one prefix per row.
-      canvas: the canvases.
-      rng: key for the draws.
-      temperature: temperature of the draws.
-      trim_multiple: see `canvases.windows`; 0 reads whole canvases.
-      chunk_logits: logits per row that may exist at once.
+    They are read up to the longest one in use, or the next of `canvases.windows`; positions beyond
+    keep their last readout. One function is compiled for each length that can occur.
 
     Returns:
       The readout of all positions, and how many positions of a row were read, a scalar int32.
@@ -63,15 +55,11 @@ def read_hidden(
     temperature: Array | float,
     chunk_logits: int,
 ) -> Readout:
-    """Reads the logits of every position once.
+    """Reads the logits of every position once; see `read_in_chunks` for the other arguments.
 
     Args:
-      hidden: `[rows, length, embed]`, hidden states of a pass over `tokens`.
-      logits_fn: maps hidden states `[..., embed]` to logits `[..., vocab]`.
-      tokens: `[rows, length]` int32, the canvas.
-      rng: key for the draw.
-      temperature: temperature of the draw; a Python 0 is the argmax, an array must be positive.
-      chunk_logits: logits per row that may exist at once.
+      tokens: `[rows, length]` int32, the canvas of which `hidden` are the states.
+      temperature: of the draw; a Python 0 is the argmax, an array must be positive.
     """
     greedy = isinstance(temperature, int | float) and temperature == 0
 
@@ -105,16 +93,12 @@ def _group_sums(
 ) -> tuple[Array, Array, Array, Array | None]:
     """Finds a group's first token with the largest logit, and sums the group's likelihoods.
 
-    Args:
-      top: the largest logit of each position.
-      temperature: temperature of the draw, or None.
-      logits: `[..., tokens]`; likelihoods are exp(logit - top).
-      tokens: int32.
-      inside: bool, which of them belong to the group.
+    A likelihood is exp(logit - top), where `top` is the largest logit of the position; the last
+    three arguments are those of `read_groups`.
 
     Returns:
       The token, float32, or infinity where there is none; the sums of likelihoods, of each times
-      its logarithm, and of likelihoods at `temperature`.
+      its logarithm, and of likelihoods at `temperature`, unless that is None.
     """
     missing = logits.ndim - top.ndim
     below = logits - top.reshape(*top.shape, *[1] * missing)

@@ -26,7 +26,6 @@ class Unchanged:
     """
 
     def __call__(self, step: StepView, score: Array) -> Array:
-        """Returns which rows are done."""
         del score
         return jnp.all(step.readout.argmax == step.canvas.tokens, axis=-1)
 
@@ -46,7 +45,6 @@ class ScoreSettled:
             raise ValueError(f"tolerance = {self.tolerance}; expected a value >= 0, in nats.")
 
     def __call__(self, step: StepView, score: Array) -> Array:
-        """Returns which rows are done."""
         return jnp.abs(score - step.canvas.score) <= self.tolerance
 
 
@@ -65,7 +63,6 @@ class StableAndConfident:
             raise ValueError(f"max_entropy = {self.max_entropy}; expected a value > 0, in nats.")
 
     def __call__(self, step: StepView, score: Array) -> Array:
-        """Returns which rows are done."""
         del score
         stable = jnp.all(step.readout.argmax == step.canvas.readout.argmax, axis=-1)
         return stable & (jnp.mean(step.readout.entropy, axis=-1) < self.max_entropy)

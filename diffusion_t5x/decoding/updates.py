@@ -32,15 +32,10 @@ def _take(canvas: Canvas, where: Array, tokens: Array, log_prob: Array) -> Canva
     return canvas._replace(tokens=tokens, text=tokens, certainty=certainty)
 
 
-def _count(share: float, length: int) -> int:
-    """Returns how many of `length` positions a share is: at least one."""
-    return max(1, round(share * length))
-
-
-def _lowest(values: Array, count: int) -> Array:
-    """Marks the `count` lowest values of each row of `values [rows, length]`: bool, same shape."""
+def _lowest(values: Array, share: float) -> Array:
+    """Marks the share of lowest values, at least one, of each row of `values [rows, length]`."""
     rank = jnp.argsort(jnp.argsort(values, axis=-1, stable=True), axis=-1)
-    return rank < count
+    return rank < max(1, round(share * values.shape[1]))
 
 
 def _check_share(name: str, share: float) -> None:
@@ -79,8 +74,7 @@ class ResampleShare:
     def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
         """Returns the canvas with draws at the chosen positions."""
         del prior
-        shape = step.canvas.tokens.shape
-        where = _lowest(jax.random.uniform(rng, shape), _count(self.share, shape[1]))
+        where = _lowest(jax.random.uniform(rng, step.canvas.tokens.shape), self.share)
         canvas = _take(step.canvas, where, step.readout.drawn, step.readout.drawn_log_prob)
         return canvas, canvas_score(step.readout)
 
@@ -105,8 +99,7 @@ class ArgmaxUnrolled:
         """Returns the canvas with the argmax at noisy and at uncertain positions."""
         del rng, prior
         certainty = step.canvas.certainty
-        count = _count(self.uncertain_share, certainty.shape[1])
-        where = _lowest(certainty, count) | (certainty == -jnp.inf)
+        where = _lowest(certainty, self.uncertain_share) | (certainty == -jnp.inf)
         canvas = _take(step.canvas, where, step.readout.argmax, step.readout.argmax_log_prob)
         return canvas, canvas_score(step.readout)
 

@@ -24,19 +24,16 @@ MASKED = flash_attention.MASKED
 
 
 def relative_position_bucket(distance: Array, *, num_buckets: int, max_distance: int) -> Array:
-    """Computes T5's bucket of a relative position (Raffel et al. 2020, section 2.1).
+    """Computes T5's buckets of relative positions (Raffel et al. 2020, section 2.1).
 
     Keys after the query get half of the buckets. In either half, half of the buckets hold one
     distance each; the others grow logarithmically up to `max_distance`, beyond which all distances
     share the last.
 
     Args:
-      distance: Key position minus query position, int32 of any shape.
+      distance: Key position minus query position, int32 of any shape, which the buckets have, too.
       num_buckets: Number of buckets, both directions together.
       max_distance: Distance at which the last bucket starts.
-
-    Returns:
-      Bucket numbers, int32 of the shape of `distance`.
     """
     num_buckets //= 2
     offset = jnp.where(distance > 0, num_buckets, 0)
@@ -50,15 +47,10 @@ def relative_position_bucket(distance: Array, *, num_buckets: int, max_distance:
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias per head and distance bucket.
-
-    Attributes:
-      config: The network's configuration.
-      num_buckets: Number of distance buckets, both directions together.
-    """
+    """A learned bias per head and distance bucket."""
 
     config: TransformerConfig
-    num_buckets: int
+    num_buckets: int  # both directions together
 
     @nn.compact
     def __call__(self, query_positions: Array, key_positions: Array, batch_size: int) -> Array:
@@ -66,12 +58,7 @@ class RelativePositionBias(nn.Module):
 
         All rows share it, since the distance between two tokens of a text is the distance of their
         indices in every row (see `row_layout`); each data-parallel shard has a copy of its own (see
-        `sharding.per_data_shard`).
-
-        Args:
-          query_positions: `[queries]` int32.
-          key_positions: `[keys]` int32.
-          batch_size: Number of rows.
+        `sharding.per_data_shard`). Positions are `[queries]` and `[keys]` int32.
         """
         config = self.config
         table = nn_partitioning.param_with_axes(
@@ -91,11 +78,7 @@ class RelativePositionBias(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """T5's attention: no biases, no scaling of logits by the head dimension.
-
-    Attributes:
-      config: The network's configuration.
-    """
+    """T5's attention: no biases, no scaling of logits by the head dimension."""
 
     config: TransformerConfig
 
@@ -131,7 +114,6 @@ class MultiHeadAttention(nn.Module):
         """Attends from `x [batch, queries, embed]` to keys and values; returns the shape of `x`.
 
         Args:
-          x: Hidden states that the queries come from.
           key_values: Keys and values, in the order of `keys` below. Those of prefixes that `n` rows
             of `x` share have `batch / n` rows, and row `i` serves rows `i * n ... i * n + n - 1`.
           mask: Bool, broadcasting to `[batch, queries, keys]`; keys that are False are not seen.
@@ -139,7 +121,6 @@ class MultiHeadAttention(nn.Module):
             of shard `i * shards // batch`. None for no bias.
           tables: The same bias by distance, one table per element of `key_values`, for
             `flash_attention`; None without a bias.
-          deterministic: Disables dropout.
         """
         config = self.config
         query = self._split_heads(self.query(x))
@@ -156,15 +137,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class Dropout(flax.struct.PyTreeNode):
-    """Dropout of attention weights, the same for all queries of a row and head, as in T5X.
+    """Dropout of attention weights, the same for all queries of a row and head, as in T5X."""
 
-    Attributes:
-      rate: Share of weights that are set to 0.
-      rng: The key that selects them.
-    """
-
-    rate: float = flax.struct.field(pytree_node=False)
-    rng: Array
+    rate: float = flax.struct.field(pytree_node=False)  # share of weights that are set to 0
+    rng: Array  # selects them
 
     def __call__(self, weights: Array) -> Array:
         """Drops some of `weights [..., queries, keys]` and scales up the others."""
@@ -270,9 +246,7 @@ def _add_bias(logits: Array, bias: Array) -> Array:
 def _dot_keys(query: Array, keys: Array) -> Array:
     """Computes attention logits `[rows, heads, n, queries, keys]` float32.
 
-    Args:
-      query: `[rows, n, queries, heads, head_dim]`.
-      keys: `[rows or rows * n, keys, heads, head_dim]`.
+    The query is `[rows, n, queries, heads, head_dim]`, keys `[rows or rows * n, keys, heads, ...]`.
     """
     rows, n, length, heads, _ = query.shape
     if keys.shape[0] == rows:
@@ -288,9 +262,7 @@ def _dot_keys(query: Array, keys: Array) -> Array:
 def _mix_values(weights: Array, values: Array) -> Array:
     """Computes the weighted sums of values, `[rows, n, queries, heads, head_dim]`.
 
-    Args:
-      weights: `[rows, heads, n, queries, keys]`.
-      values: `[rows or rows * n, keys, heads, head_dim]`.
+    Weights are `[rows, heads, n, queries, keys]`, values `[rows or rows * n, keys, heads, ...]`.
     """
     rows, heads, n, length, _ = weights.shape
     if values.shape[0] == rows:

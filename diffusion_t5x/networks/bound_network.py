@@ -20,35 +20,23 @@ FORBIDDEN_LOGIT = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class BoundNetwork:
-    """An `interfaces.Network`.
-
-    Attributes:
-      module: the flax module.
-      variables: its variables; parameters under 'params'.
-      attention_pattern: the objective's.
-      context: the prefixes, as `module.encode` returns them.
-      output_weights: what `module.logits` multiplies by, prepared once for all passes.
-      segment_ids: `[batch, length]` of packed targets, or None.
-      forbidden: tokens that are never predicted.
-      deterministic: no dropout.
-      batch_size: number of prefixes.
-    """
+    """An `interfaces.Network` whose methods apply those of `network.Network`."""
 
     module: nn.Module
-    variables: Mapping[str, Any]
-    attention_pattern: str
-    context: Any
-    output_weights: Any
-    segment_ids: Array | None
-    forbidden: tuple[int, ...]
-    deterministic: bool
-    batch_size: int
+    variables: Mapping[str, Any]  # parameters under 'params'
+    attention_pattern: str  # the objective's
+    context: Any  # the prefixes, as `module.encode` returns them
+    output_weights: Any  # what `module.logits` multiplies by, prepared once for all passes
+    segment_ids: Array | None  # `[batch, length]` of packed targets
+    forbidden: tuple[int, ...]  # tokens that are never predicted
+    deterministic: bool  # no dropout
+    batch_size: int  # number of prefixes
 
     def _apply(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(self.variables, *args, method=method, **kwargs)
 
     def forward(self, canvas: Array, rng: Array | None) -> Array:
-        """Computes hidden states of the canvas: see `interfaces.Network.forward`."""
+        """Computes hidden states of the canvas after the prefixes as they were encoded."""
         return self._apply(
             self.module.decode,
             self.context,
@@ -60,7 +48,7 @@ class BoundNetwork:
         )
 
     def logits(self, hidden: Array) -> Array:
-        """Computes logits `[..., vocab]` of `hidden [..., embed]`."""
+        """Computes logits, those of forbidden tokens being `FORBIDDEN_LOGIT`."""
         logits = self._apply(self.module.logits, hidden, self.output_weights)
         if not self.forbidden:
             return logits
@@ -68,49 +56,34 @@ class BoundNetwork:
         return jnp.where(is_forbidden, FORBIDDEN_LOGIT, logits)
 
     def prefill(self, max_length: int, repeats: int) -> tuple[KVCache, Array]:
-        """Reads the prefixes into a cache: see `interfaces.Network.prefill`."""
-        return self._apply(
-            self.module.prefill, self.context, self.attention_pattern, max_length, repeats
-        )
+        pattern = self.attention_pattern
+        return self._apply(self.module.prefill, self.context, pattern, max_length, repeats)
 
     def append_token(self, cache: KVCache, tokens: Array) -> tuple[KVCache, Array]:
-        """Appends `tokens [rows]`; returns the cache and `[rows, embed]`."""
-        return self._apply(self.module.step, cache, tokens, self.attention_pattern)
+        cache, hidden = self._apply(self.module.append, cache, tokens[:, None])
+        return cache, hidden[:, 0]
 
     def add_room(self, cache: KVCache, room: int) -> KVCache:
-        """Returns the cache with room for `room` more tokens."""
         return grow(cache, room)
 
     def extend_prefix(self, tokens: Array, counts: Array) -> BoundNetwork:
-        """Returns the network with the first `counts [batch]` of `tokens` after its prefixes."""
         context = self._apply(self.module.extend, self.context, tokens, counts)
         return dataclasses.replace(self, context=context)
 
     def repeat(self, n: int) -> BoundNetwork:
-        """Returns the network with every prefix repeated `n` times, copies being neighbours."""
         context = repeat_rows(self.context, n)
         return dataclasses.replace(self, context=context, batch_size=self.batch_size * n)
 
     def cache_prefix(self) -> CachedBoundNetwork:
-        """Returns the network with its prefixes' keys and values computed once.
-
-        Raises:
-          ValueError: if the prefixes see the canvas under the attention pattern.
-        """
         cache = self._apply(self.module.cache_prefix, self.context, self.attention_pattern)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return CachedBoundNetwork(**fields, cache=cache)
+        return CachedBoundNetwork(**vars(self), cache=cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedBoundNetwork(BoundNetwork):
-    """An `interfaces.CachedNetwork`; canvases may have any number of rows per cached prefix.
+    """An `interfaces.CachedNetwork`; canvases may have any number of rows per cached prefix."""
 
-    Attributes:
-      cache: keys and values of the prefixes.
-    """
-
-    cache: KVCache
+    cache: KVCache  # keys and values of the prefixes
 
     def forward(self, canvas: Array, rng: Array | None) -> Array:
         """Computes hidden states of the canvas, after cached prefixes and without dropout."""
@@ -118,19 +91,12 @@ class CachedBoundNetwork(BoundNetwork):
         return self._apply(self.module.denoise, self.cache, canvas)
 
     def repeat(self, n: int) -> CachedBoundNetwork:
-        """Returns the network for `n` rows per prefix, which share its cache."""
         return dataclasses.replace(self, batch_size=self.batch_size * n)
 
     def with_cache(self, cache: KVCache) -> CachedBoundNetwork:
-        """Returns the network with other cached prefixes."""
         return dataclasses.replace(self, cache=cache)
 
     def append_tokens(self, cache: KVCache, tokens: Array) -> KVCache:
-        """Appends `tokens [batch, length]` to each prefix.
-
-        Raises:
-          ValueError: if earlier tokens would see later ones under the attention pattern.
-        """
         return self._apply(self.module.extend_cached, cache, tokens, self.attention_pattern)
 
 
@@ -149,16 +115,9 @@ def bind(
     rng: Array | None = None,
     deterministic: bool = True,
 ) -> BoundNetwork:
-    """Binds parameters and the prefixes of a batch; prefixes are encoded once.
+    """Binds parameters and the prefixes of a batch, which are encoded once; `rng` is for dropout.
 
-    Args:
-      module: a network of this room.
-      params: its parameters.
-      batch: features of `[batch, length]`; `encoder_input_tokens` are the prefixes.
-      attention_pattern: one of `attention_patterns.ATTENTION_PATTERNS`.
-      forbidden: tokens that are never predicted.
-      rng: key for dropout in the encoder.
-      deterministic: no dropout.
+    The prefixes are its `encoder_input_tokens [batch, length]`; segment ids are read if it has any.
     """
     variables = {"params": params}
     prefixes = batch["encoder_input_tokens"]

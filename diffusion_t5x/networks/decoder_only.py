@@ -18,8 +18,7 @@ from diffusion_t5x.networks.row_layout import (
 from diffusion_t5x.networks.stack import Attended
 from diffusion_t5x.objectives.attention_patterns import (
     AUTOREGRESSIVE_PATTERNS,
-    check_prefix_may_grow,
-    check_shares_prefix,
+    CACHED_PATTERNS,
     make_mask,
 )
 
@@ -45,7 +44,7 @@ class DecoderOnly(Network):
         *,
         deterministic: bool,
     ) -> Array:
-        """Computes hidden states of the target positions; see `Network.decode`.
+        """Reads prefix and target in one row.
 
         Under an autoregressive pattern the state returned at a position is that of the token before
         it, which predicts it.
@@ -89,34 +88,22 @@ class DecoderOnly(Network):
         return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
 
     def extend(self, prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
-        """Appends tokens to prefixes; see `row_layout.extend_prefix`."""
         return extend_prefix(prefix, tokens, counts)
 
     def cache_prefix(self, prefix: Prefix, attention_pattern: str) -> KVCache:
-        """Computes keys and values of the prefixes, which all their canvases may share.
-
-        Args:
-          prefix: The prefixes, not packed.
-          attention_pattern: One of `attention_patterns.CACHED_PATTERNS`.
-
-        Raises:
-          ValueError: if the prefix sees the canvas under this pattern.
-        """
-        check_shares_prefix(attention_pattern)
+        if attention_pattern not in CACHED_PATTERNS:
+            raise ValueError(
+                f"attention_pattern = {attention_pattern!r}: the prefix sees the canvas, so its "
+                f"keys and values cannot be cached; expected one of {', '.join(CACHED_PATTERNS)}."
+            )
         cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
         return cache
 
     def extend_cached(self, cache: KVCache, tokens: Array, attention_pattern: str) -> KVCache:
-        """Appends `tokens [batch, length]` to cached prefixes.
-
-        Args:
-          cache: A cache from `cache_prefix`, with room for the tokens.
-          tokens: int32.
-          attention_pattern: The pattern that the prefixes were read under.
-
-        Raises:
-          ValueError: if earlier tokens would see later ones under this pattern.
-        """
-        check_prefix_may_grow(attention_pattern)
+        if attention_pattern != "causal_prefix":
+            raise ValueError(
+                f"attention_pattern = {attention_pattern!r}: tokens of the prefix see later ones, "
+                "so a finished block cannot join it; expected causal_prefix."
+            )
         cache, _ = self.append(cache, tokens)
         return cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat, repeat_rows
 from diffusion_t5x.networks.network import Network
-from diffusion_t5x.networks.row_layout import read_prefix
+from diffusion_t5x.networks.row_layout import read_prefix, shift_texts
 from diffusion_t5x.networks.stack import Attended, Stack
 from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS, check_pattern, make_mask
 
@@ -16,24 +18,10 @@ Array = jax.Array
 
 
 class EncodedPrefix(flax.struct.PyTreeNode):
-    """The encoder's output.
+    """The encoder's output."""
 
-    Attributes:
-      hidden: `[batch, prefix_length, embed]`.
-      segment_ids: `[batch, prefix_length]` int32; 0 is padding.
-    """
-
-    hidden: Array
-    segment_ids: Array
-
-
-def shift_right(tokens: Array, segment_ids: Array | None) -> Array:
-    """Makes inputs of an AR decoder: `tokens [batch, length]` after a 0 at each text's start."""
-    shifted = jnp.pad(tokens, [(0, 0), (1, 0)])[:, :-1]
-    if segment_ids is None:
-        return shifted
-    previous = jnp.pad(segment_ids, [(0, 0), (1, 0)])[:, :-1]
-    return jnp.where(segment_ids == previous, shifted, 0)
+    hidden: Array  # [batch, prefix_length, embed]
+    segment_ids: Array  # [batch, prefix_length] int32; 0 is padding
 
 
 class EncoderDecoder(Network):
@@ -67,18 +55,17 @@ class EncoderDecoder(Network):
         *,
         deterministic: bool,
     ) -> Array:
-        """Computes hidden states of the target positions; see `Network.decode`.
+        """Reads the canvas as it is under a denoising pattern, else the target after a 0.
 
-        Under a denoising pattern the canvas is read as it is; under any other, the target is
-        shifted right after a 0, so that each state predicts its position. The encoder sees the
-        whole prefix, and no canvas, either way.
+        So shifted right, each state predicts its position. The encoder sees the whole prefix, and
+        no canvas, either way.
         """
         check_pattern(attention_pattern)
+        segments = jnp.ones_like(target) if segment_ids is None else segment_ids
         if attention_pattern in DENOISING_PATTERNS:
             pattern, tokens = "bidirectional", target
         else:
-            pattern, tokens = "causal", shift_right(target, segment_ids)
-        segments = jnp.ones_like(target) if segment_ids is None else segment_ids
+            pattern, tokens = "causal", shift_texts(target, segments, 0)
         positions = jnp.arange(target.shape[1])
         attended = Attended(
             mask=make_mask(pattern, segments, segments < 0),
@@ -95,7 +82,7 @@ class EncoderDecoder(Network):
     def prefill(
         self, prefix: EncodedPrefix, attention_pattern: str, max_length: int, repeats: int
     ) -> tuple[KVCache, Array]:
-        """Caches the encoder's output and starts the decoder with a 0; see `Network.prefill`."""
+        """Caches the encoder's output and starts the decoder with a 0."""
         del attention_pattern
         start = jnp.zeros((prefix.segment_ids.shape[0], 1), jnp.int32)
         attended = Attended(
@@ -112,21 +99,12 @@ class EncoderDecoder(Network):
         return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
 
     def cache_prefix(self, prefix: EncodedPrefix, attention_pattern: str) -> KVCache:
-        """Computes keys and values of the encoder's output, which all canvases may share.
-
-        Args:
-          prefix: The prefixes, not packed.
-          attention_pattern: Any, since the encoder sees no canvas.
-        """
+        """Caches the encoder's output, under any pattern, since the encoder sees no canvas."""
         cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
         return cache.replace(key_values=None, visible=cache.visible[:, :0], index=jnp.int32(0))
 
-    def extend(self, *args: Array) -> EncodedPrefix:
-        """Unsupported: an encoder's prefix cannot grow, since all of it sees all of it.
-
-        Raises:
-          ValueError: always.
-        """
+    def extend(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises a ValueError: an encoder's prefix cannot grow, since all of it sees all of it."""
         raise ValueError(
             "an encoder's prefix cannot grow: block_length needs a decoder-only network; set it 0."
         )

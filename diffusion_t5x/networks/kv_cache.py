@@ -13,39 +13,25 @@ Tree = TypeVar("Tree")
 
 
 class KeyValues(flax.struct.PyTreeNode):
-    """Keys and values of attention in one layer, or in all layers with a leading `layers` axis.
+    """Keys and values of attention in one layer, or in all layers with a leading `layers` axis."""
 
-    Attributes:
-      keys: `[batch, length, heads, head_dim]`.
-      values: `[batch, length, heads, head_dim]`.
-    """
-
-    keys: Array
-    values: Array
+    keys: Array  # [batch, length, heads, head_dim]
+    values: Array  # of the same shape
 
 
 # Keys and values in all layers of a stack: a list with one entry per layer, or a single entry if
-# layers are scanned; None if there are none.
-PerLayer: TypeAlias = list[KeyValues] | KeyValues | None
+# layers are scanned; None where there are none.
+PerLayer: TypeAlias = list[KeyValues | None] | KeyValues | None
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """What a network keeps of the tokens that it has read.
+    """What a network keeps of the tokens that it has read."""
 
-    Attributes:
-      key_values: Keys and values of these tokens, with `cache_length` positions; None if only the
-        encoder has read any.
-      visible: `[batch, cache_length]` bool; False for the padding before a prefix.
-      index: Scalar int32, the position of the next token.
-      encoded: Keys and values of the encoder's output; None without an encoder.
-      encoded_mask: `[batch, 1, encoder_length]` bool; None without an encoder.
-    """
-
-    key_values: PerLayer
-    visible: Array
-    index: Array
-    encoded: PerLayer = None
-    encoded_mask: Array | None = None
+    key_values: PerLayer  # with `cache_length` positions; None if only the encoder has read any
+    visible: Array  # [batch, cache_length] bool; False for the padding before a prefix
+    index: Array  # scalar int32, the position of the next token
+    encoded: PerLayer = None  # of the encoder's output; None without an encoder
+    encoded_mask: Array | None = None  # [batch, 1, encoder_length] bool; None without an encoder
 
 
 def repeat_rows(tree: Tree, repeats: int) -> Tree:

@@ -17,12 +17,7 @@ HIDDEN_AXES = ("batch", "length", "embed")
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a scale and no bias (Zhang and Sennrich 2019).
-
-    Attributes:
-      config: The network's configuration.
-      epsilon: Constant added to the mean square.
-    """
+    """Root-mean-square normalisation with a scale and no bias (Zhang and Sennrich 2019)."""
 
     config: TransformerConfig
     epsilon: float = 1e-6
@@ -38,21 +33,13 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear map without bias, `[batch, length, in] -> [batch, length, features]`.
-
-    Attributes:
-      config: The network's configuration.
-      features: Output width.
-      axes: Logical axes of the kernel.
-      distribution: Distribution of the initial kernel.
-      scale: Variance of the initial kernel times its input width.
-    """
+    """A linear map without bias, `[batch, length, in] -> [batch, length, features]`."""
 
     config: TransformerConfig
     features: int
-    axes: tuple[str, str]
-    distribution: Literal["truncated_normal", "normal"] = "truncated_normal"
-    scale: float = 1.0
+    axes: tuple[str, str]  # logical axes of the kernel
+    distribution: Literal["truncated_normal", "normal"] = "truncated_normal"  # initially
+    scale: float = 1.0  # variance of the initial kernel times its input width
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -69,11 +56,7 @@ class Dense(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """The feed-forward layer: the product of activated input projections, projected back.
-
-    Attributes:
-      config: The network's configuration.
-    """
+    """The feed-forward layer: the product of activated input projections, projected back."""
 
     config: TransformerConfig
 
@@ -91,11 +74,7 @@ class GatedMlp(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """The map from tokens to vectors, and from hidden states to logits over the vocabulary.
-
-    Attributes:
-      config: The network's configuration.
-    """
+    """The map from tokens to vectors, and from hidden states to logits over the vocabulary."""
 
     config: TransformerConfig
 
@@ -124,19 +103,16 @@ class TokenEmbedding(nn.Module):
     def output_weights(self, batch_size: int) -> Array:
         """Returns the matrix of `logits` for each data-parallel shard of `batch_size` rows.
 
-        Returns:
-          `[shards, vocab, embed]` with tied logits, else `[shards, embed, vocab]`.
+        It is `[shards, vocab, embed]` with tied logits, else `[shards, embed, vocab]`.
         """
         if self.config.tied_logits:
             return per_data_shard(self.embedding, ("vocab", "embed"), batch_size)
         return per_data_shard(self.logits_kernel, ("embed", "vocab"), batch_size)
 
     def logits(self, hidden: Array, weights: Array | None = None) -> Array:
-        """Computes logits `[batch, ..., vocab]` float32.
+        """Computes logits `[batch, ..., vocab]` float32 of `hidden [batch, ..., embed]`.
 
-        Args:
-          hidden: `[batch, ..., embed]`, hidden states of a stack.
-          weights: The result of `output_weights`, for callers that compute logits several times.
+        Callers that compute logits several times give the result of `output_weights`.
         """
         if weights is None:
             weights = self.output_weights(hidden.shape[0])

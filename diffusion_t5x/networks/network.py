@@ -20,11 +20,9 @@ Array = jax.Array
 class Network(nn.Module):
     """A decoder whose hidden states are those of a target, given a prefix.
 
-    The methods are those that a model applies with bound parameters. In all of them, `prefix` is
-    the result of `encode`, and rows that share a prefix are neighbours.
-
-    Attributes:
-      config: Shape and numerics.
+    The methods are those that `bound_network` applies with bound parameters. In all of them,
+    `prefix` is the result of `encode`, `attention_pattern` one of
+    `attention_patterns.ATTENTION_PATTERNS`, and rows that share a prefix are neighbours.
     """
 
     config: TransformerConfig
@@ -44,12 +42,9 @@ class Network(nn.Module):
     def encode(
         self, tokens: Array, segment_ids: Array | None = None, *, deterministic: bool
     ) -> Any:
-        """Reads prefixes as far as that does not depend on the target.
+        """Reads prefixes, `tokens [batch, prefix_length]`, as far as the target plays no part.
 
-        Args:
-          tokens: `[batch, prefix_length]` int32, padded with 0.
-          segment_ids: `[batch, prefix_length]` int32 if rows are packed, else None.
-          deterministic: Disables dropout.
+        `segment_ids` are of the same shape if rows are packed, else None.
         """
 
     @abc.abstractmethod
@@ -62,45 +57,42 @@ class Network(nn.Module):
         *,
         deterministic: bool,
     ) -> Array:
-        """Computes hidden states of the target positions: `[batch, length, embed]`.
+        """Computes hidden states of `target [batch, length]`: see `interfaces.Network.forward`.
 
-        Args:
-          prefix: The prefixes.
-          target: `[batch, length]` int32, target tokens or canvas.
-          attention_pattern: One of `attention_patterns.ATTENTION_PATTERNS`. Under an autoregressive
-            one the state at a position has seen only the tokens before it, which predict it.
-          segment_ids: `[batch, length]` int32 if rows are packed, else None.
-          deterministic: Disables dropout.
+        `segment_ids` are of the same shape if rows are packed, else None.
         """
 
     @abc.abstractmethod
     def prefill(
         self, prefix: Any, attention_pattern: str, max_length: int, repeats: int
     ) -> tuple[KVCache, Array]:
-        """Reads prefixes into a key-value cache.
+        """Reads prefixes, not packed, into a key-value cache: see `interfaces.Network.prefill`.
 
-        Args:
-          prefix: The prefixes, not packed.
-          attention_pattern: One under which the prefix does not see the target.
-          max_length: Number of target tokens that the cache has room for.
-          repeats: Number of copies of each row.
-
-        Returns:
-          The cache, and `[batch * repeats, embed]`, which predicts the first target token.
+        The pattern is one under which the prefix does not see the target.
         """
 
-    def step(self, cache: KVCache, tokens: Array, attention_pattern: str) -> tuple[KVCache, Array]:
-        """Appends `tokens [batch]` to a cache; returns it and `[batch, embed]`."""
-        del attention_pattern
-        cache, hidden = self.append(cache, tokens[:, None])
-        return cache, hidden[:, 0]
+    @abc.abstractmethod
+    def extend(self, prefix: Any, tokens: Array, counts: Array) -> Any:
+        """Appends tokens to prefixes: see `interfaces.Network.extend_prefix`."""
+
+    @abc.abstractmethod
+    def cache_prefix(self, prefix: Any, attention_pattern: str) -> KVCache:
+        """Computes keys and values of prefixes, not packed, which all their canvases may share.
+
+        Raises:
+          ValueError: if the prefix sees the canvas under this pattern.
+        """
+
+    @abc.abstractmethod
+    def extend_cached(self, cache: KVCache, tokens: Array, attention_pattern: str) -> KVCache:
+        """Appends `tokens [batch, length]` to prefixes cached under a pattern, where there is room.
+
+        Raises:
+          ValueError: if earlier tokens would see later ones under this pattern.
+        """
 
     def append(self, cache: KVCache, tokens: Array) -> tuple[KVCache, Array]:
-        """Appends tokens to a cache, none of which sees a later one.
-
-        Args:
-          cache: A cache with room for the tokens.
-          tokens: `[batch, length]` int32.
+        """Appends `tokens [batch, length]`, none of which sees a later one, where there is room.
 
         Returns:
           The cache with the tokens, and `[batch, length, embed]`.
@@ -127,12 +119,7 @@ class Network(nn.Module):
     def denoise(self, cache: KVCache, canvas: Array) -> Array:
         """Computes the states of canvases that follow cached prefixes, as `decode` would.
 
-        Args:
-          cache: The cached prefixes.
-          canvas: `[batch * n, length]` int32; rows `i * n ... i * n + n - 1` follow prefix `i`.
-
-        Returns:
-          `[batch * n, length, embed]`.
+        Of `canvas [batch * n, length]`, rows `i * n ... i * n + n - 1` follow prefix `i`.
         """
         prefix_index = jnp.arange(cache.visible.shape[1])  # [cache_length]
         canvas_index = cache.index + jnp.arange(canvas.shape[1])  # [length]
@@ -150,9 +137,7 @@ class Network(nn.Module):
         return hidden
 
     def output_weights(self, batch_size: int) -> Array:
-        """Returns the matrix of `logits`; see `TokenEmbedding.output_weights`."""
         return self.token_embedder.output_weights(batch_size)
 
     def logits(self, hidden: Array, weights: Array | None = None) -> Array:
-        """Computes logits over the vocabulary; see `TokenEmbedding.logits`."""
         return self.token_embedder.logits(hidden, weights)

@@ -16,27 +16,20 @@ Array = jax.Array
 
 
 class Prefix(flax.struct.PyTreeNode):
-    """Prefix tokens with their padding moved to the front, unless packed.
+    """Prefix tokens with their padding moved to the front, unless packed."""
 
-    Attributes:
-      tokens: `[batch, prefix_length]` int32.
-      segment_ids: `[batch, prefix_length]` int32; 0 is padding. Without packing, 1 is text.
-      packed: Rows hold several texts.
-    """
-
-    tokens: Array
-    segment_ids: Array
-    packed: bool = flax.struct.field(pytree_node=False, default=False)
+    tokens: Array  # [batch, prefix_length] int32
+    segment_ids: Array  # int32 of the same shape; 0 is padding. Without packing, 1 is text.
+    packed: bool = flax.struct.field(pytree_node=False, default=False)  # rows hold several texts
 
 
 def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Prefix:
-    """Right-aligns unpacked prefixes.
+    """Right-aligns prefixes, `tokens [batch, prefix_length]` padded with 0, unless packed.
 
     A row without any prefix token uses its last padding token as the start of the text, so that
     there is always a token from which the first target token is predicted.
 
     Args:
-      tokens: `[batch, prefix_length]` int32, padded with 0 at the end.
       segment_ids: `[batch, prefix_length]` int32 if rows are packed, else None.
       start: Put a 0 before the first token of every text, which makes the prefix one token longer;
         packed rows are left to `start_texts`.
@@ -44,50 +37,37 @@ def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Pre
     if segment_ids is not None:
         return Prefix(tokens, segment_ids, packed=True)
     length = tokens.shape[1]
-    ends = jnp.where(tokens != 0, jnp.arange(length) + 1, 0)  # [batch, prefix_length]
-    used = jnp.max(ends, axis=1, keepdims=True)  # [batch, 1]
     width = length + start
-    index = jnp.arange(width)[None]  # [1, width]
-    source = index - (width - used)  # [batch, width]; negative for padding
-    aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)  # [batch, width]
-    is_text = (source >= (-1 if start else 0)) | (index == width - 1)
-    return Prefix(jnp.where(source >= 0, aligned, 0), is_text.astype(jnp.int32))
+    ends = jnp.where(tokens != 0, jnp.arange(length) + 1, 0)  # [batch, prefix_length]
+    free = width - jnp.max(ends, axis=1, keepdims=True)  # [batch, 1]
+    aligned = _move_right(jnp.pad(tokens, [(0, 0), (0, int(start))]), free)
+    is_text = jnp.arange(width) >= jnp.minimum(free - start, width - 1)
+    return Prefix(aligned, is_text.astype(jnp.int32))
+
+
+def _move_right(x: Array, places: Array) -> Array:
+    """Moves each row of `x [batch, width]` right by `places [batch, 1]`, filled up with 0."""
+    source = jnp.arange(x.shape[1]) - places  # [batch, width]; negative for what is filled up
+    return jnp.where(source >= 0, jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1), 0)
 
 
 def extend_prefix(prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
-    """Appends the first `counts` of `tokens` to prefixes: `[batch, prefix_length + length]`.
-
-    Args:
-      prefix: Prefixes from `read_prefix`, not packed.
-      tokens: `[batch, length]` int32.
-      counts: `[batch]` int32.
-    """
+    """Appends the first `counts [batch]` of `tokens [batch, length]` to prefixes, not packed."""
     length = tokens.shape[1]
-    width = prefix.tokens.shape[1] + length
-    both = jnp.concatenate([prefix.tokens, tokens], axis=1)  # [batch, width]
+    places = length - counts[:, None]
+    both = jnp.concatenate([prefix.tokens, tokens], axis=1)  # [batch, prefix_length + length]
     segment_ids = jnp.pad(prefix.segment_ids, ((0, 0), (0, length)), constant_values=1)
-    source = jnp.arange(width) - (length - counts)[:, None]  # [batch, width]; negative for padding
-
-    def align(x: Array) -> Array:
-        return jnp.where(source >= 0, jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1), 0)
-
-    return Prefix(align(both), align(segment_ids))
+    return Prefix(_move_right(both, places), _move_right(segment_ids, places))
 
 
 class Row(flax.struct.PyTreeNode):
-    """Prefix and target in one row.
+    """Prefix and target in one row."""
 
-    Attributes:
-      tokens: `[batch, prefix_length + length]` int32.
-      segment_ids: int32 of the same shape; 0 is padding.
-      is_prefix: bool of the same shape.
-      target_index: `[batch, length]` int32, the index of each target token in the row; None if the
-        targets are the last `length` tokens of every row.
-    """
-
-    tokens: Array
-    segment_ids: Array
-    is_prefix: Array
+    tokens: Array  # [batch, prefix_length + length] int32
+    segment_ids: Array  # int32 of the same shape; 0 is padding
+    is_prefix: Array  # bool of the same shape
+    # [batch, length] int32, the index of each target token in the row; None if the targets are the
+    # last `length` tokens of every row.
     target_index: Array | None
 
 
@@ -123,29 +103,28 @@ def merge(prefix: Prefix, target: Array, segment_ids: Array | None) -> Row:
     return Row(take(tokens), take(segments), take(is_prefix), where[:, prefix_length:])
 
 
+def shift_texts(x: Array, segment_ids: Array, first: int | bool) -> Array:
+    """Shifts each text of `x [batch, length]` right after a `first`, and drops its last token."""
+    before = jnp.pad(segment_ids, [(0, 0), (1, 0)])[:, :-1]  # segment of the token before
+    return jnp.where(segment_ids == before, jnp.roll(x, 1, axis=1), first)
+
+
 def start_texts(row: Row) -> Row:
     """Begins each text of a packed row with a 0 and shifts its tokens right; drops the last one.
 
     The token at a position is then the one that predicts what `row` has there, and the last prefix
     token is where the target begins.
     """
-    before = jnp.pad(row.segment_ids, [(0, 0), (1, 0)])[:, :-1]  # segment of the token before
-    inside = row.segment_ids == before
-
-    def shift(x: Array, first: int | bool) -> Array:
-        return jnp.where(inside, jnp.roll(x, 1, axis=1), first)
-
-    return row.replace(tokens=shift(row.tokens, 0), is_prefix=shift(row.is_prefix, True))
+    return row.replace(
+        tokens=shift_texts(row.tokens, row.segment_ids, 0),
+        is_prefix=shift_texts(row.is_prefix, row.segment_ids, True),
+    )
 
 
 def take_targets(hidden: Array, row: Row, length: int, before: bool) -> Array:
-    """Picks the hidden states of the target tokens: `[batch, length, embed]`.
+    """Picks from `hidden`, laid out as `row`, the states of targets: `[batch, length, embed]`.
 
-    Args:
-      hidden: `[batch, prefix_length + length, embed]`.
-      row: The layout of `hidden`.
-      length: Number of target tokens.
-      before: Take the state of the token before each target token, which predicts it.
+    With `before` they are those of the token before each target token, which predict it.
     """
     shift = 1 if before else 0
     if row.target_index is None:

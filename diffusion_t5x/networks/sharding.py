@@ -38,13 +38,9 @@ def per_data_shard(weights: Array, axes: tuple[str, ...], rows: int) -> Array:
     of shards, each shard accumulates a gradient of its own, and the shards are added where that
     axis ends. The memory of a device stays the same.
 
-    Args:
-      weights: an array.
-      axes: the logical axes of `weights`.
-      rows: rows of the batch; row `i` belongs to shard `i * shards // rows`.
-
-    Returns:
-      `[shards, ...]`; `[1, ...]` if the number of shards is unknown or does not divide `rows`.
+    The result is `[shards, ...]`, and `[1, ...]` if the number of shards is unknown or does not
+    divide `rows`, those of the batch; row `i` belongs to shard `i * shards // rows`. `axes` are the
+    logical axes of `weights`.
     """
     shards = shard_count("batch")
     if shards is None or shards == 1 or rows % shards:

@@ -19,46 +19,31 @@ Array = jax.Array
 
 
 class Attended(flax.struct.PyTreeNode):
-    """What all layers of a stack attend to in one call, besides their input and a cache.
+    """What all layers of a stack attend to in one call, besides their input and a cache."""
 
-    Attributes:
-      mask: `[batch or 1, queries, keys]` bool, of self-attention. Cached keys come first.
-      query_positions: `[queries]` int32.
-      key_positions: `[keys]` int32.
-      index: Scalar int32, where in the cache this call's keys and values are written; None to
-        append them for this call only.
-      encoded: `[batch, encoder_length, embed]`, the encoder's output; None if the cache holds its
-        keys and values, or without cross-attention.
-      encoded_mask: `[batch, 1 or queries, encoder_length]` bool; None for no cross-attention.
-      bias: `[groups, heads, queries, keys]`, the position bias that all layers share; None if each
-        layer has its own. The stack fills it in.
-      tables: The same bias by distance (see `_position_bias`). The stack fills it in.
-    """
-
-    mask: Array
-    query_positions: Array
-    key_positions: Array
+    mask: Array  # [batch or 1, queries, keys] bool, of self-attention; cached keys come first
+    query_positions: Array  # [queries] int32
+    key_positions: Array  # [keys] int32
+    # Scalar int32, where in the cache this call's keys and values are written; None to append them
+    # for this call only.
     index: Array | None = None
+    # [batch, encoder_length, embed], the encoder's output; None if the cache holds its keys and
+    # values, or without cross-attention.
     encoded: Array | None = None
-    encoded_mask: Array | None = None
+    encoded_mask: Array | None = None  # [batch, 1 or queries, encoder_length] bool, likewise
+    # [groups, heads, queries, keys], the position bias that all layers share, and the same bias by
+    # distance (see `_position_bias`); None if each layer has its own. The stack fills them in.
     bias: Array | None = None
     tables: list[Array] | None = None
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention if there is an encoder, and feed-forward, pre-norm.
-
-    Attributes:
-      config: The network's configuration.
-      num_buckets: Number of distance buckets.
-      deterministic: Disables dropout.
-      keep_key_values: Return the keys and values that were attended to.
-    """
+    """Self-attention, cross-attention if there is an encoder, and feed-forward, pre-norm."""
 
     config: TransformerConfig
     num_buckets: int
     deterministic: bool
-    keep_key_values: bool
+    keep_key_values: bool  # return the keys and values that were attended to
 
     @nn.compact
     def __call__(
@@ -68,13 +53,11 @@ class TransformerLayer(nn.Module):
         encoded: KeyValues | None,
         attended: Attended,
     ) -> tuple[Array, tuple[KeyValues | None, KeyValues | None]]:
-        """Applies the layer.
+        """Applies the layer to `x [batch, length, embed]`.
 
         Args:
-          x: `[batch, length, embed]`.
           cached: Cached keys and values of earlier tokens, to attend to; None for `x` alone.
           encoded: Cached keys and values of the encoder's output; None to compute them.
-          attended: Mask, positions and the encoder's output.
 
         Returns:
           Hidden states of the shape of `x`; and if they are kept, the keys and values with those of
@@ -139,13 +122,7 @@ def _position_bias(
 
 
 class Stack(nn.Module):
-    """Transformer layers, their relative position bias, and a final norm.
-
-    Attributes:
-      config: The network's configuration.
-      num_layers: Number of layers.
-      num_buckets: Number of distance buckets.
-    """
+    """Transformer layers, their relative position bias, and a final norm."""
 
     config: TransformerConfig
     num_layers: int
@@ -161,18 +138,11 @@ class Stack(nn.Module):
         cache: KVCache | None = None,
         keep_key_values: bool = False,
     ) -> tuple[Array, PerLayer, PerLayer]:
-        """Applies all layers.
-
-        Args:
-          x: `[batch, length, embed]`.
-          attended: Mask, positions and the encoder's output.
-          deterministic: Disables dropout.
-          cache: Cached keys and values to attend to.
-          keep_key_values: Return keys and values of all layers.
+        """Applies all layers to `x [batch, length, embed]`, which attend to `cache` as well.
 
         Returns:
-          `[batch, length, embed]`; and if they are kept, the keys and values of each layer with
-          those of `x` among them, and those of the encoder's output.
+          Hidden states of the shape of `x`; and if they are kept, the keys and values of each layer
+          with those of `x` among them, and those of the encoder's output.
         """
         config = self.config
         if not config.relative_bias_per_layer:
@@ -192,8 +162,6 @@ class Stack(nn.Module):
             keep_key_values=keep_key_values,
         )
         past = (None, None) if cache is None else (cache.key_values, cache.encoded)
-        key_values: PerLayer
-        encoded: PerLayer
         if config.scan_layers:
             scanned = nn_partitioning.scan_with_axes(
                 lambda layer, x, past, attended: layer(x, *past, attended),
@@ -207,20 +175,12 @@ class Stack(nn.Module):
         else:
             kept = []
             for number in range(self.num_layers):
-                own, own_encoded = (_layer(per_layer, number) for per_layer in past)
+                own, own_encoded = (
+                    part[number] if isinstance(part, list) else None for part in past
+                )
                 x, new = make(name=f"layers_{number}")(x, own, own_encoded, attended)
                 kept.append(new)
-            key_values, encoded = (_per_layer(list(parts)) for parts in zip(*kept, strict=True))
+            key_values, encoded = map(list, zip(*kept, strict=True))
         x = RMSNorm(config, name="final_layer_norm")(x)
         x = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(x, deterministic)
         return x, key_values, encoded
-
-
-def _layer(per_layer: PerLayer, number: int) -> KeyValues | None:
-    """Returns the keys and values of one layer that is not scanned."""
-    return per_layer[number] if isinstance(per_layer, list) else None
-
-
-def _per_layer(kept: list[KeyValues | None]) -> PerLayer:
-    """Returns the keys and values of all layers, or None if they were not kept."""
-    return [x for x in kept if x is not None] or None

@@ -22,38 +22,8 @@ ATTENTION_PATTERNS = (*AUTOREGRESSIVE_PATTERNS, *DENOISING_PATTERNS)
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuses unknown patterns.
-
-    Raises:
-      ValueError: naming the nearest known pattern.
-    """
+    """Refuses unknown patterns with a ValueError that names the nearest."""
     check_known(pattern, ATTENTION_PATTERNS, "attention_pattern")
-
-
-def check_shares_prefix(pattern: str) -> None:
-    """Refuses patterns under which a prefix's keys and values depend on the canvas.
-
-    Raises:
-      ValueError: naming the patterns under which they do not.
-    """
-    if pattern not in CACHED_PATTERNS:
-        raise ValueError(
-            f"attention_pattern = {pattern!r}: the prefix sees the canvas, so its keys and values "
-            f"cannot be cached; expected one of {', '.join(CACHED_PATTERNS)}."
-        )
-
-
-def check_prefix_may_grow(pattern: str) -> None:
-    """Refuses patterns under which a prefix's keys and values change as the prefix grows.
-
-    Raises:
-      ValueError: naming the pattern under which they do not.
-    """
-    if pattern != "causal_prefix":
-        raise ValueError(
-            f"attention_pattern = {pattern!r}: tokens of the prefix see later ones, so a finished "
-            "block cannot join it; expected causal_prefix."
-        )
 
 
 def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:

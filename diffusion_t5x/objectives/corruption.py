@@ -21,8 +21,7 @@ class UniformCorruption:
 
     Attributes:
       vocab_size: noise is drawn from [0, vocab_size).
-      min_rate: lower end of the corruption rate.
-      max_rate: upper end of the corruption rate.
+      min_rate, max_rate: the range of the corruption rate.
     """
 
     vocab_size: int
@@ -44,19 +43,15 @@ class UniformCorruption:
         return ()
 
     def sample_rate(self, rng: Array, batch_size: int) -> Array:
-        """Draws corruption rates `[batch_size]` float32, one per example."""
+        """Draws from U(min_rate, max_rate)."""
         return jax.random.uniform(rng, (batch_size,), minval=self.min_rate, maxval=self.max_rate)
 
     def corrupt(self, rng: Array, tokens: Array, rate: Array) -> tuple[Array, Array]:
-        """Corrupts `tokens [batch, length]` at `rate [batch]`.
-
-        Returns:
-          The canvas, and which of its positions are noise, bool; both `[batch, length]`.
-        """
+        """Replaces each token with probability `rate`."""
         where_rng, what_rng = jax.random.split(rng)
         changed = jax.random.uniform(where_rng, tokens.shape) < rate[:, None]
         return jnp.where(changed, self.prior(what_rng, tokens.shape), tokens), changed
 
     def prior(self, rng: Array, shape: tuple[int, ...]) -> Array:
-        """Draws pure noise, int32 of `shape`: the canvas that decoding starts from."""
+        """Draws every token from the vocabulary."""
         return jax.random.randint(rng, shape, 0, self.vocab_size, dtype=jnp.int32)

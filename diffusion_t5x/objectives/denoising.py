@@ -71,7 +71,7 @@ class StepUnrolledDenoising:
         return self.corruption.forbidden
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
-        """Scales the loss weights `[batch, length]` of padding (token 0) by `padding_weight`.
+        """Scales the weights of padding (token 0) by `padding_weight`.
 
         Blocks after the one in which a text ends get weight 0: no decoder writes them.
         """
@@ -84,14 +84,7 @@ class StepUnrolledDenoising:
     def loss(
         self, network: Network, targets: Array, weights: Array, rng: Array
     ) -> tuple[Array, Array, Metrics]:
-        """Computes the summed loss of all passes, the sum of weights, and metrics of each pass.
-
-        Args:
-          network: bound to the batch's prefixes.
-          targets: `[batch, length]` int32, clean.
-          weights: `[batch, length]` float32.
-          rng: key for the block, the rate, the corruption, the draws and dropout.
-        """
+        """Computes the loss of all passes, with metrics of each; the class says how."""
         if self.block_length:
             block_rng, rng = jax.random.split(rng)
             used = count_used_blocks(targets, self.block_length)
@@ -124,11 +117,10 @@ class StepUnrolledDenoising:
         return total, jnp.sum(weights), metrics
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Array:
-        """Computes the model score of given targets, `[batch]` in nats.
+        """Computes the model score (arXiv 2401.17181, section 4.1), exactly and without `rng`.
 
-        Minus the cross-entropy of the targets under the logits that they themselves, as canvas,
-        lead to (arXiv 2401.17181, section 4.1); exact, so without `rng`. The score of a text in
-        blocks is the sum of its blocks' scores.
+        It is minus the cross-entropy of the targets under the logits that they themselves, as
+        canvas, lead to; for a text in blocks, the sum of its blocks' scores.
         """
         del rng
         if not self.block_length:
@@ -136,9 +128,8 @@ class StepUnrolledDenoising:
 
         def score_block(number: Array) -> Array:
             block = jnp.full(targets.shape[0], number)
-            return self.cross_entropy.log_likelihood(
-                *self._take_block(network, targets, weights, block)
-            )
+            taken = self._take_block(network, targets, weights, block)
+            return self.cross_entropy.log_likelihood(*taken)
 
         numbers = jnp.arange(count_blocks(targets.shape[1], self.block_length))
         return jnp.sum(jax.lax.map(score_block, numbers), axis=0)

@@ -35,16 +35,13 @@ def read_in_chunks(
 
     Args:
       read: maps `(logits [batch, chunk, vocab] float32, tokens [batch, chunk], rng)` to a tree of
-        `[batch, chunk]`.
+        `[batch, chunk]`, which are joined to `[batch, length]`.
       hidden: `[batch, length, embed]`.
       logits_fn: maps hidden states `[..., embed]` to logits `[..., vocab]`.
       tokens: `[batch, length]` int32, given to `read` with their positions.
       rng: key, split among the chunks, or None.
       chunk_logits: logits of a row that may exist at once; where there are fewer than `FEWEST_ROWS`
         rows, as many as all of these together.
-
-    Returns:
-      The tree, each of its arrays `[batch, length]`.
     """
     vocab_size = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
 
@@ -79,11 +76,7 @@ def scan_chunks(
       carry: the first carry.
       chunk_length: positions per chunk.
       inputs: `(hidden [batch, length, embed], (*[batch, length], rng))`; all arrays are cut alike,
-        the key is split among the chunks or None.
-
-    Returns:
-      The last carry, and the results with their positions joined to `[batch, length, ...]`; scalars
-      are stacked.
+        and so are the results joined, scalars aside; the key is split among the chunks, or None.
     """
     hidden, (*arrays, rng) = inputs
     length = hidden.shape[1]
@@ -130,15 +123,11 @@ def _all_groups(logits: Array) -> Array:
 
 
 def read_groups(read: Callable[[Array, Array, Array], Any], logits: Array) -> Any:
-    """Applies `read` to each group of tokens.
+    """Applies `read` to each group of tokens of `logits [..., vocab]`.
 
-    Args:
-      read: maps `(logits [..., tokens], tokens, inside)` to a tree of `[...]`; `tokens` int32 and
-        `inside` bool broadcast to the logits. Where `inside` is False, a token is of another group.
-      logits: `[..., vocab]`.
-
-    Returns:
-      The tree, each of its arrays `[..., groups]`.
+    It maps `(logits [..., tokens], tokens, inside)` to a tree of `[...]`, which are stacked to
+    `[..., groups]`; `tokens` int32 and `inside` bool broadcast to the logits. Where `inside` is
+    False, a token is of another group.
     """
     vocab_size, size = logits.shape[-1], _group_size(logits.shape[-1])
     firsts = jnp.arange(0, vocab_size, size)  # [groups]
@@ -157,15 +146,14 @@ def read_groups(read: Callable[[Array, Array, Array], Any], logits: Array) -> An
 
 
 def first_largest(below: Array, tokens: Array, inside: Array | bool = True) -> Array:
-    """Finds the first token with the largest logit: float32, infinity where there is none.
+    """Finds the first of `tokens` with the largest logit: float32, infinity where there is none.
 
     Unlike an argmax, XLA computes this in the same reading of the logits as sums, if all results
     have one type; float32 counts tokens up to 2**24 exactly.
 
     Args:
       below: logits minus the largest of each position, `[..., tokens]`.
-      tokens: int32, broadcasts to `below`.
-      inside: which of them count.
+      tokens: int32, broadcasts to `below`, as `inside` does, which says which of them count.
     """
     largest = inside & (below >= 0)
     return jnp.min(jnp.where(largest, tokens.astype(jnp.float32), jnp.inf), axis=-1)
@@ -179,13 +167,10 @@ def draw_tokens(rng: Array, logits: Array, totals: Array, temperature: Array | f
 
     Args:
       rng: key for both draws.
-      logits: `[batch, length, vocab]`.
+      logits: `[batch, length, vocab]`; the tokens are `[batch, length]` int32.
       totals: `[batch, length, groups]`, the sum over each group of exp((logit - c) / temperature),
         where c is the same for all groups of a position.
       temperature: positive.
-
-    Returns:
-      `[batch, length]` int32.
     """
     vocab_size, size = logits.shape[-1], _group_size(logits.shape[-1])
     group_rng, token_rng = jax.random.split(rng)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_t5x.interfaces import Metrics, Network, Objective
+from diffusion_t5x.interfaces import Metrics, Network
 from diffusion_t5x.names import check_known
 from diffusion_t5x.objectives.logits import chunk_length, first_largest, map_chunks, scan_chunks
 
@@ -28,20 +28,14 @@ NORMALIZING_FACTORS = (
 class TokenReadout(NamedTuple):
     """What one pass over the vocabulary says; a gradient flows through `loss_sum` alone.
 
-    Attributes:
-      loss_sum: sum of weight times loss over all positions, a scalar.
-      loss: cross-entropy with the targets in nats, smoothing and z-loss included,
-        `[batch, length]` like all that follow.
-      z_loss: the part of `loss` that is z-loss.
-      tokens: a draw from softmax(logits / temperature), int32; the argmax at temperature 0.
-      correct: True where the argmax is the target.
+    All but `loss_sum` are `[batch, length]`.
     """
 
-    loss_sum: Array
-    loss: Array
-    z_loss: Array
-    tokens: Array
-    correct: Array
+    loss_sum: Array  # sum of weight times loss over all positions, a scalar
+    loss: Array  # cross-entropy with the targets in nats, smoothing and z-loss included
+    z_loss: Array  # the part of `loss` that is z-loss
+    tokens: Array  # a draw from softmax(logits / temperature), int32; the argmax at temperature 0
+    correct: Array  # True where the argmax is the target
 
     def sums(self, weights: Array) -> Metrics:
         """Sums cross-entropy, z-loss and accuracy over `weights [batch, length]`."""
@@ -91,15 +85,14 @@ class CrossEntropy:
         rng: Array | None = None,
         temperature: float = 0.0,
     ) -> TokenReadout:
-        """Reads every position once.
+        """Reads every position of `hidden [batch, length, embed]` once.
 
         Args:
-          hidden: `[batch, length, embed]`.
           logits_fn: maps hidden states `[..., embed]` to logits `[..., vocab]`.
           targets: `[batch, length]` int32.
           weights: `[batch, length]` float32, the weights of `loss_sum`; no gradient flows to them.
           rng: key for the draw of `tokens`; may be None at temperature 0.
-          temperature: temperature of the draw.
+          temperature: of the draw.
 
         Raises:
           ValueError: if `temperature` is positive and there is no `rng`, or negative.
@@ -118,14 +111,10 @@ class CrossEntropy:
         return _read_with_gradient(read, length, hidden, consts, (targets, weights, rng))
 
     def log_likelihood(self, network: Network, targets: Array, weights: Array) -> Array:
-        """Sums weight times log softmax(logits)[target] over positions, in one pass: `[batch]`.
+        """Sums weight times log softmax(logits)[target] over positions: `[batch]`.
 
-        Label smoothing and z-loss do not count.
-
-        Args:
-          network: bound to the batch's prefixes; it reads the targets.
-          targets: `[batch, length]` int32.
-          weights: `[batch, length]` float32.
+        It takes one pass, in which `network` reads `targets [batch, length]`. Label smoothing and
+        z-loss do not count.
         """
         plain = dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
         readout = plain(network.forward(targets, None), network.logits, targets, weights)
@@ -211,25 +200,6 @@ def _read_backward(
 
 
 _read_with_gradient.defvjp(_read_forward, _read_backward)
-
-
-def weigh_tokens(
-    factor: LossNormalizingFactor,
-    objective: Objective,
-    targets: Array,
-    weights: Array,
-    segment_ids: Array | None = None,
-) -> tuple[Array, Array]:
-    """Computes an objective's loss weights, normalised as in T5X: see `normalize_weights`.
-
-    Args:
-      factor: the normalising factor.
-      objective: gives positions their weights.
-      targets: `[batch, length]` int32.
-      weights: `[batch, length]` float32, the batch's own.
-      segment_ids: `[batch, length]` of packed targets; 0 is padding.
-    """
-    return normalize_weights(factor, objective.token_weights(targets, weights), segment_ids)
 
 
 def normalize_weights(

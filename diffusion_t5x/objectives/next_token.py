@@ -35,26 +35,19 @@ class NextToken:
         check_known(self.attention_pattern, AUTOREGRESSIVE_PATTERNS, "NextToken.attention_pattern")
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
-        """Returns the batch's loss weights `[batch, length]` unchanged."""
+        """Returns the batch's weights unchanged."""
         del targets
         return weights
 
     def loss(
         self, network: Network, targets: Array, weights: Array, rng: Array
     ) -> tuple[Array, Array, Metrics]:
-        """Computes the summed loss, the sum of weights, and metrics as pairs of sums.
-
-        Args:
-          network: bound to the batch's prefixes.
-          targets: `[batch, length]` int32.
-          weights: `[batch, length]` float32.
-          rng: key for dropout.
-        """
+        """Computes the cross-entropy of the targets in one pass; `rng` is for dropout alone."""
         hidden = network.forward(targets, rng)
         readout = self.cross_entropy(hidden, network.logits, targets, weights)
         return readout.loss_sum, jnp.sum(weights), readout.sums(weights)
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Array:
-        """Computes the log-likelihood of the targets, `[batch]` in nats, without `rng`."""
+        """Computes the log-likelihood of the targets, without `rng`."""
         del rng
         return self.cross_entropy.log_likelihood(network, targets, weights)

@@ -14,24 +14,16 @@ def count_blocks(length: int, block_length: int) -> int:
 
 
 def count_used_blocks(tokens: Array, block_length: int) -> Array:
-    """Counts the blocks up to the last one with text, at least 1: `[batch]` int32.
+    """Counts the blocks of `tokens [batch, length]` up to the last with text: `[batch]`, >= 1.
 
-    Args:
-      tokens: `[batch, length]` int32; 0 is padding.
-      block_length: tokens per block.
+    Token 0 is padding.
     """
     ends = jnp.where(tokens != 0, jnp.arange(1, tokens.shape[1] + 1), 1)  # [batch, length]
-    return (jnp.max(ends, axis=1) + block_length - 1) // block_length
+    return -(-jnp.max(ends, axis=1) // block_length)
 
 
 def take_block(x: Array, block: Array, block_length: int) -> Array:
-    """Takes one block of each row, padded with 0 where the row ends: `[batch, block_length]`.
-
-    Args:
-      x: `[batch, length]`.
-      block: `[batch]` int32, the number of the block.
-      block_length: tokens per block.
-    """
+    """Takes block number `block [batch]` of each row of `x [batch, length]`, padded with 0."""
     padding = count_blocks(x.shape[1], block_length) * block_length - x.shape[1]
     index = block[:, None] * block_length + jnp.arange(block_length)  # [batch, block_length]
     return jnp.take_along_axis(jnp.pad(x, ((0, 0), (0, padding))), index, axis=1)

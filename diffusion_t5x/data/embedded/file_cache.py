@@ -28,11 +28,8 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
     """Returns the path of a generated file, and generates it if it does not exist.
 
     Generated files depend on the versions of Python, of CLDR and of the generator, so the directory
-    is named after these. A file appears whole or not at all.
-
-    Args:
-      name: The file's name in the cache, perhaps with directories.
-      write: Generates the file at the path it is called with.
+    is named after these. A file appears whole or not at all: `write` is called with another path.
+    The name may be one in directories.
     """
     version = f"{platform.python_version()}/{babel.__version__}/{GENERATOR_VERSION}"
     digest = hashlib.blake2b(version.encode(), digest_size=6).hexdigest()
@@ -50,8 +47,7 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
 def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line."""
     with open(path, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

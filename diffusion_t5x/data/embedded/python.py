@@ -52,25 +52,23 @@ def _clean(text: str) -> str:
 
 def generate_prose() -> Iterator[dict[str, str]]:
     """Yields the docstrings of the standard library, each once: `{'text'}`."""
-    seen = set()
-    for node, _ in _definitions():
-        text = _clean(ast.get_docstring(node) or "")
-        if len(text) >= 40 and text not in seen:
-            seen.add(text)
+    texts = (_clean(ast.get_docstring(node) or "") for node, _ in _definitions())
+    for text in dict.fromkeys(texts):
+        if len(text) >= 40:
             yield {"text": text}
 
 
 def generate_source() -> Iterator[dict[str, str]]:
     """Yields the source of the functions of the standard library, each once: `{'text'}`."""
-    seen = set()
-    for node, lines in _definitions():
-        if isinstance(node, ast.FunctionDef):
-            text = _clean(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
-            # A function with a string whose lines start at the margin cannot be dedented.
-            dedented = text.startswith("def ")
-            if dedented and 40 <= len(text) <= MAX_SOURCE and text not in seen:
-                seen.add(text)
-                yield {"text": text}
+    texts = (
+        _clean(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
+        for node, lines in _definitions()
+        if isinstance(node, ast.FunctionDef)
+    )
+    for text in dict.fromkeys(texts):
+        # A function with a string whose lines start at the margin cannot be dedented.
+        if text.startswith("def ") and 40 <= len(text) <= MAX_SOURCE:
+            yield {"text": text}
 
 
 def _questions(node: ast.FunctionDef, summary: str) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 from babel import Locale, UnknownLocaleError, dates, lists, numbers, units
@@ -33,24 +34,22 @@ TERRITORIES = (
     "EG", "IL", "IN", "JP", "KR", "CN", "VN", "TH", "BR", "CA", "MX", "AR", "CL", "NO", "FI",
 )  # fmt: skip
 
-Render = Callable[[Locale], str]
+Render = Callable[..., str]  # called with `locale` alone
 
 
 def _date(rng: random.Random) -> Render:
     day = datetime.date(1990, 1, 1) + datetime.timedelta(days=rng.randrange(18_000))
-    form = rng.choice(("full", "long", "medium", "short"))
-    return lambda locale: dates.format_date(day, form, locale=locale)
+    return partial(dates.format_date, day, rng.choice(("full", "long", "medium", "short")))
 
 
 def _date_and_time(rng: random.Random) -> Render:
     moment = datetime.datetime(2000, 1, 1) + datetime.timedelta(minutes=rng.randrange(20_000_000))
-    return lambda locale: dates.format_datetime(moment, "medium", locale=locale)
+    return partial(dates.format_datetime, moment, "medium")
 
 
 def _time(rng: random.Random) -> Render:
     clock = datetime.time(rng.randrange(24), rng.randrange(60), rng.randrange(60))
-    form = rng.choice(("short", "medium"))
-    return lambda locale: dates.format_time(clock, form, locale=locale)
+    return partial(dates.format_time, clock, rng.choice(("short", "medium")))
 
 
 def _duration(rng: random.Random) -> Render:
@@ -58,60 +57,48 @@ def _duration(rng: random.Random) -> Render:
         (("seconds", 59), ("minutes", 59), ("hours", 23), ("days", 6), ("weeks", 4))
     )
     delta = datetime.timedelta(**{unit: rng.randint(1, most) * rng.choice((1, -1))})
-    direction = rng.random() < 0.7
-    return lambda locale: dates.format_timedelta(
-        delta, threshold=1, add_direction=direction, locale=locale
-    )
+    return partial(dates.format_timedelta, delta, threshold=1, add_direction=rng.random() < 0.7)
 
 
 def _amount(rng: random.Random) -> Render:
     value = rng.choice((rng.randint(1, 999), rng.randint(1, 99_999) / 100, rng.randint(1, 9_999)))
-    currency = rng.choice(CURRENCIES)
-    return lambda locale: numbers.format_currency(
-        value, currency, locale=locale, format_type="name"
-    )
+    return partial(numbers.format_currency, value, rng.choice(CURRENCIES), format_type="name")
 
 
 def _unit(rng: random.Random) -> Render:
     value = rng.choice((rng.randint(1, 999), rng.randint(1, 999) / 10))
-    unit = rng.choice(UNITS)
-    return lambda locale: units.format_unit(value, unit, length="long", locale=locale)
+    return partial(units.format_unit, value, rng.choice(UNITS), length="long")
 
 
 def _number(rng: random.Random) -> Render:
     value = rng.randint(1, 10 ** rng.randint(4, 7))
     if rng.random() < 0.3:
-        return lambda locale: numbers.format_percent(value % 1000 / 1000, "0.0%", locale=locale)
+        return partial(numbers.format_percent, value % 1000 / 1000, "0.0%")
     if rng.random() < 0.3:
-        return lambda locale: numbers.format_compact_decimal(
-            value, format_type="long", locale=locale, fraction_digits=1
-        )
-    return lambda locale: numbers.format_decimal(value / 10, locale=locale)
+        return partial(numbers.format_compact_decimal, value, format_type="long", fraction_digits=1)
+    return partial(numbers.format_decimal, value / 10)
 
 
 def _names(rng: random.Random) -> Render:
     style: Literal["standard", "or"] = rng.choice(("standard", "or"))
-    if rng.random() < 0.5:
-        codes = rng.sample(LANGUAGES, 2)
-        return lambda locale: lists.format_list(
-            [locale.languages[code] for code in codes], style, locale=locale
-        )
-    codes = rng.sample(TERRITORIES, 2)
+    known, kind = (LANGUAGES, "languages") if rng.random() < 0.5 else (TERRITORIES, "territories")
+    codes = rng.sample(known, 2)
     return lambda locale: lists.format_list(
-        [locale.territories[code] for code in codes], style, locale=locale
+        [getattr(locale, kind)[code] for code in codes], style, locale=locale
     )
 
 
-_KINDS: tuple[tuple[Callable[[random.Random], Render], int], ...] = (
-    (_date, 5),
-    (_date_and_time, 3),
-    (_time, 1),
-    (_duration, 1),
-    (_amount, 5),
-    (_unit, 4),
-    (_number, 3),
-    (_names, 3),
-)
+# The kinds of texts, and how often each is drawn.
+_KINDS: Mapping[Callable[[random.Random], Render], int] = {
+    _date: 5,
+    _date_and_time: 3,
+    _time: 1,
+    _duration: 1,
+    _amount: 5,
+    _unit: 4,
+    _number: 3,
+    _names: 3,
+}
 
 
 def parse_locale(name: str) -> Locale:
@@ -127,27 +114,22 @@ def parse_locale(name: str) -> Locale:
 
 
 def generate(source_locale: str, target_locale: str) -> Iterator[dict[str, str]]:
-    """Yields pairs of texts `{'source', 'target'}`, each source once.
+    """Yields pairs of texts `{'source', 'target'}`, each source once, in two locales of CLDR.
 
     Sources with more than one translation are left out.
-
-    Args:
-      source_locale: The CLDR name of the source locale, e.g. 'en'.
-      target_locale: The CLDR name of the target locale, e.g. 'fr'.
 
     Raises:
       ValueError: if a locale is unknown.
     """
     source, target = parse_locale(source_locale), parse_locale(target_locale)
     rng = random.Random(SEED)
-    makers, weights = zip(*_KINDS, strict=True)
     pairs: dict[str, str | None] = {}
-    for maker in rng.choices(makers, weights, k=NUM_DRAWS):
+    for maker in rng.choices(list(_KINDS), list(_KINDS.values()), k=NUM_DRAWS):
         render = maker(rng)
-        text, translation = render(source), render(target)
+        text, translation = render(locale=source), render(locale=target)
         known = pairs.setdefault(text, translation)
         if known != translation:
             pairs[text] = None
-    for text, translation in pairs.items():
-        if translation is not None:
-            yield {"source": text, "target": translation}
+    for text, unique in pairs.items():
+        if unique is not None:
+            yield {"source": text, "target": unique}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import pathlib
@@ -12,34 +13,32 @@ from sentencepiece import sentencepiece_model_pb2
 from diffusion_t5x.data.embedded import file_cache, sources
 
 PIECES = 736
-# Lines of each family that the model is trained on.
-LINES = {"translation": 12_000, "question": 4_000, "code": 3_000, "prose": 6_000, "source": 6_000}
+# The files of each family, and how many lines of them the model is trained on.
+FAMILIES = (
+    (functools.partial(sources.translation_files, "en", "fr"), 12_000),
+    (sources.question_files, 4_000),
+    (sources.code_files, 3_000),
+    (sources.prose_files, 6_000),
+    (sources.source_files, 6_000),
+)
 MAX_LINE = 400  # characters
 
 
 def training_lines() -> list[str]:
     """Returns lines of the training split of every family, and of no other split."""
-    families = {
-        "translation": sources.translation_files("en", "fr"),
-        "question": sources.question_files(),
-        "code": sources.code_files(),
-        "prose": sources.prose_files(),
-        "source": sources.source_files(),
-    }
     lines = []
-    for family, files in families.items():
-        records = file_cache.read_jsonl(files["train"])
+    for files, count in FAMILIES:
+        records = file_cache.read_jsonl(files()["train"])
         texts = (text for record in records for text in record.values() if isinstance(text, str))
         split = (line for text in texts for line in text.split("\n") if line)
-        lines += [line[:MAX_LINE] for line in itertools.islice(split, LINES[family])]
+        lines += [line[:MAX_LINE] for line in itertools.islice(split, count)]
     return lines
 
 
 def train(path: pathlib.Path) -> None:
     """Trains the model and writes it: lossless, each digit a piece, bytes for unknown characters.
 
-    Args:
-      path: The file to write; a file beside it, with the suffix `.tsv`, is written as well.
+    A file beside it, with the suffix `.tsv`, is written as well.
     """
     model = io.BytesIO()
     # Text is not normalised, except that byte order marks are dropped. Without any rule the

@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
@@ -68,8 +68,7 @@ def settings_of(name: str) -> LocalFiles:
     """Returns the settings of a source.
 
     Raises:
-      ValueError: if files are given for a source that does not exist; the message offers the
-        nearest.
+      ValueError: if files are given for a source that does not exist, with the nearest.
     """
     with gin.config_scope(name):
         settings = LocalFiles()
@@ -87,12 +86,7 @@ def settings_of(name: str) -> LocalFiles:
 
 
 def _matches(pattern: object, setting: str) -> list[str]:
-    """Returns the sorted paths that match a pattern.
-
-    Raises:
-      ValueError: if `pattern` is not a text, or matches no file; the message offers the nearest
-        file name.
-    """
+    """Returns the sorted paths that match a pattern; an error offers the nearest file name."""
     if not isinstance(pattern, str):
         raise ValueError(f"{setting} = {pattern!r}; expected a path, a glob or a tuple of them.")
     if "://" in pattern:
@@ -147,34 +141,25 @@ def find_files(
     return [(path,) for path in dict.fromkeys(found)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """The outcome of reading corresponding files.
+class Checked(NamedTuple):
+    """The outcome of reading corresponding files."""
 
-    Attributes:
-      path: The path of their records, in TensorFlow's record format.
-      records: The number of records.
-      refused: The number of refused records.
-      refusals: The first few refusals, with file, line and reason.
-    """
-
-    path: str
+    path: str  # of their records, in TensorFlow's record format
     records: int
     refused: int
-    refusals: tuple[str, ...]
+    refusals: list[str]  # the first few, with file, line and reason
 
 
 def _example(record: Record) -> bytes:
     """Serialises a record as a `tf.train.Example`."""
-    features = {
-        name: tf.train.Feature(
-            bytes_list=tf.train.BytesList(
-                value=[text.encode() for text in ([value] if isinstance(value, str) else value)]
-            )
-        )
-        for name, value in record.items()
-    }
-    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+    def feature(value: str | list[str]) -> tf.train.Feature:
+        texts = [value] if isinstance(value, str) else value
+        encoded = tf.train.BytesList(value=[text.encode() for text in texts])
+        return tf.train.Feature(bytes_list=encoded)
+
+    features = tf.train.Features(feature={name: feature(x) for name, x in record.items()})
+    return tf.train.Example(features=features).SerializeToString()
 
 
 def _write_records(reader: Reader, files: tuple[str, ...], split: str | None, path: str) -> Checked:
@@ -188,16 +173,11 @@ def _write_records(reader: Reader, files: tuple[str, ...], split: str | None, pa
             else:
                 writer.write(_example(item))
                 kept += 1
-    return Checked(path, kept, refused, tuple(refusals))
+    return Checked(path, kept, refused, refusals)
 
 
 def check_files(reader: Reader, files: tuple[str, ...], split: str | None = None) -> Checked:
-    """Reads corresponding files once, and keeps their good records in the cache.
-
-    Args:
-      reader: The reader of the files.
-      files: Their paths.
-      split: The split whose records to keep, if the files hold several; None keeps all.
+    """Reads corresponding files once, and keeps their good records, or one split's, in the cache.
 
     Raises:
       ValueError: if a file cannot be read as a whole; see `readers`.
@@ -215,13 +195,12 @@ def check_files(reader: Reader, files: tuple[str, ...], split: str | None = None
         checked = _write_records(reader, files, split, str(records))
         # The records first, so that a summary implies its records.
         os.replace(records, summary.parent.parent / records.name)
-        values = [checked.records, checked.refused, checked.refusals]
-        summary.write_text(json.dumps(values), encoding="utf-8")
+        summary.write_text(json.dumps(checked[1:]), encoding="utf-8")
         print(f"checked {' and '.join(files)}: {checked.records:,} records", flush=True)
 
     summary = file_cache.cached_file(f"local_files/{name}.json", write)
-    kept, refused, refusals = json.loads(summary.read_text(encoding="utf-8"))
-    return Checked(str(summary.with_suffix(".tfrecord")), kept, refused, tuple(refusals))
+    counts = json.loads(summary.read_text(encoding="utf-8"))
+    return Checked(str(summary.with_suffix(".tfrecord")), *counts)
 
 
 def _check_split(
@@ -266,9 +245,6 @@ class LocalFilesDataSource(seqio.DataSource):
 
     Files are looked up when they are read, not when a task is registered. In both cases records
     are strings and vectors of strings under the names of the reader's fields.
-
-    Attributes:
-      name: The name of the source in `LocalFiles.files`.
     """
 
     def __init__(
@@ -315,15 +291,11 @@ class LocalFilesDataSource(seqio.DataSource):
 
     def list_shards(self, split: str) -> Sequence[str]:
         """Lists the files of records, one per file or pair of files, or `otherwise`'s shards."""
-        if (other := self._other()) is not None:
-            return other.list_shards(split)
-        return [part.path for part in self._check(split)]
+        return self._source(split).list_shards(split)
 
     def num_input_examples(self, split: str) -> int | None:
         """Returns the number of records of a split; None if `otherwise` does not know it."""
-        if (other := self._other()) is not None:
-            return other.num_input_examples(split)
-        return sum(part.records for part in self._check(split))
+        return self._source(split).num_input_examples(split)
 
     def get_dataset(
         self,
@@ -339,28 +311,22 @@ class LocalFilesDataSource(seqio.DataSource):
           ValueError: if files are needed and none are given, a pattern matches no file, or no
             record is good.
         """
-        if (other := self._other()) is not None:
-            dataset = other.get_dataset(split, shuffle, seed, shard_info, **kwargs)
-            return dataset.map(self._to_record) if self._to_record else dataset
-        source = _CheckedRecords(
-            {split: self.list_shards(split)},
-            _description(self._make_reader(settings_of(self.name)).fields),
-            cycle_length=16 if shuffle else 1,
-        )
-        return source.get_dataset(split, shuffle, seed, shard_info)
+        source = self._source(split, cycle_length=16 if shuffle else 1)
+        dataset = source.get_dataset(split, shuffle, seed, shard_info, **kwargs)
+        if source is self._otherwise and self._to_record is not None:
+            return dataset.map(self._to_record)
+        return dataset
 
-    def _other(self) -> seqio.DataSource | None:
-        """Returns `otherwise` if gin names no files for this source."""
-        return None if self.name in settings_of(self.name).files else self._otherwise
-
-    def _check(self, split: str) -> tuple[Checked, ...]:
-        """Checks the files of a split."""
+    def _source(self, split: str, cycle_length: int = 1) -> seqio.DataSource:
+        """Returns `otherwise` if it is to be read, else the files of a split, checked."""
         settings = settings_of(self.name)
-        reader, kept_split = self._make_reader(settings), None
         if self.name in settings.files:
             given, setting = settings.files[self.name], f"LOCAL_FILES[{self.name!r}]"
+        elif self._otherwise is not None:
+            return self._otherwise
         else:
             given, setting = self._default_files(), f"the files of {self.name!r}"
+        reader, kept_split = self._make_reader(settings), None
         if isinstance(given, Mapping):
             if split not in given:
                 raise ValueError(f"{setting} lacks the split {split!r}; it has {sorted(given)}.")
@@ -370,4 +336,10 @@ class LocalFilesDataSource(seqio.DataSource):
         else:
             raise ValueError(f"{setting} = {given!r}; expected {{split: files}}.")
         files = find_files(given, setting, getattr(reader, "languages", None))
-        return _check_split(f"{self.name}:{split}", reader, files, kept_split)
+        checked = _check_split(f"{self.name}:{split}", reader, files, kept_split)
+        return _CheckedRecords(
+            {split: [part.path for part in checked]},
+            _description(reader.fields),
+            num_input_examples={split: sum(part.records for part in checked)},
+            cycle_length=cycle_length,
+        )

@@ -32,17 +32,10 @@ DOCUMENT_UNITS = ("line", "blank_line")
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A malformed record, which is left out.
-
-    Attributes:
-      file: The path of the record's file.
-      line: The record's line, from 1, or its row in a Parquet file; None inside a JSON object that
-        is the whole file.
-      reason: What is wrong with the record.
-    """
+    """A malformed record, which is left out."""
 
     file: str
-    line: int | None
+    line: int | None  # from 1, or a Parquet file's row; None inside an object that is the file
     reason: str
 
     def __str__(self) -> str:
@@ -51,26 +44,20 @@ class Refusal:
 
 
 class Reader(Protocol):
-    """A way to read files of one kind; its `repr` determines the records of a given file.
-
-    Attributes:
-      fields: The fields of every record, name -> `TEXT`, `OPTIONAL_TEXT` or `TEXTS`.
-    """
+    """A way to read files of one kind; its `repr` determines the records of a given file."""
 
     @property
-    def fields(self) -> Mapping[str, str]: ...
+    def fields(self) -> Mapping[str, str]:
+        """The fields of every record, name -> `TEXT`, `OPTIONAL_TEXT` or `TEXTS`."""
 
     def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """Yields the records of corresponding files, in their order.
+        """Yields the records of corresponding files, mostly one, or two of parallel text.
 
-        Args:
-          files: Paths; mostly one, or two for parallel text.
-          split: The split whose records to keep, if the files hold several; None keeps all.
+        If the files hold several splits, only the records of `split` are kept, unless it is None.
 
         Raises:
           ValueError: if a file cannot be read as a whole.
         """
-        ...
 
 
 class Malformed(ValueError):
@@ -172,20 +159,14 @@ def _parse_json_lines(
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """A reader of one JSON object per line, as MBPP and HumanEval are published.
-
-    Attributes:
-      fields: The fields to read, name -> kind.
-      split_field: The field with a whole number that determines the split of a record.
-      split_ranges: The first and last number of each split.
-    """
+    """A reader of one JSON object per line, as MBPP and HumanEval are published."""
 
     fields: Mapping[str, str]
-    split_field: str = ""
+    split_field: str = ""  # has a whole number that determines the split of a record
+    # The first and last number of each split.
     split_ranges: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """See `Reader.read`."""
         [path] = files
 
         def parse(value: Mapping[str, Any]) -> Record | None:
@@ -213,7 +194,6 @@ class Squad:
     fields = {"context": TEXT, "question": TEXT, "answers": TEXTS}
 
     def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """See `Reader.read`."""
         [path] = files
         try:
             document = _parse_object(b"\n".join(read_lines(path)))
@@ -266,17 +246,10 @@ class ParallelText:
     """A reader of text in two languages: two files line by line, tab-separated, or JSON lines.
 
     JSON objects have the languages as keys, themselves or in their 'translation'.
-
-    Attributes:
-      languages: The two languages, the fields of the records.
-      columns: The languages of a tab-separated file's columns, in order.
-
-    Raises:
-      ValueError: if the columns are not the two languages.
     """
 
-    languages: tuple[str, str]
-    columns: tuple[str, str]
+    languages: tuple[str, str]  # the fields of the records
+    columns: tuple[str, str]  # the languages of a tab-separated file's columns, in order
 
     def __post_init__(self) -> None:
         if sorted(self.columns) != sorted(self.languages):
@@ -291,7 +264,7 @@ class ParallelText:
         return dict.fromkeys(self.languages, TEXT)
 
     def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """See `Reader.read`; two files are those of `languages`.
+        """Yields pairs of texts; two files are those of `languages`.
 
         Raises:
           ValueError: if two files have different numbers of lines, or one has an unknown form.
@@ -347,9 +320,6 @@ class Documents:
       field: The name of the text in JSON objects, and its column in Parquet files.
       unit: The extent of a document in plain text: 'line', or 'blank_line' for the lines between
         blank ones.
-
-    Raises:
-      ValueError: if the unit is unknown.
     """
 
     field: str
@@ -364,7 +334,7 @@ class Documents:
             )
 
     def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """See `Reader.read`.
+        """Yields documents.
 
         Raises:
           ValueError: if the file's form is unknown, or a Parquet file lacks the column.
@@ -403,11 +373,7 @@ class Documents:
 
 
 def _parquet_rows(path: str, column: str) -> Iterator[Any]:
-    """Yields the values of one column of a Parquet file.
-
-    Raises:
-      ValueError: if the file lacks the column, or is not a Parquet file.
-    """
+    """Yields the values of one column of a Parquet file."""
     import pyarrow
     from pyarrow import fs, parquet
 

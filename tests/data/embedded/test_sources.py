@@ -149,7 +149,7 @@ def test_a_source_text_with_two_meanings_is_left_out(monkeypatch):
         meaning = next(meanings)
         return lambda locale: "same" if locale.language == "en" else meaning
 
-    monkeypatch.setattr(translation, "_KINDS", ((ambiguous, 1),))
+    monkeypatch.setattr(translation, "_KINDS", {ambiguous: 1})
     monkeypatch.setattr(translation, "NUM_DRAWS", 4)
     assert list(translation.generate("en", "fr")) == []
     meanings = iter(("one", "one", "one", "one"))
