@@ -91,7 +91,11 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
 
 
 def stack(layers: Sequence[StoredArray], axis: int) -> StoredArray:
-    """Returns the arrays of several layers, of one shape, stacked along a new axis."""
+    """Returns the arrays of several layers, of one shape, stacked along a new axis.
+
+    Raises:
+      ValueError: If their shapes differ.
+    """
     shapes = {layer.shape for layer in layers}
     if len(shapes) > 1:
         raise ValueError(f"{layers[0].source} differs in shape between layers: {shapes}.")

@@ -84,7 +84,11 @@ def hint(misfits: Iterable[str]) -> str:
 
 
 def to_ours(params: Mapping[str, StoredArray]) -> Params:
-    """Returns the parameters of any known network under our names, one per layer."""
+    """Returns the parameters of any known network under our names, one per layer.
+
+    Raises:
+      ValueError: If the network is unknown.
+    """
     network = network_of(params)
     ours: Params = {}
     for name, stored in params.items():

@@ -37,6 +37,9 @@ def standard_logical_axis_rules(
       activation_partitioning_dims: Number of dimensions of activations that are split, 1 or 2.
       parameter_partitioning_dims: Number of dimensions of parameters that are split, 1 or 2.
       additional_rules: Rules to append to the standard ones.
+
+    Raises:
+      ValueError: If a number of dimensions is neither 1 nor 2.
     """
     for name, dims in (
         ("activation_partitioning_dims", activation_partitioning_dims),
@@ -63,7 +66,11 @@ def standard_logical_axis_rules(
 
 
 def single_slice_mesh(devices: Sequence[jax.Device], num_partitions: int) -> Mesh:
-    """Returns a ('data', 'model') mesh; 'model' is the fast axis: its devices are neighbours."""
+    """Returns a ('data', 'model') mesh; 'model' is the fast axis: its devices are neighbours.
+
+    Raises:
+      ValueError: If `num_partitions` does not divide the devices.
+    """
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
             f"PjitPartitioner.num_partitions = {num_partitions} does not divide the "
@@ -81,6 +88,9 @@ def multi_slice_mesh(
     An axis is as long as the product of its lengths within a slice and over slices, the outer one:
     devices whose positions differ by less than `ici_mesh_shape` share a slice. Devices without
     slices, such as GPUs and CPUs, count as one slice per process.
+
+    Raises:
+      ValueError: If a shape is not three positive numbers, or does not fit the devices.
     """
     for name, shape in (("ici_mesh_shape", ici_mesh_shape), ("dcn_mesh_shape", dcn_mesh_shape)):
         if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
@@ -142,6 +152,9 @@ class PjitPartitioner:
             slice; `num_partitions` is then left at 1.
           dcn_mesh_shape: For several slices, lengths of the axes over slices; required together
             with `ici_mesh_shape`.
+
+        Raises:
+          ValueError: If the devices cannot be divided that way.
         """
         devices = jax.devices() if devices is None else devices
         rules = standard_logical_axis_rules() if logical_axis_rules is None else logical_axis_rules
@@ -172,7 +185,11 @@ class PjitPartitioner:
         self._saved = tuple(shard for shard, row in enumerate(owners) if here == row[0])
 
     def data_layout(self, batch_size: int) -> DataLayout:
-        """Returns the rows that this process reads of global batches of `batch_size` examples."""
+        """Returns the rows that this process reads of global batches of `batch_size` examples.
+
+        Raises:
+          ValueError: If the data-parallel shards do not divide them.
+        """
         return DataLayout(batch_size, self.num_data_shards, self._shards, self._saved)
 
     def param_shardings(self, params_axes: Any) -> Any:

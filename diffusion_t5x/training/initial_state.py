@@ -71,7 +71,11 @@ class StartingPoint:
         return steps
 
     def check(self, abstract: TrainState) -> None:
-        """Refuses a checkpoint of other names or shapes than the state's; reads no array."""
+        """Refuses a checkpoint of other names or shapes than the state's; reads no array.
+
+        Raises:
+          CheckpointMismatchError: If they differ.
+        """
         if self.path is None:
             return
         reading.check_params(self.path, abstract.params)

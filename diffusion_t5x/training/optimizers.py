@@ -73,6 +73,9 @@ def create_learning_rate_scheduler(
 
     Steps up to `step_offset`, such as those of pretraining, do not count. The rate is at least
     `min_learning_rate`.
+
+    Raises:
+      ValueError: If a factor is unknown.
     """
     warmup = max(warmup_steps, 1)
 

@@ -19,7 +19,11 @@ GENERATIONS = {"v4": (2, "v4"), "v5e": (1, "v5litepod"), "v5p": (2, "v5p"), "v6e
 
 
 def accelerator_type(topology: str) -> str:
-    """Returns the accelerator name of a topology, such as 'v5p-32' for 'v5p:2x2x4'."""
+    """Returns the accelerator name of a topology, such as 'v5p-32' for 'v5p:2x2x4'.
+
+    Raises:
+      ValueError: If the topology does not have the form 'v5p:4x4x8' or its generation is unknown.
+    """
     generation, _, slice_sizes = topology.partition(":")
     if generation not in GENERATIONS:
         raise ValueError(

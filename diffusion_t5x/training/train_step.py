@@ -118,6 +118,9 @@ class Trainer:
           clip_norm: Largest global norm of the gradient; None for no clipping.
           max_skipped_updates: Number of updates in a row that are skipped because a loss, gradient
             or update is not finite; the next one stops training. 0 stops at the first.
+
+        Raises:
+          ValueError: If a number is out of range.
         """
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches = {num_microbatches}; expected at least 1 or None.")
@@ -133,13 +136,18 @@ class Trainer:
         self._rng = jax.random.PRNGKey(random_seed)
         self.max_skipped_updates = max_skipped_updates
         self.leaf_names = list(named_leaves(abstract_state.params))
+        # Functions of their own for JAX, so that shapes of metrics and steps share one trace.
+        self._traced_update = jax.jit(self._update, inline=True)
+        self._traced_eval = jax.jit(model.eval_fn, inline=True)
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         everywhere = partitioner.replicated
         self.step = partitioner.jit(
             self._step, donate_argnums=(0, 1), out_shardings=(shardings, everywhere, everywhere)
         )
         self.eval_step = partitioner.jit(
-            lambda params, metrics, batch: merge_metrics(metrics, model.eval_fn(params, batch)[1]),
+            lambda params, metrics, batch: merge_metrics(
+                metrics, self._traced_eval(params, batch)[1]
+            ),
             donate_argnums=(1,),
             out_shardings=everywhere,
         )
@@ -156,11 +164,11 @@ class Trainer:
 
     def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
         """Returns the shapes of the metrics that a training step accumulates."""
-        return self.partitioner.jit(self._update).eval_shape(state, batch)[1]
+        return self.partitioner.jit(self._traced_update).eval_shape(state, batch)[1]
 
     def eval_metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
         """Returns the shapes of the metrics that an eval step accumulates."""
-        return self.partitioner.jit(self.model.eval_fn).eval_shape(state.params, batch)[1]
+        return self.partitioner.jit(self._traced_eval).eval_shape(state.params, batch)[1]
 
     def empty_metrics(self, shapes: Metrics) -> Metrics:
         """Returns metrics over no steps, on every device, from metrics or their shapes."""
@@ -172,7 +180,7 @@ class Trainer:
     def _step(
         self, state: TrainState, metrics: Metrics, batch: Batch
     ) -> tuple[TrainState, Metrics, Health]:
-        state, new, health = self._update(state, batch)
+        state, new, health = self._traced_update(state, batch)
         return state, merge_metrics(metrics, new), health
 
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Health]:

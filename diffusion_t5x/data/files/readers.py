@@ -246,6 +246,9 @@ class ParallelText:
     """A reader of text in two languages: two files line by line, tab-separated, or JSON lines.
 
     JSON objects have the languages as keys, themselves or in their 'translation'.
+
+    Raises:
+      ValueError: if the columns are not the two languages.
     """
 
     languages: tuple[str, str]  # the fields of the records
@@ -320,6 +323,9 @@ class Documents:
       field: The name of the text in JSON objects, and its column in Parquet files.
       unit: The extent of a document in plain text: 'line', or 'blank_line' for the lines between
         blank ones.
+
+    Raises:
+      ValueError: if the unit is unknown.
     """
 
     field: str
