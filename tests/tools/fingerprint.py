@@ -63,7 +63,8 @@ def fingerprint(way: str, directory: pathlib.Path) -> dict[str, object]:
         f"--gin.CHECKPOINT_PATH={directory}/run", f"--gin.INFER_OUTPUT_DIR={directory}/infer",
         "--gin.inference.infer.num_shards=300",
     ])  # fmt: skip
-    texts = "".join(file.read_text() for file in sorted((directory / "infer").glob("*.jsonl-*")))
+    # The texts alone: notes beside them hold a digest of the settings, with the directory's name.
+    texts = "".join(file.read_text() for file in sorted((directory / "infer").glob("embedded_*")))
     return {"losses": losses[-3:], "all": digest(json.dumps(losses)), "decoded": digest(texts)}
 
 
