@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
-# Test processes side by side; each needs up to 6 GB of memory.
-TEST_PROCESSES ?= 2
+# Test processes side by side, three for two cores; each needs up to 6 GB of memory.
+TEST_PROCESSES ?= 3
+PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-t5x lint experiments bench clean
 
@@ -28,11 +29,11 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 test: lint
-	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	$(RUN) $(PYTEST)
 
 # Also the tests marked slow, by name: variants whose property a faster test covers, and long runs.
 test-all: test
-	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m slow -v
+	$(RUN) $(PYTEST) -m slow -v
 
 # The live comparison with T5X, which must be on PYTHONPATH, its dependencies in $(VENV); see
 # docs/t5x.md.

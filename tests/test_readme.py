@@ -27,9 +27,9 @@ COMMANDS = {
 }
 # Commands run as written, but on fewer examples.
 FEWER = {
-    "train": ["--gin.EVAL_STEPS=1"],
-    "eval": ["--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.NUM_SAMPLES=2"],
-    "infer": ["--gin.NUM_SAMPLES=1"],
+    "train": ["--gin.EVAL_STEPS=1", "--gin.BATCH_SIZE=8"],
+    "eval": ["--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.NUM_SAMPLES=2", "--gin.BATCH_SIZE=8"],
+    "infer": ["--gin.NUM_SAMPLES=1", "--gin.BATCH_SIZE=8"],
 }
 PAGES = sorted([README, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
 PACKAGE = ROOT / "diffusion_t5x"

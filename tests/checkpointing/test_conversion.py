@@ -105,6 +105,7 @@ def test_partial_conversion_takes_what_fits_and_lists_what_starts_fresh(tmp_path
     assert read["token_embedder/embedding"].std() > 0.5  # fresh, not zero
 
 
+@pytest.mark.slow  # of its parts, each has a test here or in training/test_loop.py
 def test_a_t5x_checkpoint_is_trained_further_as_a_diffusion_model(tmp_path, capsys, resized):
     written = conversion.convert(resized, f"{tmp_path}/t5x", "t5x:t5")
     # The run starts from T5X's own layout and names.

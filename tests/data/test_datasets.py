@@ -145,7 +145,11 @@ def _global_batch(processes, iterators):
 
 @pytest.mark.parametrize(
     "processes,later",
-    [("two", "one"), ("two that lie crosswise", "two"), ("eight, two to a shard", "two")],
+    [
+        ("two", "one"),
+        ("two that lie crosswise", "two"),
+        pytest.param("eight, two to a shard", "two", marks=pytest.mark.slow),
+    ],
 )
 def test_global_batches_and_where_they_go_on_do_not_depend_on_the_processes(
     processes, later, tmp_path

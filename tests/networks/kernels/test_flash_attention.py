@@ -192,7 +192,9 @@ def test_a_network_and_its_gradient_are_as_without_the_kernel(interpreted):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("network_class", [DecoderOnly, EncoderDecoder])
+@pytest.mark.parametrize(
+    "network_class", [DecoderOnly, pytest.param(EncoderDecoder, marks=pytest.mark.slow)]
+)
 def test_canvases_that_share_a_cached_prefix_are_as_without_the_kernel(interpreted, network_class):
     params, *networks = _networks(network_class)
 
