@@ -25,12 +25,16 @@ COMMANDS = {
     "experiments": experiments.main,
     "launch": launch.main,
 }
-# Commands run as written, but on fewer examples.
+# Commands run as written, but on fewer examples and with one layer.
+SMALL = ["--gin.config.TransformerConfig.num_layers=1"]
 FEWER = {
-    "train": ["--gin.EVAL_STEPS=1", "--gin.BATCH_SIZE=8"],
-    "eval": ["--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.NUM_SAMPLES=2", "--gin.BATCH_SIZE=8"],
-    "infer": ["--gin.NUM_SAMPLES=1", "--gin.BATCH_SIZE=8"],
-}
+    "train": [*SMALL, "--gin.EVAL_STEPS=1", "--gin.BATCH_SIZE=8"],
+    "eval": [
+        *SMALL, "--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.NUM_SAMPLES=2", "--gin.BATCH_SIZE=8",
+    ],
+    "infer": [*SMALL, "--gin.NUM_SAMPLES=1", "--gin.BATCH_SIZE=8"],
+    "sample": SMALL,
+}  # fmt: skip
 PAGES = sorted([README, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
 PACKAGE = ROOT / "diffusion_t5x"
 DATA_FLAGS = ("MIXTURE_OR_TASK_NAME", "MODEL_DIR", "TASK_FEATURE_LENGTHS")
