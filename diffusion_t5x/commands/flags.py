@@ -116,7 +116,7 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     args = parser.parse_args(rewrite_gin_flags(sys.argv[1:] if argv is None else argv))
     _import_tensorflow()
     # Tracing makes millions of objects. Were TensorFlow's modules searched for garbage each time,
-    # that would be an eighth of a start.
+    # that would be a tenth of a start.
     if not gc.get_freeze_count():
         gc.freeze()
     import jax

@@ -1,4 +1,8 @@
-"""The training loop: from a configuration to checkpoints and metrics, resumable at any step."""
+"""The training loop: from a configuration to checkpoints and metrics, resumable at any step.
+
+`train` is longer than other functions here: it is the story of a run, a chapter after a heading,
+and the order of the chapters matters.
+"""
 
 from __future__ import annotations
 
