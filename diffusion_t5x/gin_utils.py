@@ -10,6 +10,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from etils import epath
+
 import gin
 from diffusion_t5x import moved
 from diffusion_t5x.names import did_you_mean, nearest
@@ -209,4 +211,4 @@ def _refuse_misspelt_macros(path: str) -> None:
 
 def write_config(directory: str) -> None:
     """Writes the whole configuration of this process to `directory`/config.gin, atomically."""
-    write_atomically(pathlib.Path(directory) / "config.gin", gin.config_str())
+    write_atomically(epath.Path(directory) / "config.gin", gin.config_str())

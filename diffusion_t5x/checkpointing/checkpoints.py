@@ -17,12 +17,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion_t5x import names
+from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
 from diffusion_t5x.checkpointing.reading import optimizer_item
 from diffusion_t5x.interop import t5x_checkpoints
+from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Checkpointer:
 
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
-        path = epath.Path(directory).absolute()
+        path = paths.as_path(directory, "MODEL_DIR")
         if jax.process_index() == 0:
             integrity.set_aside_unreadable_metrics(path)
         multihost_utils.sync_global_devices("checkpoint_metrics_checked")
@@ -198,16 +199,16 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     Args:
       path: A checkpoint, ours or T5X's, or the directory of a run.
     """
-    directory = epath.Path(path)
+    directory = paths.as_path(path, "CHECKPOINT_PATH")
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
         directory = directory.parent
     if match := _NAME.match(directory.name):
         t5x = t5x_checkpoints.is_t5x_checkpoint(str(directory))
         if t5x or (directory / "params").exists():
-            return [(int(match.group(1)), str(directory.absolute()))]
+            return [(int(match.group(1)), str(directory))]
     children = directory.iterdir() if directory.is_dir() else ()
     found = [(match, child) for child in children if (match := _NAME.match(child.name))]
-    return sorted((int(match.group(1)), str(child.absolute())) for match, child in found)
+    return sorted((int(match.group(1)), str(child)) for match, child in found)
 
 
 def list_checkpoints(path: str) -> list[tuple[int, str]]:

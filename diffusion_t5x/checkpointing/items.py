@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from typing import TYPE_CHECKING
 
 import orbax.checkpoint as ocp
 from etils import epath
 
+from diffusion_t5x import paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 
@@ -40,10 +42,19 @@ class ArraysArgs(ocp.args.StandardSave):
 
 
 class DatasetHandler(_Handler):
-    """A handler of data positions, one per data shard, each written by a process that reads it."""
+    """A handler of data positions, one per data shard, each written by a process that reads it.
+
+    TensorFlow writes and reads them; it knows no buckets, so that copies on this machine serve.
+    """
 
     def save(self, directory: epath.Path, args: DatasetArgs) -> None:
-        args.iterator.save(str(directory / "shard"))
+        if not paths.is_remote(directory):
+            args.iterator.save(str(directory / "shard"))
+            return
+        with tempfile.TemporaryDirectory() as copy:
+            args.iterator.save(f"{copy}/shard")
+            for file in epath.Path(copy).iterdir():
+                (directory / file.name).write_bytes(file.read_bytes())
 
     def restore(self, directory: epath.Path, args: DatasetArgs) -> None:
         count = len(list(directory.glob("shard-*.index")))
@@ -54,7 +65,13 @@ class DatasetHandler(_Handler):
                 "number of processes, or set SaveCheckpointConfig.save_dataset = False to start "
                 "from the beginning of the data."
             )
-        args.iterator.restore(str(directory / "shard"))
+        if not paths.is_remote(directory):
+            args.iterator.restore(str(directory / "shard"))
+            return
+        with tempfile.TemporaryDirectory() as copy:
+            for file in directory.glob("shard-*"):
+                epath.Path(copy, file.name).write_bytes(file.read_bytes())
+            args.iterator.restore(f"{copy}/shard")
 
 
 @ocp.args.register_with_handler(DatasetHandler, for_save=True, for_restore=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from diffusion_t5x import paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
@@ -153,7 +154,7 @@ def _restore_item(path: str, item: str, abstract: Any) -> Any:
 
 
 def _item(path: str, item: str) -> epath.Path:
-    directory = epath.Path(path).absolute() / item
+    directory = paths.as_path(path, "CHECKPOINT_PATH") / item
     if not directory.exists():
         raise FileNotFoundError(f"{path} is not a checkpoint of ours: it has no {item!r}.")
     return directory

@@ -155,7 +155,7 @@ def _open_indexed(directory: epath.Path) -> T5XCheckpoint:
 
 def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
     checkpointer = ocp.PyTreeCheckpointer()
-    path = (directory / STATE).absolute()
+    path = directory / STATE
     metadata = checkpointer.metadata(path).item_metadata
     tree = getattr(metadata, "tree", metadata)
     target = tree.get("target", {})

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from diffusion_t5x.runtime.files import write_atomically
 
@@ -72,7 +72,7 @@ def save_text(path: Path, key: str, text: str) -> None:
 
 def _read(path: Path) -> str | None:
     try:
-        return pathlib.Path(path).read_bytes().decode("utf-8", errors="replace")
+        return epath.Path(path).read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
 

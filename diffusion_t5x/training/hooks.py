@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from diffusion_t5x.checkpointing.checkpoints import Checkpointer
 from diffusion_t5x.data import datasets
 from diffusion_t5x.runtime.guards import Watchdog
 from diffusion_t5x.runtime.train_state import TrainState
@@ -92,6 +93,18 @@ def evaluation(
             log.write(run.step, split, values)
             run.results.update({f"{split}/{name}": value for name, value in values.items()})
         run.stopped_early = early_stopping.should_stop(log.lines)
+
+    return hook
+
+
+def saving(
+    checkpointer: Checkpointer, iterator: datasets.DatasetIterator, log: MetricLog
+) -> Callable[[Run], None]:
+    """Returns a hook that saves a checkpoint, and the log before it, which a resumed run goes on."""
+
+    def hook(run: Run) -> None:
+        log.flush()
+        checkpointer.save(run.state, iterator, run.results)
 
     return hook
 

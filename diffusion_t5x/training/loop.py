@@ -178,10 +178,8 @@ def train(
             (eval_period, hooks.evaluation(evaluations, log, early_stopping, watchdog)),
         ]
         if checkpointer is not None:
-            save = checkpointer.save
-            periodic.append(
-                (checkpointer.config.period, lambda run: save(run.state, iterator, run.results))
-            )
+            saving = hooks.saving(checkpointer, iterator, log)
+            periodic.append((checkpointer.config.period, saving))
 
         # Loop.
         if step >= last_step or early_stopping.should_stop(log.lines):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+from etils import epath
 
-from diffusion_t5x.runtime.files import read_lines, rewind_lines, write_atomically
+from diffusion_t5x import paths
+from diffusion_t5x.runtime.files import LineLog, read_lines, write_atomically
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
 if TYPE_CHECKING:
@@ -28,20 +29,21 @@ def write_model_info(model_dir: str, abstract_state: TrainState) -> None:
     ]
     total = sum(leaf.size for leaf in leaves.values())
     write_atomically(
-        pathlib.Path(model_dir) / "model-info.txt",
+        epath.Path(model_dir) / "model-info.txt",
         "\n".join([*lines, f"{'parameters':<60} {total:>14,}", ""]),
     )
 
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl`."""
-    return read_lines(pathlib.Path(model_dir) / "metrics.jsonl")
+    return read_lines(epath.Path(model_dir) / "metrics.jsonl")
 
 
 class MetricLog:
     """A run's `metrics.jsonl` and TensorBoard events; only the first process writes.
 
-    On resume, lines after the restored step are dropped, so that no step is logged twice.
+    On resume, lines after the restored step are dropped, so that no step is logged twice. In a
+    bucket both are written by `flush`, events from a directory of this machine.
 
     Attributes:
       lines: The lines of the run so far, of earlier processes too.
@@ -50,16 +52,16 @@ class MetricLog:
 
     def __init__(self, model_dir: str, restored_step: int, batch_size: int):
         """Opens the log of a run from `restored_step` on, of `batch_size` examples per step."""
-        self._dir = pathlib.Path(model_dir)
+        self._dir = self._events = epath.Path(model_dir)
         self._batch_size = batch_size
         self._writers: dict[str, MetricWriter] = {}
-        self._file = None
-        self.lines = rewind_lines(self._dir / "metrics.jsonl", restored_step)
+        self._log = LineLog(self._dir / "metrics.jsonl", restored_step)
+        self.lines = self._log.lines
         self._seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
         self.last_step, self._last_seconds = restored_step, self._seconds
-        if jax.process_index() == 0:
-            self._dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if paths.is_remote(self._dir):
+            self._local = tempfile.TemporaryDirectory(prefix="events-")
+            self._events = epath.Path(self._local.name)
 
     def count(self, seconds: float) -> None:
         """Adds wall seconds spent on training steps."""
@@ -74,23 +76,31 @@ class MetricLog:
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics, and those that are finite to TensorBoard."""
-        self.lines.append({"step": step, "split": split, **metrics})
-        if self._file is None:
+        self._log.append({"step": step, "split": split, **metrics})
+        if split != "train":  # of which there are few
+            self._log.flush()
+        if jax.process_index() != 0:
             return
-        self._file.write(json.dumps(self.lines[-1]) + "\n")
-        self._file.flush()
         if split not in self._writers:
             from clu import metric_writers
 
-            self._writers[split] = metric_writers.SummaryWriter(str(self._dir / split))
+            self._writers[split] = metric_writers.SummaryWriter(str(self._events / split))
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._writers[split].write_scalars(step, finite)
+
+    def flush(self) -> None:
+        """Writes everything so far; to be called before a checkpoint that it belongs to."""
+        self._log.flush()
+        for split, writer in self._writers.items():
+            writer.flush()
+            if self._events != self._dir:
+                for file in (self._events / split).iterdir():
+                    write_atomically(self._dir / split / file.name, file.read_bytes())
 
     def __enter__(self) -> MetricLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.flush()
         for writer in self._writers.values():
             writer.close()
-        if self._file is not None:
-            self._file.close()

@@ -8,14 +8,13 @@ run counts on from them.
 from __future__ import annotations
 
 import io
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 
-from diffusion_t5x.runtime.files import rewind_lines, write_atomically
+from diffusion_t5x.runtime.files import LineLog, write_atomically
 from diffusion_t5x.training.train_step import Health, NonFiniteError
 
 # Skipped steps whose batches are kept; the batch of the step that stops a run always is.
@@ -40,10 +39,10 @@ class NonFiniteSteps:
           max_skipped: Number of updates in a row that may be skipped; 0 stops at the first.
           random_seed: Seed of training, kept beside a batch.
         """
-        self._dir = pathlib.Path(model_dir) / "nonfinite"
+        self._dir = epath.Path(model_dir) / "nonfinite"
         self._names, self._max, self._seed = list(leaf_names), max_skipped, random_seed
-        self._log = self._dir / "skipped.jsonl"
-        self._skipped = {line["step"] for line in rewind_lines(self._log, restored_step)}
+        self._log = LineLog(self._dir / "skipped.jsonl", restored_step)
+        self._skipped = {line["step"] for line in self._log.lines}
 
     def look_at(self, health: Health, batch: Mapping[str, np.ndarray]) -> None:
         """Waits for a step; if it is not finite, keeps its batch and counts it.
@@ -79,11 +78,10 @@ class NonFiniteSteps:
                 "the learning rate, or set Trainer.clip_norm."
             )
         self._skipped.add(step)
+        self._log.append({"step": step, "loss": str(loss), "leaves": bad})
+        self._log.flush()
         if jax.process_index() == 0:
             print(f"{text} The update is skipped, {in_a_row} in a row.", flush=True)
-            self._dir.mkdir(parents=True, exist_ok=True)
-            with open(self._log, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, "loss": str(loss), "leaves": bad}) + "\n")
 
     def skipped_since(self, step: int) -> int:
         """Returns the number of skipped updates after that of `step`."""
@@ -91,7 +89,7 @@ class NonFiniteSteps:
 
     def _dump(
         self, step: int, loss: float, bad: list[str], batch: Mapping[str, np.ndarray]
-    ) -> pathlib.Path:
+    ) -> epath.Path:
         """Writes this process's rows of a batch; returns the file."""
         many = jax.process_count() > 1
         name = f"step_{step}.process_{jax.process_index()}.npz" if many else f"step_{step}.npz"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from diffusion_t5x.data import vocabularies
 from diffusion_t5x.interfaces import Model
@@ -68,10 +68,10 @@ def check(model_dir: str, ours: Mapping[str, str]) -> None:
     Raises:
       OtherRunError: If a setting differs.
     """
-    path = pathlib.Path(model_dir) / FILE
+    path = epath.Path(model_dir) / FILE
     if not path.exists():
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs = json.loads(path.read_text())
     lines = [
         f"  {SETTINGS.get(name, name)}: {theirs[name]} there, {ours[name]} here"
         for name in sorted(theirs.keys() & ours.keys())
@@ -90,4 +90,4 @@ def write(model_dir: str, ours: Mapping[str, str]) -> None:
     """Writes the description of a run to its directory, on the first process."""
     if jax.process_index() == 0:
         text = json.dumps(dict(ours), indent=2) + "\n"
-        write_atomically(pathlib.Path(model_dir) / FILE, text)
+        write_atomically(epath.Path(model_dir) / FILE, text)
