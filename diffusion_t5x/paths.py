@@ -137,7 +137,8 @@ def kvstore(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not is_remote(path):
         return {"driver": "file", "path": os.fspath(path)}
     scheme, bucket, key = split(path)
-    spec: dict[str, Any] = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": key}
+    driver = "gcs" if scheme == "gs" else scheme
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": key}
     if scheme == "s3" and "AWS_ACCESS_KEY_ID" in os.environ:
         spec["aws_credentials"] = {"type": "environment"}  # nor are files looked for, and missed
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):

@@ -134,6 +134,8 @@ class Checkpointer:
         self.config = config
         path = paths.as_path(directory, "MODEL_DIR")
         if jax.process_index() == 0:
+            for _, checkpoint in find_checkpoints(str(path)):
+                orbax_buckets.mark_complete(epath.Path(checkpoint))
             integrity.set_aside_unreadable_metrics(path)
         multihost_utils.sync_global_devices("checkpoint_metrics_checked")
         self._manager = _Manager(
@@ -204,11 +206,18 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
         directory = directory.parent
     if match := _NAME.match(directory.name):
         t5x = t5x_checkpoints.is_t5x_checkpoint(str(directory))
-        if t5x or (directory / "params").exists():
+        if t5x or ((directory / "params").exists() and orbax_buckets.is_complete(directory)):
             return [(int(match.group(1)), str(directory))]
     children = directory.iterdir() if directory.is_dir() else ()
     found = [(match, child) for child in children if (match := _NAME.match(child.name))]
+    if paths.is_remote(directory):  # where names do not say whether a checkpoint is complete
+        found = [(match, child) for match, child in found if _is_complete(child)]
     return sorted((int(match.group(1)), str(child)) for match, child in found)
+
+
+def _is_complete(checkpoint: epath.Path) -> bool:
+    t5x = t5x_checkpoints.is_t5x_checkpoint(str(checkpoint))
+    return t5x or orbax_buckets.is_complete(checkpoint)
 
 
 def list_checkpoints(path: str) -> list[tuple[int, str]]:
@@ -220,7 +229,8 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
     if found := find_checkpoints(path):
         return found
     parent = epath.Path(path).parent
-    beside = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
+    listed = parent.is_dir() and str(parent) not in ("gs://", "s3://")
+    beside = [child.name for child in parent.iterdir() if child.is_dir()] if listed else []
     nearest = names.did_you_mean(epath.Path(path).name, sorted(beside))
     hint = f" In {parent}: {nearest}" if beside else ""
     raise FileNotFoundError(
@@ -262,7 +272,9 @@ def newest_undamaged(path: str, items: Sequence[str]) -> tuple[int, str, tuple[s
 
 
 def select_checkpoints(
-    config: RestoreCheckpointConfig, items: Sequence[str] = ("params",)
+    config: RestoreCheckpointConfig,
+    items: Sequence[str] = ("params",),
+    setting: str = "CHECKPOINT_PATH",
 ) -> list[tuple[int, str]]:
     """Returns (step, path) of the checkpoints that a configuration asks for, ascending.
 
@@ -275,7 +287,9 @@ def select_checkpoints(
       ValueError: If two have the same step, by which results are named.
     """
     selected: dict[int, str] = {}
-    for path in (config.path,) if isinstance(config.path, str) else config.path:
+    for text in config.path if isinstance(config.path, tuple | list) else (config.path,):
+        paths.check_readable(paths.as_path(text, setting), setting)
+        path = str(paths.as_path(text, setting))
         found = (
             list_checkpoints(path) if config.mode == "all" else [newest_undamaged(path, items)[:2]]
         )

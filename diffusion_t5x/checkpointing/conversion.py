@@ -13,9 +13,8 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from diffusion_t5x import names
+from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing.checkpoints import (
     PREFIX,
     Checkpointer,
@@ -30,6 +29,7 @@ from diffusion_t5x.checkpointing.reading import (
 )
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
+from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.terminal import print_table
 from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, named_leaves
 
@@ -92,8 +92,11 @@ def convert(
       ValueError: If settings contradict each other, or the network cannot hold the parameters.
     """
     _check_settings(layout, model, partial)
+    paths.check_readable(paths.as_path(source, "--from"), "--from")
+    directory = paths.as_path(destination, "--to")
+    paths.check_writable(directory, "--to")
     step, path = list_checkpoints(source)[-1]
-    final = epath.Path(destination) / f"{PREFIX}_{step}"
+    final = directory / f"{PREFIX}_{step}"
     if final.exists():
         raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")
     theirs = None
@@ -116,11 +119,11 @@ def convert(
         arrays = {name: array.cast(dtype) for name, array in arrays.items()}
     if dry_run:
         return Conversion(f"{final} (not written)", step, arrays, dropped, notes)
-    _write(destination, step, arrays, layout)
+    _write(str(directory), step, arrays, layout)
     if model is None and layout in FORMATS[:2]:
         needs_start = theirs is not None and t5x_networks.begins_with_zero(theirs.params)
         text = describe_network(stored, start_token=needs_start)
-        epath.Path(destination, "network.gin").write_text(text)
+        write_atomically(directory / "network.gin", text)
         notes += (f"give {destination}/network.gin after a model file to build this network.",)
     return Conversion(str(final), step, arrays, dropped, notes)
 

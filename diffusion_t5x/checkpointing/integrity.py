@@ -19,6 +19,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from diffusion_t5x.runtime import orbax_buckets
+
 CHECKSUMS = "checksums.json"
 DAMAGED = "damaged"
 _READ_BYTES = 1 << 22
@@ -129,7 +131,7 @@ def set_aside(path: epath.Path) -> epath.Path:
     while target.exists():
         number += 1
         target = path.with_name(f"{path.name}.{DAMAGED}_{number}")
-    return path.rename(target)
+    return orbax_buckets.move(path, target)
 
 
 def set_aside_unreadable_metrics(directory: epath.Path) -> None:

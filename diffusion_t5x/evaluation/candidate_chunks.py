@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import seqio
+from etils import epath
 
 from diffusion_t5x.runtime import resumable
 
@@ -90,7 +90,7 @@ class TaskJudges:
 class ChunkFiles(NamedTuple):
     """The directory of chunks and judgements, and the key of all that decides the candidates."""
 
-    directory: pathlib.Path
+    directory: epath.Path
     key: str
 
     def load(self, name: str) -> dict[str, Any] | None:

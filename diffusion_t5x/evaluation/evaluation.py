@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +11,10 @@ import jax
 import numpy as np
 import seqio
 import tensorflow as tf
+from etils import epath
 
 import diffusion_t5x
+from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize
@@ -101,7 +101,7 @@ class InferenceEvaluator:
         self._chunk_sizes = candidate_chunks.chunk_sizes(num_decodes, decodes_per_chunk)
         datasets.import_task_module(dataset_cfg.module)
         self._model, self._batch_size = model, dataset_cfg.batch_size
-        self._output_dir = pathlib.Path(output_dir)
+        self._output_dir = epath.Path(output_dir)
         common = model, partitioner, random_seed, dataset_cfg.batch_size
         self._predict = Predictor(*common, return_all_decodes=return_all_decodes)
         self._score = Scorer(*common)
@@ -161,13 +161,13 @@ class InferenceEvaluator:
             name: self._evaluate(name, params, step, resume_key) for name in tasks or self.tasks
         }
 
-    def _chunk_dir(self, name: str, step: int) -> pathlib.Path:
+    def _chunk_dir(self, name: str, step: int) -> epath.Path:
         return self._output_dir / name / f".candidates-{step}"
 
     def forget(self, name: str, step: int) -> None:
         """Removes the chunks of a task, whose results are known."""
         if jax.process_index() == 0:
-            shutil.rmtree(self._chunk_dir(name, step), ignore_errors=True)
+            self._chunk_dir(name, step).rmtree(missing_ok=True)
 
     def _evaluate(self, name: str, params: Any, step: int, resume_key: str | None) -> Metrics:
         """Decodes and measures one task; SeqIO calls back for what its metrics need."""
@@ -309,12 +309,14 @@ def evaluate(
     """
     if best_mode not in ("max", "min"):
         raise ValueError(f"best_mode = {best_mode!r}; expected 'max' or 'min'.")
+    directory = paths.as_path(output_dir, "EVAL_OUTPUT_DIR")
+    paths.check_writable(directory, "EVAL_OUTPUT_DIR")
     checkpoints = select_checkpoints(restore_checkpoint_cfg)
     evaluator = inference_evaluator_cls(
         model=model,
         dataset_cfg=dataset_cfg,
         partitioner=partitioner,
-        output_dir=output_dir,
+        output_dir=str(directory),
         random_seed=random_seed,
     )
     if dry_run:
@@ -325,7 +327,7 @@ def evaluate(
     rows, complete = [], []
     with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
         for step, path in checkpoints:
-            found = _evaluate_checkpoint(evaluator, restore, pathlib.Path(output_dir), step, path)
+            found = _evaluate_checkpoint(evaluator, restore, directory, step, path)
             rows += found
             if len(found) == len(evaluator.tasks):
                 complete += found
@@ -335,7 +337,7 @@ def evaluate(
         best = results.choose_best(complete, best_metric, best_mode)
     content = {"rows": rows, "best": best, "settings": evaluator.settings}
     if jax.process_index() == 0:
-        results.write_results(output_dir, content)
+        results.write_results(directory, content)
         print_table(*results.tabulate(content))
     return content
 
@@ -343,7 +345,7 @@ def evaluate(
 def _evaluate_checkpoint(
     evaluator: InferenceEvaluator,
     restore: Callable[[str], Any],
-    output_dir: pathlib.Path,
+    output_dir: epath.Path,
     step: int,
     path: str,
 ) -> list[dict[str, Any]]:

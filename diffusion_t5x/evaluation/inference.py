@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,7 +13,9 @@ import jax
 import numpy as np
 import seqio
 import tensorflow as tf
+from etils import epath
 
+from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets
 from diffusion_t5x.evaluation.compiled_model import (
@@ -28,6 +29,7 @@ from diffusion_t5x.evaluation.compiled_model import (
 from diffusion_t5x.evaluation.evaluation import find_tasks
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
+from diffusion_t5x.runtime.files import writing
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 
@@ -85,11 +87,13 @@ def infer(
         )
     if dataset_cfg.task_feature_lengths is None:
         raise ValueError("TASK_FEATURE_LENGTHS = None; inference needs the lengths to decode.")
+    directory = paths.as_path(output_dir, "INFER_OUTPUT_DIR")
+    paths.check_writable(directory, "INFER_OUTPUT_DIR")
     datasets.import_task_module(dataset_cfg.module)
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
     tasks = find_tasks(model, dataset_cfg)
     suffix = f"{mode}.jsonl-{shard_id:05}-of-{num_shards:05}"
-    outputs = [pathlib.Path(output_dir) / f"{task.name}-{suffix}" for task in tasks]
+    outputs = [directory / f"{task.name}-{suffix}" for task in tasks]
     if dry_run:
         print("\n".join(f"{path} -> {output}" for output in outputs))
         return []
@@ -172,24 +176,24 @@ def _jsonable(value: Any) -> Any:
     return value.tolist()
 
 
-def _note(output: pathlib.Path) -> pathlib.Path:
+def _note(output: epath.Path) -> epath.Path:
     """Returns the path of the note that a finished file has beside it."""
     return output.with_name(f".{output.name}.settings")
 
 
-def _is_finished(output: pathlib.Path, key: str) -> bool:
+def _is_finished(output: epath.Path, key: str) -> bool:
     """Returns whether a file is whole and of these settings."""
     note = resumable.load(_note(output), key)
     if note is None or not output.exists():
         return False
-    if output.stat().st_size != note["bytes"]:
+    if output.stat().length != note["bytes"]:
         resumable.report(output)
         return False
     return True
 
 
 def _write(
-    output: pathlib.Path,
+    output: epath.Path,
     key: str,
     batches: Iterator[ExampleBatch],
     period: int,
@@ -197,7 +201,7 @@ def _write(
 ) -> None:
     """Writes a file of lines in parts of `period` batches, of which finished ones are skipped."""
     directory = output.with_name(f".{output.name}.parts")
-    parts: list[pathlib.Path] = []
+    parts: list[epath.Path] = []
     with Progress(None, output.name, "examples") as progress:
         while group := list(itertools.islice(batches, period)):
             part = directory / f"part-{len(parts):06}.jsonl"
@@ -206,13 +210,10 @@ def _write(
             parts.append(part)
     if jax.process_index() != 0:
         return
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as whole:
+    with writing(output) as whole:
         for part in parts:
-            with open(part, "rb") as file:
+            with part.open("rb") as file:
                 file.readline()  # the part's key
                 shutil.copyfileobj(file, whole)
-    temporary.replace(output)
-    resumable.save(_note(output), key, {"bytes": output.stat().st_size})
-    shutil.rmtree(directory, ignore_errors=True)
+    resumable.save(_note(output), key, {"bytes": output.stat().length})
+    directory.rmtree(missing_ok=True)

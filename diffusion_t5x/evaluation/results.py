@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from diffusion_t5x.names import check_known
 from diffusion_t5x.runtime.files import write_atomically
@@ -64,8 +65,7 @@ def tabulate(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["step", "task", *names], body
 
 
-def write_results(output_dir: str, results: Mapping[str, Any]) -> None:
+def write_results(directory: epath.Path, results: Mapping[str, Any]) -> None:
     """Writes `results.json` and `results.md`, atomically."""
-    directory = pathlib.Path(output_dir)
     write_atomically(directory / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(directory / "results.md", markdown(*tabulate(results)))

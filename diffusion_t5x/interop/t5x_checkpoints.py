@@ -23,7 +23,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from diffusion_t5x import paths
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
+from diffusion_t5x.runtime import orbax_buckets  # noqa: F401 (for Orbax)
 
 INDEX = "checkpoint"
 STATE = "state"
@@ -96,12 +98,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, is_leaf=lambda _, x: _is_spec(x), sep="/")
 
 
-def kvstore(path: str) -> dict[str, str]:
-    """Returns TensorStore's spec of a directory, local or `gs://bucket/…`."""
-    path = path.rstrip("/") + "/"
-    if match := re.fullmatch(r"gs://([^/]+)/(.*)", path, re.DOTALL):
-        return {"driver": "gcs", "bucket": match.group(1), "path": match.group(2)}
-    return {"driver": "file", "path": path}
+def kvstore(path: str) -> dict[str, Any]:
+    """Returns TensorStore's spec of a directory, local or in a bucket."""
+    spec = paths.kvstore(path.rstrip("/"))
+    return {**spec, "path": f"{spec['path']}/"}
 
 
 def _location(leaf: Any) -> str:
@@ -182,15 +182,16 @@ def _open_orbax(directory: epath.Path) -> T5XCheckpoint:
 def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray]) -> str:
     """Writes `{directory}/checkpoint_{step}`, atomically, in the layout that every T5X reads.
 
-    Returns the checkpoint's path. The directory of the run may be `gs://bucket/…`.
+    Returns the checkpoint's path.
 
     Raises:
       FileExistsError: If it exists.
     """
     final = epath.Path(directory) / f"checkpoint_{step}"
-    if final.exists():
+    if is_t5x_checkpoint(str(final)) or (final.exists() and not paths.is_remote(final)):
         raise FileExistsError(f"{final} already exists; remove it, or write elsewhere.")
-    temporary = epath.Path(directory) / f"{final.name}.tmp"
+    # No directory of a bucket can be renamed: there the index, written last, makes a checkpoint.
+    temporary = final if paths.is_remote(final) else final.with_name(f"{final.name}.tmp")
     if temporary.exists():
         temporary.rmtree()  # of a writer that was killed
     temporary.mkdir(parents=True)
@@ -204,7 +205,8 @@ def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray
         "optimizer": {"target": target, "state": {"step": np.int32(step)}},
     }
     (temporary / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
-    temporary.rename(final)
+    if temporary != final:
+        temporary.rename(final)
     return str(final)
 
 
@@ -215,8 +217,8 @@ def _write_array(directory: epath.Path, name: str, array: np.ndarray) -> dict[st
     spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
     address = kvstore(str(directory / name))
     ts.open({**spec, "kvstore": address}, create=True).result().write(array).result()
-    relative = {**address, "path": name}
-    if "bucket" in relative:
+    relative: dict[str, Any] = {"driver": address["driver"], "path": name}
+    if "bucket" in address:
         relative["bucket"] = "t5x-dummy-bucket"  # as T5X writes it; the index names no real bucket
     return {**spec, "kvstore": relative}
 

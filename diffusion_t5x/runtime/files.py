@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -22,19 +24,35 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     Raises:
       OSError: If it cannot be written; `filename` is set.
     """
-    path = epath.Path(path)
+    target = epath.Path(path)
     content = content.encode() if isinstance(content, str) else content
-    if paths.is_remote(path):
-        paths.file_system(path).pipe_file(str(path), content)
+    if paths.is_remote(target):
+        paths.file_system(target).pipe_file(str(target), content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
     try:
         temporary.write_bytes(content)
     except OSError as error:
         error.filename = error.filename or os.fspath(temporary)  # which the system leaves out
         raise
-    os.replace(temporary, path)
+    temporary.replace(target)
+
+
+@contextmanager
+def writing(path: epath.Path) -> Iterator[IO[bytes]]:
+    """Opens a large file to write, which appears when the block has ended without an error."""
+    if paths.is_remote(path):
+        with tempfile.NamedTemporaryFile() as copy:
+            yield copy
+            copy.flush()
+            paths.file_system(path).put_file(copy.name, str(path))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        yield file
+    temporary.replace(path)
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -42,11 +60,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A file that does not exist has no lines.
     """
-    path = epath.Path(path)
-    if not path.exists():
+    file = epath.Path(path)
+    if not file.exists():
         return []
     lines = []
-    for text in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+    for text in file.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -100,7 +100,7 @@ def evaluation(
 def saving(
     checkpointer: Checkpointer, iterator: datasets.DatasetIterator, log: MetricLog
 ) -> Callable[[Run], None]:
-    """Returns a hook that saves a checkpoint, and the log before it, which a resumed run goes on."""
+    """Returns a hook that saves a checkpoint, after the log, which a resumed run continues."""
 
     def hook(run: Run) -> None:
         log.flush()

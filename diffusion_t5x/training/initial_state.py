@@ -120,7 +120,7 @@ def _select_initial(config: checkpoints.RestoreCheckpointConfig) -> tuple[int, s
     items = ("params",) if config.params_only else ("params", "optimizer")
     config = dataclasses.replace(config, mode="specific")
     try:
-        [(step, path)] = checkpoints.select_checkpoints(config, items)
+        [(step, path)] = checkpoints.select_checkpoints(config, items, "INITIAL_CHECKPOINT_PATH")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"INITIAL_CHECKPOINT_PATH: {error}") from error
     return 0 if config.params_only else step, path

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.interfaces import Model
@@ -102,6 +103,9 @@ def train(
     for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
         if not isinstance(period, int) or period < 1:
             raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
+    directory = paths.as_path(model_dir, "MODEL_DIR")
+    paths.check_writable(directory, "MODEL_DIR")
+    model_dir = str(directory)
     start = initial_state.find(model_dir, checkpoint_cfg)
     last_step = start.last_step(total_steps, relative_steps)
     watchdog = Watchdog(step_timeout_seconds)

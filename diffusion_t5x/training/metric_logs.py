@@ -91,11 +91,12 @@ class MetricLog:
     def flush(self) -> None:
         """Writes everything so far; to be called before a checkpoint that it belongs to."""
         self._log.flush()
+        if self._events == self._dir:
+            return
         for split, writer in self._writers.items():
             writer.flush()
-            if self._events != self._dir:
-                for file in (self._events / split).iterdir():
-                    write_atomically(self._dir / split / file.name, file.read_bytes())
+            for file in (self._events / split).iterdir():
+                write_atomically(self._dir / split / file.name, file.read_bytes())
 
     def __enter__(self) -> MetricLog:
         return self
