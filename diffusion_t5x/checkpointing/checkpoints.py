@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -105,8 +105,13 @@ def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptio
         best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
         policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
     # Only with a `best_fn` does Orbax save the metrics, and so still knows them after a restart.
+    # Of a directory that a thread cannot make, Orbax tells nobody, and all wait for it.
     return ocp.CheckpointManagerOptions(
-        step_prefix=PREFIX, preservation_policy=policy, best_fn=value, create=True
+        step_prefix=PREFIX,
+        preservation_policy=policy,
+        best_fn=value,
+        create=True,
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
 
 
@@ -123,6 +128,13 @@ class _Manager(ocp.CheckpointManager):
             super()._wait_for_checkpointers()
         except BaseException as error:
             self.failure = error
+            raise
+
+    def _finalize(self, *args: Any) -> None:
+        try:
+            super()._finalize(*args)
+        except BaseException as error:  # as of a checkpoint that cannot be deleted
+            self.failure = self.failure or error
             raise
 
 
