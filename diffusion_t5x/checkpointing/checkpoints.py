@@ -7,7 +7,8 @@ the step) and `dataset` (the position of each data shard).
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from diffusion_t5x import names
 from diffusion_t5x.checkpointing import integrity
-from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
+from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
 from diffusion_t5x.checkpointing.reading import optimizer_item
 from diffusion_t5x.interop import t5x_checkpoints
@@ -27,10 +28,6 @@ from diffusion_t5x.runtime.train_state import TrainState
 
 if TYPE_CHECKING:
     from diffusion_t5x.data.datasets import DatasetIterator
-
-PREFIX = "checkpoint"
-ITEMS = ("params", "optimizer", "dataset")
-_NAME = re.compile(rf"^{PREFIX}_(\d+)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,20 +138,29 @@ class _Manager(ocp.CheckpointManager):
 class Checkpointer:
     """The writer of one run's checkpoints; `config` says when to save, and what to keep."""
 
-    def __init__(self, directory: str, config: SaveCheckpointConfig):
+    def __init__(self, directory: str, config: SaveCheckpointConfig, damaged: Sequence[str] = ()):
+        """Opens a run's directory, and renames its damaged checkpoints: their steps are free again.
+
+        Args:
+          directory: The directory of the run.
+          config: When to save, and what to keep.
+          damaged: Paths of the run's damaged checkpoints.
+        """
         self.config = config
         path = epath.Path(directory).absolute()
         if jax.process_index() == 0:
+            for checkpoint in map(epath.Path, damaged):
+                print(f"{checkpoint} is kept as {integrity.set_aside(checkpoint)}.")
             integrity.set_aside_unreadable_metrics(path)
-        multihost_utils.sync_global_devices("checkpoint_metrics_checked")
+        multihost_utils.sync_global_devices("damage_set_aside")
+        arrays = functools.partial(ArraysHandler, config.checksums)
+        self._handlers: dict[str, ArraysHandler | DatasetHandler] = {
+            "params": arrays(),
+            "optimizer": arrays(),
+            "dataset": DatasetHandler(config.checksums),
+        }
         self._manager = _Manager(
-            path,
-            options=_manager_options(config),
-            item_handlers={
-                "params": ArraysHandler(config.checksums),
-                "optimizer": ArraysHandler(config.checksums),
-                "dataset": DatasetHandler(config.checksums),
-            },
+            path, options=_manager_options(config), item_handlers=dict(self._handlers)
         )
 
     def save(
@@ -181,22 +187,16 @@ class Checkpointer:
             items["optimizer"] = ArraysArgs(optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
             items["dataset"] = DatasetArgs(iterator)
+        self._manager.wait_until_finished()  # whose items have another stamp
+        stamp = {"step": step, "items": list(items), "save": secrets.token_hex(8)}
+        for handler in self._handlers.values():
+            handler.stamp = stamp
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def check(self) -> None:
         """Raises the error of a save that failed in the background; does not wait."""
         if self._manager.failure is not None:
             raise self._manager.failure
-
-    def set_aside(self, damaged: Sequence[str]) -> None:
-        """Renames damaged checkpoints of the run, so that their steps can be saved again."""
-        if not damaged:
-            return
-        if jax.process_index() == 0:
-            for path in damaged:
-                print(f"{path} is kept as {integrity.set_aside(epath.Path(path))}.")
-        multihost_utils.sync_global_devices("damaged_checkpoints_set_aside")
-        self._manager.reload()
 
     def close(self) -> None:
         """Waits for pending saves and closes; does not wait after a background failure."""
@@ -213,12 +213,10 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     directory = epath.Path(path)
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
         directory = directory.parent
-    if match := _NAME.match(directory.name):
-        t5x = t5x_checkpoints.is_t5x_checkpoint(str(directory))
-        if t5x or (directory / "params").exists():
-            return [(int(match.group(1)), str(directory.absolute()))]
     children = directory.iterdir() if directory.is_dir() else ()
-    found = [(match, child) for child in children if (match := _NAME.match(child.name))]
+    found = [(match, child) for child in children if (match := integrity.NAME.match(child.name))]
+    if not found and (match := integrity.NAME.match(directory.name)) and directory.exists():
+        found = [(match, directory)]
     return sorted((int(match.group(1)), str(child.absolute())) for match, child in found)
 
 
@@ -256,7 +254,8 @@ def newest_undamaged(path: str, items: Sequence[str]) -> tuple[int, str, tuple[s
       FileNotFoundError: If there is no checkpoint.
       DamagedCheckpointError: If all are damaged.
     """
-    found = list_checkpoints(path)
+    # Names without a step first: they are no older than any checkpoint.
+    found = sorted(list_checkpoints(path), key=lambda each: not integrity.has_valid_name(each[1]))
     errors: dict[str, str] = {}
     for step, checkpoint in reversed(found):
         try:
