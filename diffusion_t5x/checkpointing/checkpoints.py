@@ -7,9 +7,10 @@ the step) and `dataset` (the position of each data shard).
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
+import secrets
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing import integrity
-from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
+from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
 from diffusion_t5x.checkpointing.reading import optimizer_item
 from diffusion_t5x.interop import t5x_checkpoints
@@ -28,10 +29,6 @@ from diffusion_t5x.runtime.train_state import TrainState
 
 if TYPE_CHECKING:
     from diffusion_t5x.data.datasets import DatasetIterator
-
-PREFIX = "checkpoint"
-ITEMS = ("params", "optimizer", "dataset")
-_NAME = re.compile(rf"^{PREFIX}_(\d+)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +103,13 @@ def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptio
         best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
         policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
     # Only with a `best_fn` does Orbax save the metrics, and so still knows them after a restart.
+    # Of a directory that a thread cannot make, Orbax tells nobody, and all wait for it.
     return ocp.CheckpointManagerOptions(
-        step_prefix=PREFIX, preservation_policy=policy, best_fn=value, create=True
+        step_prefix=PREFIX,
+        preservation_policy=policy,
+        best_fn=value,
+        create=True,
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
 
 
@@ -126,26 +128,42 @@ class _Manager(ocp.CheckpointManager):
             self.failure = error
             raise
 
+    def _finalize(self, *args: Any) -> None:
+        try:
+            super()._finalize(*args)
+        except BaseException as error:  # as of a checkpoint that cannot be deleted
+            self.failure = self.failure or error
+            raise
+
 
 class Checkpointer:
     """The writer of one run's checkpoints; `config` says when to save, and what to keep."""
 
-    def __init__(self, directory: str, config: SaveCheckpointConfig):
+    def __init__(self, directory: str, config: SaveCheckpointConfig, damaged: Sequence[str] = ()):
+        """Opens a run's directory, and renames its damaged checkpoints: their steps are free again.
+
+        Args:
+          directory: The directory of the run.
+          config: When to save, and what to keep.
+          damaged: Paths of the run's damaged checkpoints.
+        """
         self.config = config
         path = paths.as_path(directory, "MODEL_DIR")
         if jax.process_index() == 0:
+            for checkpoint in map(epath.Path, damaged):
+                print(f"{checkpoint} is kept as {integrity.set_aside(checkpoint)}.")
             for _, checkpoint in find_checkpoints(str(path)):
                 orbax_buckets.mark_complete(epath.Path(checkpoint))
             integrity.set_aside_unreadable_metrics(path)
-        multihost_utils.sync_global_devices("checkpoint_metrics_checked")
+        multihost_utils.sync_global_devices("damage_set_aside")
+        arrays = functools.partial(ArraysHandler, config.checksums)
+        self._handlers: dict[str, ArraysHandler | DatasetHandler] = {
+            "params": arrays(),
+            "optimizer": arrays(),
+            "dataset": DatasetHandler(config.checksums),
+        }
         self._manager = _Manager(
-            path,
-            options=_manager_options(config),
-            item_handlers={
-                "params": ArraysHandler(config.checksums),
-                "optimizer": ArraysHandler(config.checksums),
-                "dataset": DatasetHandler(config.checksums),
-            },
+            path, options=_manager_options(config), item_handlers=dict(self._handlers)
         )
 
     def save(
@@ -172,22 +190,16 @@ class Checkpointer:
             items["optimizer"] = ArraysArgs(optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
             items["dataset"] = DatasetArgs(iterator)
+        self._manager.wait_until_finished()  # whose items have another stamp
+        stamp = {"step": step, "items": list(items), "save": secrets.token_hex(8)}
+        for handler in self._handlers.values():
+            handler.stamp = stamp
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def check(self) -> None:
         """Raises the error of a save that failed in the background; does not wait."""
         if self._manager.failure is not None:
             raise self._manager.failure
-
-    def set_aside(self, damaged: Sequence[str]) -> None:
-        """Renames damaged checkpoints of the run, so that their steps can be saved again."""
-        if not damaged:
-            return
-        if jax.process_index() == 0:
-            for path in damaged:
-                print(f"{path} is kept as {integrity.set_aside(epath.Path(path))}.")
-        multihost_utils.sync_global_devices("damaged_checkpoints_set_aside")
-        self._manager.reload()
 
     def close(self) -> None:
         """Waits for pending saves and closes; does not wait after a background failure."""
@@ -204,15 +216,13 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     directory = paths.as_path(path, "CHECKPOINT_PATH")
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
         directory = directory.parent
-    if match := _NAME.match(directory.name):
-        t5x = t5x_checkpoints.is_t5x_checkpoint(str(directory))
-        if t5x or ((directory / "params").exists() and orbax_buckets.is_complete(directory)):
-            return [(int(match.group(1)), str(directory))]
     children = directory.iterdir() if directory.is_dir() else ()
-    found = [(match, child) for child in children if (match := _NAME.match(child.name))]
-    if paths.is_remote(directory):  # where names do not say whether a checkpoint is complete
-        found = [(match, child) for match, child in found if _is_complete(child)]
-    return sorted((int(match.group(1)), str(child)) for match, child in found)
+    found = [(match, child) for child in children if (match := integrity.NAME.match(child.name))]
+    if not found and (match := integrity.NAME.match(directory.name)) and directory.exists():
+        found = [(match, directory)]
+    return sorted(
+        (int(match.group(1)), str(child)) for match, child in found if _is_complete(child)
+    )
 
 
 def _is_complete(checkpoint: epath.Path) -> bool:
@@ -255,7 +265,8 @@ def newest_undamaged(path: str, items: Sequence[str]) -> tuple[int, str, tuple[s
       FileNotFoundError: If there is no checkpoint.
       DamagedCheckpointError: If all are damaged.
     """
-    found = list_checkpoints(path)
+    # Names without a step first: they are no older than any checkpoint.
+    found = sorted(list_checkpoints(path), key=lambda each: not integrity.has_valid_name(each[1]))
     errors: dict[str, str] = {}
     for step, checkpoint in reversed(found):
         try:

@@ -5,22 +5,33 @@ arrays, so one flipped bit is one wrong parameter. Each item (`params`, `optimiz
 therefore gets a `checksums.json` with the size and CRC-32 of its files, before Orbax renames the
 checkpoint to its final name: no finished checkpoint lacks it, however the run ends. An item without
 the file (T5X's, or saved with `checksums = False`) is accepted unverified.
+
+Each item also gets a stamp, `checkpoint.json`, with the step and the items of its checkpoint and a
+number drawn for this one save. So an item that is missing or of another one is found as well.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 
+PREFIX = "checkpoint"
+ITEMS = ("params", "optimizer", "dataset")
+NAME = re.compile(rf"^{PREFIX}_(-?\d+)$")
+MAX_STEP = 2**31 - 1
+STAMP = "checkpoint.json"
 CHECKSUMS = "checksums.json"
 DAMAGED = "damaged"
 _READ_BYTES = 1 << 22
@@ -28,7 +39,7 @@ _THREADS = 8
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of a checkpoint is missing, truncated or changed; the message names it."""
+    """A file or item of a checkpoint is missing, or not what was saved; the message names it."""
 
 
 def _checksum(file: epath.Path) -> tuple[int, str]:
@@ -61,27 +72,87 @@ def write_checksums(item: epath.Path) -> None:
     (item / CHECKSUMS).write_text(json.dumps(listed, indent=1) + "\n")
 
 
-def verify(path: str | epath.Path, items: Sequence[str]) -> None:
-    """Compares the files of a checkpoint's items with their checksums, where it has any.
+def write_stamp(item: epath.Path, stamp: Mapping[str, Any]) -> None:
+    """Writes the stamp of an item: 'step', 'items' and the 'save' that they are of."""
+    (item / STAMP).write_text(json.dumps(dict(stamp)) + "\n")
+
+
+def has_valid_name(path: str | epath.Path) -> bool:
+    """Returns False for `checkpoint_{number}` where the number is no step, as in checkpoint_04."""
+    name = epath.Path(path).name
+    match = NAME.match(name)
+    return match is None or name == f"{PREFIX}_{min(abs(int(match[1])), MAX_STEP)}"
+
+
+def verify(path: str | epath.Path, items: Sequence[str], *, alone: bool = False) -> None:
+    """Checks that a checkpoint has its own items, and compares files with their checksums.
 
     All processes of a run call this together. Each reads its share of the files and names the
     damage in it; all of them raise if one found damage.
 
+    Args:
+      path: The checkpoint; one of T5X has nothing to compare with.
+      items: The items whose files are compared.
+      alone: Whether other items may be missing.
+
     Raises:
       FileNotFoundError: If the checkpoint was deleted meanwhile.
-      DamagedCheckpointError: If a file is missing, truncated or changed.
+      DamagedCheckpointError: If an item is missing or of another checkpoint, or a file is missing,
+        truncated or changed.
     """
     path = epath.Path(path)
-    damage = [line for item in items for line in _find_damage(path / item)]
+    damage = []
+    if jax.process_index() == 0 and not t5x_checkpoints.is_t5x_checkpoint(str(path)):
+        damage = _find_misfits(path, items if alone else ITEMS)
+    damage += [line for item in items for line in _find_damage(path / item)]
     found = np.ravel(multihost_utils.process_allgather(np.array(bool(damage))))  # [processes]
     if not found.any():
         return
-    if not path.exists():
+    # A link to nothing does not exist either, and is damage.
+    if not path.exists() and path.name not in (child.name for child in path.parent.iterdir()):
         raise FileNotFoundError(f"{path} was deleted.")
     for process in np.flatnonzero(found):
         if process != jax.process_index():
             damage.append(f"  process {process} found damage; its output names the files")
     raise DamagedCheckpointError(f"{path} is damaged:\n" + "\n".join(damage))
+
+
+def _find_misfits(path: epath.Path, needed: Sequence[str]) -> list[str]:
+    """Returns a line for each thing wrong with the name of a checkpoint or the set of its items."""
+    if not path.is_dir():
+        return ["  it is no directory"]
+    if not has_valid_name(path):
+        return [f"  its name is not {PREFIX}_ and a step from 0 to {MAX_STEP}, such as {PREFIX}_40"]
+    present = [item for item in ITEMS if (path / item).is_dir() and any((path / item).iterdir())]
+    stamps: dict[str, Any] = {}
+    for item in present:
+        try:
+            if (path / item / STAMP).exists():
+                stamp = json.loads((path / item / STAMP).read_text())
+                stamps[item] = str(stamp["save"]), int(stamp["step"]), list(stamp["items"])
+        except (ValueError, TypeError, KeyError) as error:
+            return [f"  {item}/{STAMP} is not readable: {error!r}"]
+    recorded = {"params", *(item for _, _, saved in stamps.values() for item in saved)}
+    if not stamps:
+        recorded |= _recorded_by_orbax(path)
+    damage = [f"  {item} is missing" for item in ITEMS if item in recorded & {*needed} - {*present}]
+    if stamps and len({stamps.get(item, ("",))[0] for item in present}) > 1:
+        of = (f"{item} of step {stamps[item][1]}" for item in stamps)
+        unknown = (f"{item} of an unknown one" for item in present if item not in stamps)
+        damage.append(f"  its items are of different checkpoints: {', '.join([*of, *unknown])}")
+    elif (match := NAME.match(path.name)) and any(
+        step != int(match[1]) for _, step, _ in stamps.values()
+    ):
+        damage.append(f"  it is the checkpoint of step {next(iter(stamps.values()))[1]}")
+    return damage
+
+
+def _recorded_by_orbax(path: epath.Path) -> set[str]:
+    """Returns the items of a checkpoint without stamps, as far as Orbax's own file says."""
+    try:
+        return set(json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _find_damage(item: epath.Path) -> list[str]:

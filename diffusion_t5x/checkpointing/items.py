@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
 
 
 class _Handler(ocp.CheckpointHandler):
-    """A handler that writes checksums of what it saved."""
+    """A handler that writes the stamp and checksums of what it saved.
+
+    Attributes:
+      stamp: What `integrity.write_stamp` writes with the save that is next or in progress.
+    """
 
     def __init__(self, checksums: bool):
         super().__init__()
         self._checksums = checksums
+        self.stamp: dict[str, Any] = {}
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
+        integrity.write_stamp(directory, self.stamp)
         if self._checksums:
             integrity.write_checksums(directory)
 
@@ -83,7 +90,7 @@ class DatasetArgs(ocp.args.CheckpointArgs):
 
 
 def restore_position(path: str, iterator: DatasetIterator) -> None:
-    """Moves an iterator to the position saved in a checkpoint, if there is one.
+    """Moves an iterator to the position saved in a checkpoint, or says that none was saved.
 
     Raises:
       CheckpointMismatchError: If the checkpoint has another number of data shards.
@@ -91,3 +98,5 @@ def restore_position(path: str, iterator: DatasetIterator) -> None:
     item = epath.Path(path) / "dataset"
     if item.exists():
         DatasetHandler(checksums=False).restore(item, DatasetArgs(iterator))
+    elif jax.process_index() == 0:
+        print(f"{path} was saved without a position in the data, which start from the beginning.")

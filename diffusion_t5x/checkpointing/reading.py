@@ -132,7 +132,7 @@ def open_params(path: str) -> dict[str, StoredArray]:
             )
         return t5x_networks.to_ours(params)
     item = _item(path, "params")
-    integrity.verify(path, ("params",))
+    integrity.verify(path, ("params",), alone=True)
 
     def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(item)))

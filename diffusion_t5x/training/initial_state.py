@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffusion_t5x.checkpointing import checkpoints, reading
+from diffusion_t5x.checkpointing import checkpoints, integrity, reading
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.checkpointing.items import restore_position
 from diffusion_t5x.data.datasets import DatasetIterator
@@ -101,7 +101,7 @@ def find(model_dir: str, config: CheckpointConfig) -> StartingPoint:
     # The order is important.
     # 1. The run's own newest undamaged checkpoint: a preempted run resumes, whatever it began with.
     if config.save is not None and checkpoints.find_checkpoints(model_dir):
-        step, path, damaged = checkpoints.newest_undamaged(model_dir, checkpoints.ITEMS)
+        step, path, damaged = checkpoints.newest_undamaged(model_dir, integrity.ITEMS)
         return StartingPoint(path, step, initial_step, True, True, damaged)
     # 2. Without an initial checkpoint, fresh parameters.
     if config.restore is None:
@@ -146,10 +146,8 @@ def restore(
       CheckpointMismatchError: If the checkpoint does not fit.
     """
     if start.path is not None and start.has_optimizer:
-        if checkpointer is not None and start.is_own:
-            checkpointer.set_aside(start.damaged)
-            if checkpointer.config.save_dataset:
-                restore_position(start.path, iterator)
+        if checkpointer is not None and start.is_own and checkpointer.config.save_dataset:
+            restore_position(start.path, iterator)
         return reading.restore_train_state(start.path, abstract)
     state = create()
     if start.path is None:

@@ -161,7 +161,7 @@ def train(
         if checkpoint_cfg.save is not None:
             # Finishes pending saves however training ends.
             checkpointer = opened.enter_context(
-                contextlib.closing(Checkpointer(model_dir, checkpoint_cfg.save))
+                contextlib.closing(Checkpointer(model_dir, checkpoint_cfg.save, start.damaged))
             )
         key = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
         create = functools.partial(create_train_state, model, partitioner, *spec, key)

@@ -20,14 +20,16 @@ from diffusion_t5x.checkpointing.checkpoints import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
     list_checkpoints,
+    newest_undamaged,
     select_checkpoints,
 )
-from diffusion_t5x.checkpointing.integrity import CHECKSUMS, DamagedCheckpointError
+from diffusion_t5x.checkpointing.integrity import CHECKSUMS, ITEMS, STAMP, DamagedCheckpointError
+from diffusion_t5x.checkpointing.items import restore_position
 from diffusion_t5x.checkpointing.reading import open_params, restore_params
 from diffusion_t5x.commands import launch_local
+from diffusion_t5x.data import datasets
 from diffusion_t5x.runtime.train_state import TrainState
 
-ITEMS = ("params", "optimizer", "dataset")
 COMMIT_MARK = "commit_success.txt"  # Orbax's, written last and never read
 
 
@@ -96,11 +98,146 @@ def test_damage_to_the_checksums_themselves_is_damage(a_copy):
             integrity.verify(a_copy / "checkpoint_4", ITEMS)
 
 
-def test_only_what_is_asked_for_is_looked_at(a_copy):
+def test_only_the_files_that_are_asked_for_are_compared(a_copy):
     _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "optimizer"))
     integrity.verify(a_copy / "checkpoint_4", ("params",))
     with pytest.raises(DamagedCheckpointError):
         integrity.verify(a_copy / "checkpoint_4", ("optimizer",))
+
+
+def _replace(path, source):
+    """Puts a copy of `source`, '' as a file, None as a dangling link, at a path."""
+    if path.exists():
+        shutil.rmtree(path)
+    if source is None:
+        path.symlink_to("/nowhere")
+    elif source == "":
+        path.write_text("")
+    else:
+        shutil.copytree(source, path)
+
+
+def _assert_passed_over(run, damaged, words, capsys):
+    """A run's newest checkpoint is the one before, and the damaged one is refused by its name."""
+    capsys.readouterr()
+    step, _, found = newest_undamaged(str(run), ("params",))
+    assert (step, found) == (2, (str(damaged),))
+    assert f"{damaged} is damaged:\n  {words}" in capsys.readouterr().out
+    with pytest.raises((DamagedCheckpointError, FileNotFoundError), match=re.escape(str(damaged))):
+        select_checkpoints(RestoreCheckpointConfig(str(damaged)))
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    return tmp_path_factory.mktemp("empty")
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_a_missing_item_is_damage_whatever_is_in_its_place(a_copy, item, empty, capsys):
+    path = a_copy / "checkpoint_4" / item
+    for source in (empty, "", None):
+        _replace(path, source)
+        _assert_passed_over(a_copy, a_copy / "checkpoint_4", f"{item} is missing", capsys)
+        path.unlink() if source is None or source == "" else path.rmdir()
+    _assert_passed_over(a_copy, a_copy / "checkpoint_4", f"{item} is missing", capsys)
+
+
+def _iterator():
+    return datasets.get_training_iterator(toy.dataset_cfg(), toy.model().FEATURE_CONVERTER_CLS)
+
+
+def _save(directory, step, **settings):
+    arrays = {"a": jnp.zeros(3)}
+    checkpointer = Checkpointer(str(directory), SaveCheckpointConfig(**settings))
+    checkpointer.save(TrainState(jnp.int32(step), arrays, arrays), _iterator())
+    checkpointer.close()
+    return directory / f"checkpoint_{step}"
+
+
+@pytest.fixture(scope="module")
+def of_another_run(tmp_path_factory):
+    """A checkpoint of the same step."""
+    return _save(tmp_path_factory.mktemp("other"), 4)
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_an_item_of_another_step_or_run_is_damage(run_dir, of_another_run, a_copy, item, capsys):
+    for source in (run_dir / "checkpoint_2", of_another_run):
+        _replace(a_copy / "checkpoint_4" / item, source / item)
+        words = "its items are of different checkpoints: params of step"
+        _assert_passed_over(a_copy, a_copy / "checkpoint_4", words, capsys)
+
+
+def test_an_item_without_a_stamp_among_others_is_of_another_checkpoint(a_copy, capsys):
+    for name in (CHECKSUMS, STAMP):
+        (a_copy / "checkpoint_4" / "optimizer" / name).unlink()
+    words = (
+        "its items are of different checkpoints: params of step 4, dataset of step 4, optimizer of "
+        "an unknown one"
+    )
+    _assert_passed_over(a_copy, a_copy / "checkpoint_4", words, capsys)
+
+
+def test_another_step_under_this_name_is_damage(run_dir, a_copy, capsys):
+    _replace(a_copy / "checkpoint_4", run_dir / "checkpoint_2")
+    words = "it is the checkpoint of step 2"
+    _assert_passed_over(a_copy, a_copy / "checkpoint_4", words, capsys)
+
+
+def test_what_is_no_checkpoint_where_one_should_be_is_damage(run_dir, a_copy, empty, capsys):
+    shutil.rmtree(a_copy / "checkpoint_4")
+    name = "its name is not checkpoint_ and a step from 0 to 2147483647"
+    for source, words in (
+        (empty, "params is missing"),
+        ("", "it is no directory"),
+        (None, "it is no directory"),
+    ):
+        _replace(a_copy / "checkpoint_6", source)
+        _assert_passed_over(a_copy, a_copy / "checkpoint_6", words, capsys)
+        integrity.set_aside(integrity.epath.Path(a_copy / "checkpoint_6"))
+    for number in ("99999999999999999999", "2147483648", "-5", "02", "\u0664"):
+        path = a_copy / f"checkpoint_{number}"
+        source = run_dir / "checkpoint_2"
+        _replace(path, source)
+        _assert_passed_over(a_copy, path, name, capsys)
+        shutil.rmtree(path)
+
+
+def test_a_run_sets_aside_whatever_is_damaged_and_saves_its_steps_again(a_copy):
+    shutil.rmtree(a_copy / "checkpoint_4" / "dataset")
+    (a_copy / "checkpoint_6").write_text("")
+    (a_copy / "checkpoint_8").symlink_to("/nowhere")
+    (a_copy / "checkpoint_007").mkdir()
+    assert int(toy.run(a_copy, 8).step) == 8
+    kept = {path.name for path in a_copy.glob("*.damaged")}
+    assert kept == {f"checkpoint_{step}.damaged" for step in ("4", "6", "8", "007")}
+    assert [step for step, _ in list_checkpoints(str(a_copy))] == [2, 4, 6, 8]
+    integrity.verify(a_copy / "checkpoint_4", ITEMS)
+
+
+def test_an_older_checkpoint_without_stamps_is_valid_and_its_missing_items_are_still_found(
+    a_copy, capsys
+):
+    checkpoint = a_copy / "checkpoint_4"
+    for file in [*a_copy.rglob(STAMP), *a_copy.rglob(CHECKSUMS)]:
+        file.unlink()
+    integrity.verify(checkpoint, ITEMS)
+    shutil.rmtree(checkpoint / "dataset")
+    _assert_passed_over(a_copy, checkpoint, "dataset is missing", capsys)
+    (checkpoint / "_CHECKPOINT_METADATA").unlink()
+    integrity.verify(checkpoint, ITEMS)  # nothing says that there was one
+
+
+def test_where_no_data_position_was_saved_a_line_says_that_the_data_begin_again(tmp_path, capsys):
+    path = _save(tmp_path, 2, save_dataset=False)
+    integrity.verify(path, ITEMS)
+    restore_position(str(path), _iterator())
+    assert f"{path} was saved without a position in the data" in capsys.readouterr().out
+
+
+def test_parameters_can_be_converted_out_of_a_checkpoint_that_lacks_other_items(a_copy):
+    shutil.rmtree(a_copy / "checkpoint_4" / "optimizer")
+    assert open_params(str(a_copy / "checkpoint_4"))
 
 
 @pytest.mark.parametrize(
@@ -157,8 +294,8 @@ def test_the_latest_of_another_run_is_its_newest_undamaged_one_and_a_named_one_i
 
 
 def test_what_has_no_checksums_is_read_as_it_is(a_copy):
-    for checksums in a_copy.rglob(CHECKSUMS):
-        checksums.unlink()
+    for file in [*a_copy.rglob(CHECKSUMS), *a_copy.rglob(STAMP)]:
+        file.unlink()
     assert int(toy.run(a_copy, 5).step) == 5
 
 

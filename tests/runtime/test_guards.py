@@ -29,6 +29,7 @@ from diffusion_t5x.checkpointing.checkpoints import (
     list_checkpoints,
 )
 from diffusion_t5x.commands.launch_local import free_port, process_argv, process_environment
+from diffusion_t5x.data import datasets
 from diffusion_t5x.evaluation import inference
 from diffusion_t5x.runtime.guards import (
     DISK_FULL,
@@ -343,6 +344,44 @@ def test_what_fails_in_the_background_is_seen_while_other_processes_are_still_at
         list_checkpoints(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["checkpoint_1", "optimizer", "dataset"])
+def test_a_directory_that_cannot_be_made_ends_a_save_at_once(tmp_path, monkeypatch, name):
+    original = os.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if os.path.basename(path).startswith(f"{name}.orbax"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    checkpointer = Checkpointer(str(tmp_path), SaveCheckpointConfig())
+    iterator = datasets.get_training_iterator(toy.dataset_cfg(), toy.model().FEATURE_CONVERTER_CLS)
+    started = time.monotonic()
+    arrays = {"a": jnp.zeros(3)}
+    with pytest.raises(OSError, match=f"No space left on device.*{name}.orbax"):
+        checkpointer.save(TrainState(jnp.int32(1), arrays, arrays), iterator)
+    checkpointer.close()
+    assert time.monotonic() - started < 10
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_the_run_with_the_reason(tmp_path, monkeypatch):
+    config = SaveCheckpointConfig(save_dataset=False, keep=1)
+    checkpointer = Checkpointer(str(tmp_path), config)
+
+    def refuse(steps):
+        if steps:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(checkpointer._manager._checkpoint_deleter, "delete_steps", refuse)
+    deadline = time.monotonic() + 20
+    checkpointer.save(TrainState(jnp.int32(1), {"a": jnp.zeros(3)}, None))
+    checkpointer.save(TrainState(jnp.int32(2), {"a": jnp.zeros(3)}, None))
+    with pytest.raises(PermissionError):
+        while time.monotonic() < deadline:
+            checkpointer.check()
+            time.sleep(0.01)
+
+
 def _may_mount():
     try:
         command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
@@ -405,6 +444,56 @@ def test_a_disk_that_is_really_full_stops_a_run_within_steps_and_with_room_it_re
     assert f"no room for metrics: {DISK_FULL}" in done.stdout
     assert f"{disk}/run cannot be written to: No space left on device" in done.stderr
     assert f"the disk mounted at {disk}." in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _may_mount(), reason="no disk can be mounted here")
+def test_a_disk_without_room_for_one_more_file_ends_a_save_wherever_that_is(tmp_path):
+    program = """
+        import pathlib, subprocess, sys, threading
+        sys.path.insert(0, {tests!r})
+        import jax.numpy as jnp
+        import toy
+        from diffusion_t5x.checkpointing.checkpoints import Checkpointer, SaveCheckpointConfig
+        from diffusion_t5x.data import datasets
+        from diffusion_t5x.runtime.guards import DiskFull, stops_when_full
+        from diffusion_t5x.runtime.train_state import TrainState
+
+        iterator = datasets.get_training_iterator(
+            toy.dataset_cfg(), toy.model().FEATURE_CONVERTER_CLS
+        )
+        next(iterator)
+
+        def save(directory, stopped):
+            arrays = {{"a": jnp.zeros(3)}}
+            try:
+                with stops_when_full(directory):
+                    checkpointer = Checkpointer(directory, SaveCheckpointConfig())
+                    for step in range(9):
+                        checkpointer.save(TrainState(jnp.int32(step), arrays, arrays), iterator)
+                    checkpointer.close()
+            except DiskFull as error:
+                stopped.append(error)
+
+        for files in range(3, 60, 3):
+            disk = pathlib.Path({disk!r}, str(files))
+            disk.mkdir()
+            options = "-onr_inodes=" + str(files)
+            subprocess.run(["mount", "-ttmpfs", options, "tmpfs", disk], check=True)
+            stopped = []
+            thread = threading.Thread(target=save, args=(str(disk), stopped), daemon=True)
+            thread.start()
+            thread.join(20)
+            assert stopped, f"room for {{files}} files"
+        print("all ended")
+    """
+    text = program.format(tests=os.path.dirname(toy.__file__), disk=str(tmp_path))
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", textwrap.dedent(text)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert "all ended" in done.stdout, done.stderr[-3000:]
 
 
 TWO_PROCESSES = """
