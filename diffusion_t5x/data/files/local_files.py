@@ -1,10 +1,14 @@
 """Users' own files as SeqIO data sources, chosen by gin, instead of TFDS.
 
 Each file is read once, checked, and written to the cache as a file of TensorFlow records (see
-`file_cache.cache_dir`); training reads those. A generator over the users' files would be simpler,
-but a run could not resume from it at the exact example: tf.data saves the position of its own
-readers, and not that of a Python generator. The check has to read everything before a run starts
-anyway. The price is disk space: as much as the uncompressed text. The cache may be emptied at any
+`records`); training reads those. A generator over the users' files would be simpler, but a run
+could not resume from it at the exact example: tf.data saves the position of its own readers, and
+not that of a Python generator. The check has to read everything before a run starts anyway.
+
+What is read unshuffled comes from these files, in the order of files and lines. What is shuffled is
+dealt into shards first, for tf.data shuffles a thousand examples at a time: in the order of files
+the first steps would see the beginning of the first alone. The price is disk space: as much as the
+uncompressed text, and twice that for a split that is shuffled. The cache may be emptied at any
 time; a file that changed, or is read with other settings, is checked again. An interrupted check
 resumes at the first file that it had not finished.
 """
@@ -13,25 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
-import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import seqio
 import tensorflow as tf
 
 import gin
-from diffusion_t5x.data.embedded import file_cache
-from diffusion_t5x.data.files import readers
-from diffusion_t5x.data.files.readers import Reader, Record, Refusal
+from diffusion_t5x.data.files import readers, records
+from diffusion_t5x.data.files.readers import Reader
+from diffusion_t5x.data.files.records import Checked
 from diffusion_t5x.names import did_you_mean, nearest
-
-# Raise it whenever the records of the same file change.
-FORMAT_VERSION = 1
-REASONS_SHOWN = 3
 
 # Names of the sources that files may be given for.
 _KNOWN: set[str] = set()
@@ -141,66 +138,13 @@ def find_files(
     return [(path,) for path in dict.fromkeys(found)]
 
 
-class Checked(NamedTuple):
-    """The outcome of reading corresponding files."""
-
-    path: str  # of their records, in TensorFlow's record format
-    records: int
-    refused: int
-    refusals: list[str]  # the first few, with file, line and reason
-
-
-def _example(record: Record) -> bytes:
-    """Serialises a record as a `tf.train.Example`."""
-
-    def feature(value: str | list[str]) -> tf.train.Feature:
-        texts = [value] if isinstance(value, str) else value
-        encoded = tf.train.BytesList(value=[text.encode() for text in texts])
-        return tf.train.Feature(bytes_list=encoded)
-
-    features = tf.train.Features(feature={name: feature(x) for name, x in record.items()})
-    return tf.train.Example(features=features).SerializeToString()
-
-
-def _write_records(reader: Reader, files: tuple[str, ...], split: str | None, path: str) -> Checked:
-    kept, refused, refusals = 0, 0, []
-    with tf.io.TFRecordWriter(path) as writer:
-        for item in reader.read(files, split):
-            if isinstance(item, Refusal):
-                refused += 1
-                if refused <= REASONS_SHOWN:
-                    refusals.append(str(item))
-            else:
-                writer.write(_example(item))
-                kept += 1
-    return Checked(path, kept, refused, refusals)
-
-
-def check_files(reader: Reader, files: tuple[str, ...], split: str | None = None) -> Checked:
-    """Reads corresponding files once, and keeps their good records, or one split's, in the cache.
-
-    Raises:
-      ValueError: if a file cannot be read as a whole; see `readers`.
-    """
+def _versions(files: tuple[str, ...]) -> list[tuple[str, int, int]]:
+    """Returns name, size and time of change of each file."""
     stats = [tf.io.gfile.stat(path) for path in files]
-    versions = [
+    return [
         (path if "://" in path else os.path.abspath(path), stat.length, stat.mtime_nsec)
         for path, stat in zip(files, stats, strict=True)
     ]
-    key = json.dumps([FORMAT_VERSION, repr(reader), split, versions])
-    name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-
-    def write(summary: pathlib.Path) -> None:
-        records = summary.with_suffix(".tfrecord")
-        checked = _write_records(reader, files, split, str(records))
-        # The records first, so that a summary implies its records.
-        os.replace(records, summary.parent.parent / records.name)
-        summary.write_text(json.dumps(checked[1:]), encoding="utf-8")
-        print(f"checked {' and '.join(files)}: {checked.records:,} records", flush=True)
-
-    summary = file_cache.cached_file(f"local_files/{name}.json", write)
-    counts = json.loads(summary.read_text(encoding="utf-8"))
-    return Checked(str(summary.with_suffix(".tfrecord")), *counts)
 
 
 def _check_split(
@@ -214,10 +158,15 @@ def _check_split(
     key = (name, repr(reader), tuple(files), split)
     if key in _CHECKED:
         return _CHECKED[key]
-    checked = tuple(check_files(reader, corresponding, split) for corresponding in files)
+    versions = [_versions(corresponding) for corresponding in files]
+    progress = records.Progress(sum(size for part in versions for _, size, _ in part))
+    checked = tuple(
+        records.check_files(reader, corresponding, version, split, progress)
+        for corresponding, version in zip(files, versions, strict=True)
+    )
     kept = sum(part.records for part in checked)
     refused = sum(part.refused for part in checked)
-    reasons = [reason for part in checked for reason in part.refusals][:REASONS_SHOWN]
+    reasons = [reason for part in checked for reason in part.refusals][: records.REASONS_SHOWN]
     shown = "".join(f"\n  {reason}" for reason in reasons)
     if not kept:
         raise ValueError(
@@ -227,7 +176,46 @@ def _check_split(
     return _CHECKED.setdefault(key, checked)
 
 
-class _CheckedRecords(seqio.TFExampleDataSource):
+class _CheckedRecords(seqio.DataSource):
+    """The records of one split's checked files, in their order, or shuffled."""
+
+    def __init__(self, name: str, split: str, parts: Sequence[Checked], fields: Mapping[str, str]):
+        super().__init__((split,), {split: sum(part.records for part in parts)})
+        self._name, self._parts, self._fields = name, parts, fields
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return records.shard_names(self._parts)
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **kwargs: Any,
+    ) -> tf.data.Dataset:
+        dealt = shuffle and len(self.list_shards(split)) > 1
+        paths = (
+            records.deal(self._parts, f"{self._name}:{split}")
+            if dealt
+            else [part.path for part in self._parts]
+        )
+        source = _RecordFiles(
+            {split: paths}, _description(self._fields), cycle_length=16 if shuffle else 1
+        )
+        # Data shards that cannot have equally many files divide the records instead.
+        divides = dealt and shard_info and len(paths) % shard_info.num_shards == 0
+        dataset = source.get_dataset(split, shuffle, seed, shard_info if divides else None)
+        if shard_info is None or divides:
+            return dataset
+        return dataset.shard(shard_info.num_shards, shard_info.index)
+
+
+class _RecordFiles(seqio.TFExampleDataSource):
     """Record files of known paths, which are not interpreted as globs."""
 
     def list_shards(self, split: str) -> Sequence[str]:
@@ -286,11 +274,11 @@ class LocalFilesDataSource(seqio.DataSource):
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """False: data is sharded by files if there are enough, else by examples."""
+        """False: data is sharded by shards if there are enough, else by examples."""
         return False
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """Lists the files of records, one per file or pair of files, or `otherwise`'s shards."""
+        """Lists the shards into which records are dealt, or `otherwise`'s shards."""
         return self._source(split).list_shards(split)
 
     def num_input_examples(self, split: str) -> int | None:
@@ -311,13 +299,13 @@ class LocalFilesDataSource(seqio.DataSource):
           ValueError: if files are needed and none are given, a pattern matches no file, or no
             record is good.
         """
-        source = self._source(split, cycle_length=16 if shuffle else 1)
+        source = self._source(split)
         dataset = source.get_dataset(split, shuffle, seed, shard_info, **kwargs)
         if source is self._otherwise and self._to_record is not None:
             return dataset.map(self._to_record)
         return dataset
 
-    def _source(self, split: str, cycle_length: int = 1) -> seqio.DataSource:
+    def _source(self, split: str) -> seqio.DataSource:
         """Returns `otherwise` if it is to be read, else the files of a split, checked."""
         settings = settings_of(self.name)
         if self.name in settings.files:
@@ -337,9 +325,4 @@ class LocalFilesDataSource(seqio.DataSource):
             raise ValueError(f"{setting} = {given!r}; expected {{split: files}}.")
         files = find_files(given, setting, getattr(reader, "languages", None))
         checked = _check_split(f"{self.name}:{split}", reader, files, kept_split)
-        return _CheckedRecords(
-            {split: [part.path for part in checked]},
-            _description(reader.fields),
-            num_input_examples={split: sum(part.records for part in checked)},
-            cycle_length=cycle_length,
-        )
+        return _CheckedRecords(self.name, split, checked, reader.fields)

@@ -1,9 +1,9 @@
 """Readers of users' files, which check each record and refuse a malformed one by file and line.
 
-A reader turns files into records, dictionaries of texts and lists of texts, and into `Refusal`s. A
-file that cannot be read as a whole, such as a damaged gzip stream or two parallel files of
-different lengths, is an error. Files may be gzip, whatever their names, and may be anywhere that
-`tf.io.gfile` reads, e.g. `gs://`. All are streamed, except for SQuAD's single JSON object.
+A reader says how files are divided into items (`batches`) and turns an item into a record, a
+dictionary of texts and lists of texts (`record`). Items are independent, so several processes can
+parse at once. A file that cannot be read as a whole, such as a damaged gzip stream or two parallel
+files of different lengths, is an error. All are streamed, except for a JSON value that is a file.
 
 JSON and tab-separated lines are parsed one by one, as pyarrow's readers stop at the first line that
 is malformed and do not give its number.
@@ -12,21 +12,19 @@ is malformed and do not give its number.
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import tensorflow as tf
+from diffusion_t5x.data.files import lines
+from diffusion_t5x.data.files.lines import Batch, Malformed, form_of
 
 Record = dict[str, str | list[str]]
 
 TEXT = "a text that is not empty"
-OPTIONAL_TEXT = "a text, perhaps empty or missing"
+OPTIONAL_TEXT = "a text or a list of lines, perhaps empty or missing"
 TEXTS = "a list of texts that are not empty"
-JSON_LINES = (".jsonl", ".json", ".ndjson")
+JSON_FORMS = (".jsonl", ".json", ".ndjson", ".parquet")
 DOCUMENT_UNITS = ("line", "blank_line")
 
 
@@ -35,12 +33,12 @@ class Refusal:
     """A malformed record, which is left out."""
 
     file: str
-    line: int | None  # from 1, or a Parquet file's row; None inside an object that is the file
+    place: int | str  # a line or row, from 1, or a place inside a JSON value, such as '[2]'
     reason: str
 
     def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.reason}"
+        space = "" if isinstance(self.place, int) else " "
+        return f"{self.file}:{space}{self.place}: {self.reason}"
 
 
 class Reader(Protocol):
@@ -50,54 +48,63 @@ class Reader(Protocol):
     def fields(self) -> Mapping[str, str]:
         """The fields of every record, name -> `TEXT`, `OPTIONAL_TEXT` or `TEXTS`."""
 
-    def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """Yields the records of corresponding files, mostly one, or two of parallel text.
-
-        If the files hold several splits, only the records of `split` are kept, unless it is None.
+    def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
+        """Yields the items of corresponding files, mostly one, or two of parallel text.
 
         Raises:
           ValueError: if a file cannot be read as a whole.
         """
 
+    def record(self, item: Any, kind: str, split: str | None) -> Record | None:
+        """Returns the record of an item; None if there is none, or it is of another split.
 
-class Malformed(ValueError):
-    """A defect because of which a record is refused."""
+        If the files hold several splits, only the records of `split` are kept, unless it is None.
+
+        Raises:
+          Malformed: if the item is refused.
+        """
 
 
-def read_lines(path: str) -> Iterator[bytes]:
-    """Yields the lines of a file without their ends and without a byte order mark.
+def parse(reader: Reader, batch: Batch, split: str | None = None) -> Iterator[Record | Refusal]:
+    """Yields the records of a batch, and what is refused."""
+    for place, item in zip(batch.places, batch.items, strict=True):
+        try:
+            if isinstance(item, Malformed):
+                raise item
+            record = reader.record(item, batch.kind, split)
+        except Malformed as error:
+            yield Refusal(batch.files[error.file], place, str(error))
+        else:
+            if record is not None:
+                yield record
+
+
+def read(
+    reader: Reader, files: tuple[str, ...], split: str | None = None
+) -> Iterator[Record | Refusal]:
+    """Yields the records of corresponding files, and what is refused, in order.
 
     Raises:
-      ValueError: if the file is a damaged gzip stream.
+      ValueError: if a file cannot be read as a whole.
     """
-    number = 0
-    with tf.io.gfile.GFile(path, "rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        try:
-            lines = gzip.GzipFile(fileobj=raw) if zipped else raw
-            for number, line in enumerate(lines, 1):
-                text = line.removesuffix(b"\n").removesuffix(b"\r")
-                yield text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged after line {number}: {error}") from error
+    for batch in reader.batches(files):
+        yield from parse(reader, batch, split)
 
 
-def form_of(path: str) -> str:
-    """Returns a file's last suffix in lower case without '.gz': '.jsonl' for 'a.jsonl.gz'."""
-    name = path.rsplit("/", 1)[-1].lower().removesuffix(".gz")
-    return f".{name.rsplit('.', 1)[1]}" if "." in name else ""
-
-
-def _decode(line: bytes) -> str:
+def _decode(line: bytes, file: int = 0) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8 at byte {error.start + 1} of the line") from error
+        raise Malformed(f"not UTF-8 at byte {error.start + 1} of its text", file) from error
 
 
-def _parse_object(line: bytes) -> Mapping[str, Any]:
-    text = _decode(line)
+def _object(item: Any, kind: str) -> Mapping[str, Any]:
+    """Returns the object that a line of JSON or a value is."""
+    if kind == "value":
+        if not isinstance(item, dict):
+            raise Malformed(f"expected a JSON object, found {type(item).__name__}")
+        return item
+    text = _decode(item)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -109,11 +116,11 @@ def _parse_object(line: bytes) -> Mapping[str, Any]:
     return value
 
 
-def _check_text(value: Any, name: str, optional: bool = False) -> str:
+def _check_text(value: Any, name: str, kind: str = TEXT, file: int = 0) -> str:
     if not isinstance(value, str):
-        raise Malformed(f"{name!r} is {type(value).__name__}, expected {TEXT}")
-    if not optional and not value.strip():
-        raise Malformed(f"{name!r} is empty, expected {TEXT}")
+        raise Malformed(f"{name!r} is {type(value).__name__}, expected {kind}", file)
+    if kind != OPTIONAL_TEXT and not (value and value.strip()):
+        raise Malformed(f"{name!r} is empty, expected {kind}", file)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -121,60 +128,63 @@ def _check_text(value: Any, name: str, optional: bool = False) -> str:
     return value
 
 
-def _check_field(record: Mapping[str, Any], name: str, kind: str) -> str | list[str]:
-    if name not in record:
+def _check_field(
+    record: Mapping[str, Any], name: str, kind: str, names: Sequence[str] = ()
+) -> str | list[str]:
+    """Returns the field of the first of `names`, `name` before them, that the record has."""
+    found = next((one for one in (name, *names) if one in record), None)
+    if found is None:
         if kind == OPTIONAL_TEXT:
             return ""
         raise Malformed(f"lacks {name!r}; it has {sorted(record)}")
-    value = record[name]
-    if kind != TEXTS:
-        return _check_text(value, name, optional=kind == OPTIONAL_TEXT)
-    if not isinstance(value, list) or not value:
-        raise Malformed(f"{name!r} is {value!r:.40}, expected {TEXTS}")
-    return [_check_text(text, name) for text in value]
+    value = record[found]
+    if kind == TEXTS:
+        if not isinstance(value, list) or not value:
+            raise Malformed(f"{found!r} is {value!r:.40}, expected {TEXTS}")
+        return [_check_text(text, found) for text in value]
+    if kind == OPTIONAL_TEXT and isinstance(value, list):
+        return "\n".join(_check_text(text, found, kind) for text in value)
+    return _check_text(value, found, kind)
 
 
-def _parse_all(
-    path: str, items: Iterator[Any], parse: Callable[[Any], Record | None]
-) -> Iterator[Record | Refusal]:
-    """Parses items, numbered from 1; skips those for which `parse` returns None."""
-    for number, item in enumerate(items, 1):
-        try:
-            record = parse(item)
-        except Malformed as error:
-            yield Refusal(path, number, str(error))
-        else:
-            if record is not None:
-                yield record
+def _json_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
+    """Yields the objects of JSON lines or an array, or the rows of a Parquet file."""
+    parquet = form_of(path) == ".parquet"
+    return lines.parquet_batches(path, columns) if parquet else lines.json_batches(path)
 
 
-def _parse_json_lines(
-    path: str, parse: Callable[[Mapping[str, Any]], Record | None]
-) -> Iterator[Record | Refusal]:
-    """Parses the objects of a JSON lines file, whose blank lines are skipped."""
-    return _parse_all(
-        path, read_lines(path), lambda line: parse(_parse_object(line)) if line.strip() else None
-    )
+def _is_blank(item: Any, kind: str) -> bool:
+    return kind == "json" and not item.strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """A reader of one JSON object per line, as MBPP and HumanEval are published."""
+    """A reader of objects, as MBPP and HumanEval are published: JSON lines, an array or Parquet.
+
+    Attributes:
+      fields: The fields of a record and their kinds.
+      split_field: A whole number that determines the split of a record.
+      split_ranges: The first and last number of each split.
+      other_names: Further names of fields in files.
+    """
 
     fields: Mapping[str, str]
-    split_field: str = ""  # has a whole number that determines the split of a record
-    # The first and last number of each split.
+    split_field: str = ""
     split_ranges: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
+    def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
         [path] = files
+        return _json_batches(path, [*self.fields, *self.other_names.values(), self.split_field])
 
-        def parse(value: Mapping[str, Any]) -> Record | None:
-            if split is not None and not self._belongs(value, split):
-                return None
-            return {name: _check_field(value, name, kind) for name, kind in self.fields.items()}
-
-        return _parse_json_lines(path, parse)
+    def record(self, item: Any, kind: str, split: str | None) -> Record | None:
+        if _is_blank(item, kind):
+            return None
+        value = _object(item, kind)
+        if split is not None and not self._belongs(value, split):
+            return None
+        names = ((name, [self.other_names.get(name, name)]) for name in self.fields)
+        return {name: _check_field(value, name, self.fields[name], more) for name, more in names}
 
     def _belongs(self, record: Mapping[str, Any], split: str) -> bool:
         number = record.get(self.split_field)
@@ -186,27 +196,60 @@ class JsonLines:
 
 @dataclasses.dataclass(frozen=True)
 class Squad:
-    """A reader of SQuAD v1.1's JSON, one object per file: articles, paragraphs, questions.
+    """A reader of SQuAD v1.1: its JSON, one object per file, or Hugging Face's rows.
 
-    A refusal names the place of its question, such as `data[0].paragraphs[2].qas[1]`.
+    The former is articles, paragraphs, questions; a refusal names the place of its question, such
+    as `data[0].paragraphs[2].qas[1]`. The latter are JSON lines, an array, Parquet, or the `data`
+    of an object; they have 'context', 'question' and 'answers', which has the list 'text'.
     """
 
     fields = {"context": TEXT, "question": TEXT, "answers": TEXTS}
 
-    def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
+    def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
         [path] = files
-        try:
-            document = _parse_object(b"\n".join(read_lines(path)))
-        except Malformed as error:
-            yield Refusal(path, getattr(error.__cause__, "lineno", 1), str(error))
+        if form_of(path) == ".parquet":
+            yield from lines.parquet_batches(path, tuple(self.fields))
             return
-        for article_place, article in _entries(document, "data", ""):
-            for paragraph_place, paragraph in _entries(article, "paragraphs", article_place):
-                for place, question in _entries(paragraph, "qas", paragraph_place):
-                    try:
-                        yield _squad_record(paragraph, question)
-                    except Malformed as error:
-                        yield Refusal(path, None, f"{place}: {error}")
+        for batch in lines.json_batches(path, may_be_one=True):
+            first = batch.items[0] if batch.kind == "value" and len(batch.items) == 1 else None
+            if isinstance(first, dict) and "context" not in first:
+                found = dict(_questions(first))
+                batch = dataclasses.replace(batch, places=[*found], items=[*found.values()])  # noqa: PLW2901
+            yield batch
+
+    def record(self, item: Any, kind: str, split: str | None) -> Record | None:
+        if _is_blank(item, kind):
+            return None
+        question = _object(item, kind)
+        answers = question.get("answers")
+        if isinstance(answers, dict) and isinstance(answers.get("text"), list):
+            texts = answers["text"]
+        elif not isinstance(answers, list):
+            raise Malformed(f"'answers' is {answers!r:.40}, expected a list, or an object with one")
+        elif not all(isinstance(answer, dict) and "text" in answer for answer in answers):
+            raise Malformed("'answers' has an entry without 'text'")
+        else:
+            texts = [answer["text"] for answer in answers]
+        if not texts:
+            raise Malformed("has no answer; questions without answers are SQuAD v2.0's")
+        return {
+            "context": _check_field(question, "context", TEXT),
+            "question": _check_field(question, "question", TEXT),
+            "answers": [_check_text(text, "text") for text in texts],
+        }
+
+
+def _questions(document: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each question of SQuAD's JSON with its context, or a `Malformed`, under its place."""
+    for place, article in _entries(document, "data", ""):
+        if isinstance(article, dict) and "context" in article:  # a row of Hugging Face's form
+            yield place, article
+            continue
+        for place, paragraph in _entries(article, "paragraphs", place):  # noqa: B020, PLW2901
+            for place, question in _entries(paragraph, "qas", place):  # noqa: B020, PLW2901
+                if isinstance(question, dict) and "context" in paragraph:
+                    question = {**question, "context": paragraph["context"]}  # noqa: PLW2901
+                yield place, question
 
 
 def _entries(value: Any, name: str, place: str) -> Iterator[tuple[str, Any]]:
@@ -219,33 +262,20 @@ def _entries(value: Any, name: str, place: str) -> Iterator[tuple[str, Any]]:
     if isinstance(entries, list):
         yield from ((f"{place}[{index}]", entry) for index, entry in enumerate(entries))
     else:
-        yield place, Malformed(f"{name!r} is {entries!r:.40}, expected a list")
-
-
-def _squad_record(paragraph: Any, question: Any) -> Record:
-    if isinstance(question, Malformed):
-        raise question
-    if not isinstance(question, dict):
-        raise Malformed(f"expected an object, found {type(question).__name__}")
-    answers = question.get("answers")
-    if not isinstance(answers, list):
-        raise Malformed(f"'answers' is {answers!r:.40}, expected a list")
-    if not answers:
-        raise Malformed("has no answer; questions without answers are SQuAD v2.0's")
-    if not all(isinstance(answer, dict) and "text" in answer for answer in answers):
-        raise Malformed("'answers' has an entry without 'text'")
-    return {
-        "context": _check_field(paragraph, "context", TEXT),
-        "question": _check_field(question, "question", TEXT),
-        "answers": [_check_text(answer["text"], "text") for answer in answers],
-    }
+        yield (
+            place,
+            Malformed(
+                f"{name!r} is {entries!r:.40}, expected a list; SQuAD is {{'data': [{{'paragraphs':"
+                " [{'context', 'qas'}]}]}, or rows with 'context', 'question' and 'answers'"
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelText:
-    """A reader of text in two languages: two files line by line, tab-separated, or JSON lines.
+    """A reader of text in two languages: two files line by line, tab-separated, JSON or Parquet.
 
-    JSON objects have the languages as keys, themselves or in their 'translation'.
+    Objects have the languages as keys, themselves or in their 'translation'.
 
     Raises:
       ValueError: if the columns are not the two languages.
@@ -266,58 +296,49 @@ class ParallelText:
         """Both languages, as texts."""
         return dict.fromkeys(self.languages, TEXT)
 
-    def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
-        """Yields pairs of texts; two files are those of `languages`.
+    def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
+        """Yields lines, pairs or objects; two files are those of `languages`.
 
         Raises:
           ValueError: if two files have different numbers of lines, or one has an unknown form.
         """
-        path = files[0]
         if len(files) == 2:
-            return _parse_all(path, _aligned(*files), lambda pair: self._record(*pair))
+            return lines.pair_batches(*files)
+        [path] = files
         if form_of(path) == ".tsv":
-            return _parse_all(path, read_lines(path), self._from_columns)
-        if form_of(path) in JSON_LINES:
-            return _parse_json_lines(path, self._from_object)
+            return lines.line_batches(path)
+        if form_of(path) in JSON_FORMS:
+            return _json_batches(path, [*self.languages, "translation"])
         raise ValueError(
-            f"{path}: parallel text in one file is .tsv or .jsonl, each perhaps with .gz; two "
-            f"files are given as {{{self.languages[0]!r}: FILE, {self.languages[1]!r}: FILE}}."
+            f"{path}: parallel text in one file is .tsv, .jsonl, .json or .parquet, the first "
+            f"three perhaps with .gz; two files are given as {{{self.languages[0]!r}: FILE, "
+            f"{self.languages[1]!r}: FILE}}."
         )
 
-    def _record(self, *lines: bytes) -> Record:
-        named = zip(self.languages, lines, strict=True)
-        return {name: _check_text(_decode(line).strip(), name) for name, line in named}
-
-    def _from_columns(self, line: bytes) -> Record:
-        cells = line.split(b"\t")
-        if len(cells) != 2:
-            raise Malformed(f"has {len(cells)} columns, expected 2: {', '.join(self.columns)}")
-        by_language = dict(zip(self.columns, cells, strict=True))
-        return self._record(*(by_language[name] for name in self.languages))
-
-    def _from_object(self, value: Mapping[str, Any]) -> Record:
+    def record(self, item: Any, kind: str, split: str | None) -> Record | None:
+        if kind == "pair":
+            named = zip(self.languages, item, (0, 1), strict=True)
+            return {name: self._text(line, name, file) for name, line, file in named}
+        if kind == "line":
+            cells = item.split(b"\t")
+            if len(cells) != 2:
+                raise Malformed(f"has {len(cells)} columns, expected 2: {', '.join(self.columns)}")
+            by_language = dict(zip(self.columns, cells, strict=True))
+            return {name: self._text(by_language[name], name) for name in self.languages}
+        if _is_blank(item, kind):
+            return None
+        value = _object(item, kind)
         inner = value.get("translation")
         value = inner if isinstance(inner, dict) else value
         return {name: _check_field(value, name, TEXT) for name in self.languages}
 
-
-def _aligned(first: str, second: str) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the lines of two files side by side."""
-    ours = theirs = 0
-    for one, other in itertools.zip_longest(read_lines(first), read_lines(second)):
-        ours, theirs = ours + (one is not None), theirs + (other is not None)
-        if one is not None and other is not None:
-            yield one, other
-    if ours != theirs:
-        raise ValueError(
-            f"{first} has {ours:,} lines, but {second} has {theirs:,}; lines of parallel files "
-            "must correspond."
-        )
+    def _text(self, line: bytes, name: str, file: int = 0) -> str:
+        return _check_text(_decode(line, file).strip(), name, file=file)
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """A reader of documents for pretraining: plain text, JSON lines or Parquet.
+    """A reader of documents for pretraining: plain text, JSON or Parquet.
 
     Attributes:
       field: The name of the text in JSON objects, and its column in Parquet files.
@@ -339,61 +360,26 @@ class Documents:
                 f"LocalFiles.documents = {self.unit!r}; expected one of {DOCUMENT_UNITS}."
             )
 
-    def read(self, files: tuple[str, ...], split: str | None) -> Iterator[Record | Refusal]:
+    def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
         """Yields documents.
 
         Raises:
           ValueError: if the file's form is unknown, or a Parquet file lacks the column.
         """
         [path] = files
-        form = form_of(path)
-        if form in JSON_LINES:
-            return _parse_json_lines(path, self._from_object)
-        if form == ".parquet":
-            return _parse_all(path, _parquet_rows(path, self.field), self._record)
-        if form != ".txt":
+        if form_of(path) in JSON_FORMS:
+            return _json_batches(path, [self.field])
+        if form_of(path) != ".txt":
             raise ValueError(
-                f"{path}: documents are read from .txt, .jsonl and .parquet, the first two perhaps "
-                "with .gz."
+                f"{path}: documents are read from .txt, .jsonl, .json and .parquet, the first "
+                "three perhaps with .gz."
             )
-        if self.unit == "line":
-            return _parse_all(path, read_lines(path), lambda line: self._record(_decode(line)))
-        return self._paragraphs(path)
+        by_line = self.unit == "line"
+        return lines.line_batches(path) if by_line else lines.paragraph_batches(path)
 
-    def _record(self, value: Any) -> Record:
-        return {"text": _check_text(value, self.field)}
-
-    def _from_object(self, value: Mapping[str, Any]) -> Record:
-        return {"text": _check_field(value, self.field, TEXT)}
-
-    def _paragraphs(self, path: str) -> Iterator[Record | Refusal]:
-        numbered = enumerate(read_lines(path), 1)
-        for blank, lines in itertools.groupby(numbered, lambda item: not item[1].strip()):
-            if blank:
-                continue
-            numbers, texts = zip(*lines, strict=True)
-            try:
-                yield self._record(_decode(b"\n".join(texts)))
-            except Malformed as error:
-                yield Refusal(path, numbers[0], str(error).replace("the line", "the document"))
-
-
-def _parquet_rows(path: str, column: str) -> Iterator[Any]:
-    """Yields the values of one column of a Parquet file."""
-    import pyarrow
-    from pyarrow import fs, parquet
-
-    local = (fs.LocalFileSystem(), path)
-    filesystem, name = fs.FileSystem.from_uri(path) if "://" in path else local
-    with filesystem.open_input_file(name) as raw:
-        try:
-            file = parquet.ParquetFile(raw)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a Parquet file: {error}") from error
-        if column not in file.schema_arrow.names:
-            raise ValueError(
-                f"{path} lacks the column {column!r}; it has {file.schema_arrow.names}. "
-                "LocalFiles.text_field names the column."
-            )
-        for batch in file.iter_batches(columns=[column], batch_size=1024):
-            yield from batch.column(0).to_pylist()
+    def record(self, item: Any, kind: str, split: str | None) -> Record | None:
+        if kind == "line":
+            return {"text": _check_text(_decode(item), self.field)}
+        if _is_blank(item, kind):
+            return None
+        return {"text": _check_field(_object(item, kind), self.field, TEXT)}
