@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import pathlib
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
 from etils import epath
 
 import gin
-from diffusion_t5x import moved
+from diffusion_t5x import moved, paths
 from diffusion_t5x.names import did_you_mean, nearest
 from diffusion_t5x.runtime.files import write_atomically
 from gin import config_parser
@@ -76,6 +78,7 @@ def parse_config(
         unknown function or parameter, or if a required macro has no value; the message offers the
         nearest name.
     """
+    search_paths = [paths.expand(place, "--gin_search_paths") for place in search_paths]
     for place in [*search_paths, str(config_dir())]:
         gin.add_config_file_search_path(place)
     found = [find(file, search_paths) for file in files]
@@ -97,9 +100,11 @@ def find(file: str, search_paths: Sequence[str]) -> str:
     Raises:
       FileNotFoundError: naming the file's new name, or the nearest of this project's files.
     """
+    file = paths.expand(file, "--gin_file")
+    paths.check_readable(epath.Path(file), "--gin_file")
     places = ["", *search_paths, str(config_dir())]
-    for place in places:
-        if os.path.exists(path := os.path.join(place, file)):
+    for place in places if not paths.is_remote(file) else [""]:
+        if epath.Path(path := os.path.join(place, file)).exists():
             return path
     raise FileNotFoundError(
         f"--gin_file={file} was not found in {', '.join(place or '.' for place in places)}; "
@@ -114,6 +119,16 @@ def _file_hint(file: str) -> str:
     return did_you_mean(file, sorted(known))
 
 
+def _open_elsewhere(name: str) -> IO[str]:
+    return io.StringIO(paths.as_path(name, "gin file").read_text())
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Returns whether a name is that of a file in a bucket, or begins with file:// or ~."""
+    there = name.startswith(("~", "file://")) or paths.is_remote(name)
+    return there and paths.as_path(name, "gin file").exists()
+
+
 @contextmanager
 def _no_package_files() -> Iterator[None]:
     """Keeps gin from searching for files inside Python packages.
@@ -125,6 +140,7 @@ def _no_package_files() -> Iterator[None]:
     """
     readers = gin.config._FILE_READERS
     gin.config._FILE_READERS = [reader for reader in readers if reader[0] is open]
+    gin.config._FILE_READERS.append((_open_elsewhere, _is_elsewhere))
     try:
         yield
     finally:
@@ -198,7 +214,7 @@ def _refuse_misspelt_macros(path: str) -> None:
     """
     if pathlib.Path(path).resolve().is_relative_to(config_dir()):
         return
-    text = pathlib.Path(path).read_text(encoding="utf-8")
+    text = epath.Path(path).read_text()
     read = _macros_read()
     statements = config_parser.ConfigParser(text, gin.config.ParserDelegate(skip_unknown=True))
     for statement in statements:

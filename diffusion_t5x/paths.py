@@ -104,6 +104,35 @@ def _remote(scheme: str, rest: str, problem: str, pattern: bool) -> epath.Path:
     return epath.Path(f"{scheme}://{bucket}") / key
 
 
+def glob(pattern: str, setting: str) -> list[str]:
+    """Returns the objects of a bucket that match a pattern, or the one of that very name.
+
+    Raises:
+      StorageError: as `check_readable` does.
+    """
+    directory = re.split(r"/[^/]*[*?[]", pattern)[0]
+    check_readable(epath.Path(directory), setting)
+    files = file_system(pattern)
+    if files.isfile(pattern):
+        return [pattern]
+    found = files.glob(pattern, detail=True)
+    scheme = split(pattern)[0]
+    return [f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file"]
+
+
+def version(path: str) -> list[Any]:
+    """Returns size and version of an object; another content has another version."""
+    info = file_system(path).info(path)
+    keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified")
+    return [info["size"], next(str(info[key]) for key in keys if info.get(key))]
+
+
+def expand(text: str, setting: str, *, pattern: bool = False) -> str:
+    """Returns a local path or pattern without `~` as it is, and others as `as_path` reads them."""
+    plain = text.strip() and "://" not in text and not text.startswith("~")
+    return text if plain else str(as_path(text, setting, pattern=pattern))
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Returns whether a path is in a bucket."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in LIBRARIES))

@@ -226,8 +226,8 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
 
 
 def _is_complete(checkpoint: epath.Path) -> bool:
-    t5x = t5x_checkpoints.is_t5x_checkpoint(str(checkpoint))
-    return t5x or orbax_buckets.is_complete(checkpoint)
+    t5x = t5x_checkpoints.is_t5x_checkpoint
+    return orbax_buckets.is_complete(checkpoint) or t5x(str(checkpoint))
 
 
 def list_checkpoints(path: str) -> list[tuple[int, str]]:
@@ -297,6 +297,8 @@ def select_checkpoints(
       DamagedCheckpointError: If the checkpoint asked for is damaged, or all of a run's are.
       ValueError: If two have the same step, by which results are named.
     """
+    if not config.path:
+        raise ValueError(f"{setting} = {config.path!r} is empty; expected a checkpoint or a run.")
     selected: dict[int, str] = {}
     for text in config.path if isinstance(config.path, tuple | list) else (config.path,):
         paths.check_readable(paths.as_path(text, setting), setting)

@@ -7,9 +7,11 @@ import hashlib
 import pathlib
 
 import seqio
+from etils import epath
 from google.protobuf.message import DecodeError
 
 import gin
+from diffusion_t5x import paths
 from diffusion_t5x.names import nearest
 
 NAMES = ("embedded", "bytes")
@@ -62,6 +64,19 @@ def _sentencepiece(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
     return seqio.SentencePieceVocabulary(path, extra_ids)
 
 
+def _local_copy(path: epath.Path) -> str:
+    """Copies a model from a bucket into the cache, since SeqIO reads those of TensorFlow alone."""
+    from diffusion_t5x.data.embedded import file_cache
+
+    content = path.read_bytes()
+    name = f"vocabularies/{hashlib.sha256(content).hexdigest()[:16]}.model"
+
+    def write(copy: pathlib.Path) -> None:
+        copy.write_bytes(content)
+
+    return str(file_cache.cached_file(name, write))
+
+
 @functools.cache
 def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
     if name == "embedded":
@@ -73,8 +88,12 @@ def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
         return _sentencepiece(str(path), extra_ids)
     if name == "bytes":
         return seqio.ByteVocabulary(extra_ids)
-    if "://" in name or pathlib.Path(name).is_file():
-        return _sentencepiece(name, extra_ids)
+    path = paths.as_path(name, "VOCABULARY")
+    paths.check_readable(path, "VOCABULARY")
+    if paths.is_remote(path) and path.exists():
+        return _sentencepiece(_local_copy(path), extra_ids)
+    if path.is_file():
+        return _sentencepiece(str(path), extra_ids)
     near = nearest(name, NAMES)
     hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import os
 import pathlib
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
+
+from etils import epath
 
 import gin
 from diffusion_t5x import eval as eval_command
-from diffusion_t5x import gin_utils, sample, train
+from diffusion_t5x import gin_utils, paths, sample, train
 from diffusion_t5x.commands.flags import GIN_FLAG, comma_separated
 from diffusion_t5x.experiments import experiment_graph, report, stages
 from diffusion_t5x.experiments.experiment_graph import Experiment, Scale
@@ -116,9 +120,10 @@ class Run:
         """
         self.name = pathlib.Path(name).stem
         self.experiment, self.scale, scale_name = load(name, scale, search_paths)
-        self.stages_dir = pathlib.Path(root) / scale_name
+        directory = epath.Path(paths.expand(os.fspath(root), "--root"))
+        self.stages_dir = directory / scale_name
         own = scale_name == pathlib.Path(self.experiment.scale).stem
-        self.results_dir = pathlib.Path(root) / (self.name if own else f"{self.name}_{scale_name}")
+        self.results_dir = directory / (self.name if own else f"{self.name}_{scale_name}")
         searched = [f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []
         self._flags = [*searched, *gin_flags]
         self.stages = stages.make(self.experiment, self.scale, self.stages_dir)
@@ -152,6 +157,7 @@ class Run:
         Args:
           show_commands: Print each stage's command line and output, instead of one line per stage.
         """
+        paths.check_writable(self.results_dir, "--root")
         commands = self.results_dir / "commands.sh"
         write_atomically(commands, self.plan() + "\n")
         try:
@@ -227,14 +233,21 @@ class Run:
 
 
 @contextlib.contextmanager
-def _output_to(path: pathlib.Path) -> Iterator[None]:
+def _output_to(path: epath.Path) -> Iterator[None]:
     """Appends what is printed to a file, which is named if the work fails."""
-    with open(path, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    remote = paths.is_remote(path)  # where it is written when the work has ended
+    before = path.read_text() if remote and path.exists() else ""
+    with io.StringIO(before) if remote else path.open("a") as file:
+        file.seek(0, io.SEEK_END)
         try:
-            yield
+            with contextlib.redirect_stdout(cast(IO[str], file)):
+                yield
         except BaseException:
             print(f"stopped; its output is in {path}", file=sys.stderr, flush=True)
             raise
+        finally:
+            if remote:
+                write_atomically(path, cast(io.StringIO, file).getvalue())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

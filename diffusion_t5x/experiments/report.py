@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
-import pathlib
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
+
+from etils import epath
 
 from diffusion_t5x.experiments.experiment_graph import Experiment, Row, Scale, TaskSettings, rows
 from diffusion_t5x.experiments.stages import Stage
@@ -33,13 +35,13 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "babel", "sacre
 Table = tuple[list[str], list[list[Any]]]  # header and body
 
 
-def best_step(validation: pathlib.Path) -> int | None:
+def best_step(validation: epath.Path) -> int | None:
     """Returns the checkpoint that a finished validation chose, or None if it has not finished."""
     best = (resumable.read_object(validation / "results.json") or {}).get("best")
     return best["step"] if best else None
 
 
-def outcome(stage: Stage, directory: pathlib.Path) -> str:
+def outcome(stage: Stage, directory: epath.Path) -> str:
     """Returns what a finished stage came to, in a few words."""
     if stage.command == "train":
         last = _training_lines(directory)[-1]
@@ -59,18 +61,18 @@ def outcome(stage: Stage, directory: pathlib.Path) -> str:
     )
 
 
-def _training_lines(run: pathlib.Path) -> list[dict[str, Any]]:
+def _training_lines(run: epath.Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(str(run)) if line["split"] == "train"]
 
 
-def _seconds(run: pathlib.Path, step: int | None = None) -> float:
+def _seconds(run: epath.Path, step: int | None = None) -> float:
     """Returns the seconds that a run trained for, until the last line logged up to `step`."""
     lines = _training_lines(run)
     before = [line["seconds"] for line in lines if step is None or line["step"] <= step]
     return max(before, default=lines[0]["seconds"])  # a checkpoint may precede the first line
 
 
-def _result(row: Row, task: TaskSettings, root: pathlib.Path) -> dict[str, Any] | None:
+def _result(row: Row, task: TaskSettings, root: epath.Path) -> dict[str, Any] | None:
     """Returns what the test of a row and seed measured, or None if it has not finished."""
     results = resumable.read_object(root / row.test(task) / "results.json")
     if results is None:
@@ -112,7 +114,7 @@ class Report:
         model: its pretraining, adaptation and fine-tuning up to the chosen checkpoint.
     """
 
-    def __init__(self, experiment: Experiment, scale: Scale, root: pathlib.Path):
+    def __init__(self, experiment: Experiment, scale: Scale, root: epath.Path):
         """Reads what lies below the scale's directory `root`."""
         self._experiment, self._root = experiment, root
         self._rows = list(rows(experiment))
@@ -174,7 +176,7 @@ class Report:
             body.append(line)
         return header, body
 
-    def write(self, directory: pathlib.Path) -> None:
+    def write(self, directory: epath.Path) -> None:
         """Writes `results.json`, `results.md` and `results.png` into `directory`, atomically."""
         write_atomically(directory / "results.json", json.dumps(self.results, indent=1) + "\n")
         parts = [markdown(*self.details())]
@@ -183,7 +185,7 @@ class Report:
         write_atomically(directory / "results.md", "\n".join(parts))
         self._plot(directory / "results.png")
 
-    def _plot(self, path: pathlib.Path) -> None:
+    def _plot(self, path: epath.Path) -> None:
         """Draws a panel per task, a bar per row of the table: the task's metric, and its spread."""
         import matplotlib
 
@@ -218,21 +220,21 @@ class Report:
             for name, row in self._rows:
                 directory = self._root / row.test(task) / task.name
                 for file in directory.glob("predictions-*.jsonl"):
-                    lines = file.read_text(encoding="utf-8").splitlines()[:NUM_SAMPLES]
+                    lines = file.read_text().splitlines()[:NUM_SAMPLES]
                     by_name[name] = [json.loads(line) for line in lines]
             if by_name:
                 _show_samples(task.name, by_name)
 
 
-def save_figure(figure: Any, path: pathlib.Path) -> None:
+def save_figure(figure: Any, path: epath.Path) -> None:
     """Writes a matplotlib figure, atomically, and closes it."""
     from matplotlib import pyplot
 
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150)
     pyplot.close(figure)
-    os.replace(temporary, path)
+    write_atomically(path, content.getvalue())
 
 
 def _show_samples(task: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

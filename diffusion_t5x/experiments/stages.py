@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
+
+from etils import epath
 
 from diffusion_t5x.experiments.experiment_graph import (
     DEFAULT,
@@ -63,7 +64,7 @@ class Stage:
         return [*files, *(f"--gin.{name}={value!r}" for name, value in values.items())]
 
 
-def make(experiment: Experiment, scale: Scale, root: pathlib.Path) -> list[Stage]:
+def make(experiment: Experiment, scale: Scale, root: epath.Path) -> list[Stage]:
     """Returns the stages, below the scale's directory `root`, in an order in which they can run.
 
     Raises:
@@ -106,7 +107,7 @@ class _Builder:
     """Makes the stages of one row and seed; `where` ends their titles."""
 
     scale: Scale
-    root: pathlib.Path
+    root: epath.Path
     row: Row
     where: str
 

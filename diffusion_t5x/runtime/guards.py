@@ -9,10 +9,13 @@ import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+from diffusion_t5x.paths import is_remote
 
 # Preempted after saving everything: restart to resume (sysexits' EX_TEMPFAIL).
 PREEMPTED = 75
@@ -177,7 +180,7 @@ def stops_when_full(directory: str | os.PathLike[str]) -> Iterator[None]:
         if (found := find_full_disk(error)) is None:
             raise
         words, cause = found
-        disk = pathlib.Path(directory).absolute()
+        disk = pathlib.Path(tempfile.gettempdir() if is_remote(directory) else directory).absolute()
         while not disk.exists():
             disk = disk.parent
         free = shutil.disk_usage(disk).free

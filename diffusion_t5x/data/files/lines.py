@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-import fsspec
+from diffusion_t5x import paths
 
 BATCH_ITEMS = 2048
 BATCH_BYTES = 2**20
@@ -57,7 +57,7 @@ class Batch:
 
 def open_file(path: str) -> BinaryIO:
     """Opens a file for reading bytes."""
-    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")
+    return paths.file_system(path).open(path) if paths.is_remote(path) else open(path, "rb")
 
 
 def form_of(path: str) -> str:

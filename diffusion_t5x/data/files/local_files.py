@@ -25,6 +25,7 @@ import seqio
 import tensorflow as tf
 
 import gin
+from diffusion_t5x import paths
 from diffusion_t5x.data.files import readers, records
 from diffusion_t5x.data.files.readers import Reader
 from diffusion_t5x.data.files.records import Checked
@@ -86,14 +87,15 @@ def _matches(pattern: object, setting: str) -> list[str]:
     """Returns the sorted paths that match a pattern; an error offers the nearest file name."""
     if not isinstance(pattern, str):
         raise ValueError(f"{setting} = {pattern!r}; expected a path, a glob or a tuple of them.")
-    if "://" in pattern:
-        paths = tf.io.gfile.glob(pattern)
+    pattern = paths.expand(pattern, setting, pattern=True)
+    if paths.is_remote(pattern):
+        found = paths.glob(pattern, setting)
     elif os.path.isfile(pattern):  # a path may hold the characters of a glob
-        paths = [pattern]
+        found = [pattern]
     else:
-        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    if paths:
-        return sorted(paths)
+        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    if found:
+        return sorted(found)
     directory, name = os.path.split(pattern)
     others = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
     near = nearest(name, others, cutoff=0.6)
@@ -138,13 +140,12 @@ def find_files(
     return [(path,) for path in dict.fromkeys(found)]
 
 
-def _versions(files: tuple[str, ...]) -> list[tuple[str, int, int]]:
-    """Returns name, size and time of change of each file."""
-    stats = [tf.io.gfile.stat(path) for path in files]
-    return [
-        (path if "://" in path else os.path.abspath(path), stat.length, stat.mtime_nsec)
-        for path, stat in zip(files, stats, strict=True)
-    ]
+def _version(path: str) -> tuple[Any, ...]:
+    """Returns name, size and time of change of a file, or what an object has instead of a time."""
+    if paths.is_remote(path):
+        return path, *paths.version(path)
+    stat = os.stat(path)
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
 def _check_split(
@@ -158,7 +159,7 @@ def _check_split(
     key = (name, repr(reader), tuple(files), split)
     if key in _CHECKED:
         return _CHECKED[key]
-    versions = [_versions(corresponding) for corresponding in files]
+    versions = [[*map(_version, corresponding)] for corresponding in files]
     progress = records.Progress(sum(size for part in versions for _, size, _ in part))
     checked = tuple(
         records.check_files(reader, corresponding, version, split, progress)
@@ -199,16 +200,16 @@ class _CheckedRecords(seqio.DataSource):
         **kwargs: Any,
     ) -> tf.data.Dataset:
         dealt = shuffle and len(self.list_shards(split)) > 1
-        paths = (
+        files = (
             records.deal(self._parts, f"{self._name}:{split}")
             if dealt
             else [part.path for part in self._parts]
         )
         source = _RecordFiles(
-            {split: paths}, _description(self._fields), cycle_length=16 if shuffle else 1
+            {split: files}, _description(self._fields), cycle_length=16 if shuffle else 1
         )
         # Data shards that cannot have equally many files divide the records instead.
-        divides = dealt and shard_info and len(paths) % shard_info.num_shards == 0
+        divides = dealt and shard_info and len(files) % shard_info.num_shards == 0
         dataset = source.get_dataset(split, shuffle, seed, shard_info if divides else None)
         if shard_info is None or divides:
             return dataset
