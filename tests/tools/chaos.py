@@ -1,18 +1,20 @@
 """Kills training, evaluation and inference at random moments, and compares the results.
 
-python -m tests.tools.chaos --kills=50 --seed=0
+python -m tests.tools.chaos --kills=50 --seed=0 [--directory=gs://BUCKET/DIR] [--serve]
 
 Each command runs once undisturbed; then it is repeatedly killed (SIGKILL), at moments drawn from
 the seed, and restarted. Both must end with the same bits: parameters, optimiser, metrics,
 predictions. A line of JSON per command says how often it was killed.
 
 Every attempt is a fork of a process that has imported everything and computed nothing, so that an
-attempt spends most of its time at work rather than on its start.
+attempt spends most of its time at work rather than on its start. The directory may be in a bucket;
+with --serve, one of the servers of `buckets`, which are started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,7 +31,9 @@ from collections.abc import Callable
 sys.path.insert(0, os.path.dirname(__file__))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import buckets
 import toy
+from etils import epath
 
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import infer, train
@@ -47,7 +51,7 @@ MODEL = [
 ]  # fmt: skip
 
 
-def _train(root: pathlib.Path) -> None:
+def _train(root: epath.Path) -> None:
     train.main([
         *MODEL, "--gin_file=runs/pretrain.gin", f"--gin.MODEL_DIR={root / 'run'}",
         f"--gin.TRAIN_STEPS={STEPS}", "--gin.CHECKPOINT_PERIOD=2", "--gin.EVAL_PERIOD=4",
@@ -56,12 +60,12 @@ def _train(root: pathlib.Path) -> None:
     ])  # fmt: skip
 
 
-def _run_of(root: pathlib.Path) -> pathlib.Path:
+def _run_of(root: epath.Path) -> epath.Path:
     """Returns the undisturbed training run, whose checkpoints are evaluated."""
     return root.parent / "quiet" / "run"
 
 
-def _evaluate(root: pathlib.Path) -> None:
+def _evaluate(root: epath.Path) -> None:
     eval_command.main([
         *MODEL, "--gin_file=runs/eval.gin", f"--gin.CHECKPOINT_PATH={_run_of(root)}",
         f"--gin.EVAL_OUTPUT_DIR={root / 'eval'}", "--gin.BEST_METRIC=exact_match",
@@ -69,7 +73,7 @@ def _evaluate(root: pathlib.Path) -> None:
     ])  # fmt: skip
 
 
-def _infer(root: pathlib.Path) -> None:
+def _infer(root: epath.Path) -> None:
     infer.main([
         *MODEL, "--gin_file=runs/infer.gin", f"--gin.CHECKPOINT_PATH={_run_of(root)}",
         f"--gin.INFER_OUTPUT_DIR={root / 'infer'}", "--gin.datasets.DatasetConfig.split=train",
@@ -133,39 +137,32 @@ def _kill_at(work: Callable[[], None], log: pathlib.Path, seconds: float) -> boo
     return True
 
 
-def _params(root: pathlib.Path, log: pathlib.Path) -> str:
-    """Returns a digest of the last checkpoint's arrays, computed in another process."""
-    out = root / "digest"
+def _params(root: epath.Path) -> str:
+    """Returns a digest of the last checkpoint's arrays."""
+    import jax
+    import orbax.checkpoint as ocp
 
-    def work() -> None:
-        import jax
-        import orbax.checkpoint as ocp
-
-        digest = hashlib.blake2b()
-        for item in ("params", "optimizer"):
-            path = (root / "run" / f"checkpoint_{STEPS}" / item).absolute()
-            tree = ocp.StandardCheckpointer().restore(path)
-            for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                digest.update(jax.tree_util.keystr(leaf_path).encode())
-                digest.update(jax.device_get(leaf).tobytes())
-        out.write_text(digest.hexdigest())
-
-    _finish(work, log)
-    return out.read_text()
+    digest = hashlib.blake2b()
+    for item in ("params", "optimizer"):
+        tree = ocp.StandardCheckpointer().restore(root / "run" / f"checkpoint_{STEPS}" / item)
+        for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            digest.update(jax.tree_util.keystr(leaf_path).encode())
+            digest.update(jax.device_get(leaf).tobytes())
+    return digest.hexdigest()
 
 
-def _metrics(root: pathlib.Path) -> list[dict]:
+def _metrics(root: epath.Path) -> list[dict]:
     """Returns the lines of a run's metrics without times and rates."""
     clocks = {"seconds", "steps_per_second", "examples_per_second"}
     lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 
-def _evaluations(root: pathlib.Path) -> list[dict]:
+def _evaluations(root: epath.Path) -> list[dict]:
     results = json.loads((root / "eval" / "results.json").read_text())
     for row in results["rows"]:
         row["metrics"].pop("decode_seconds_per_example")
-    files = sorted((root / "eval").rglob("predictions-*.jsonl"))
+    files = sorted((root / "eval").glob("*/predictions-*.jsonl"))
     return [
         *({k: row[k] for k in ("step", "task", "metrics")} for row in results["rows"]),
         results["best"],
@@ -173,18 +170,28 @@ def _evaluations(root: pathlib.Path) -> list[dict]:
     ]
 
 
-def _inferences(root: pathlib.Path) -> dict[str, str]:
+def _inferences(root: epath.Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in sorted((root / "infer").iterdir())}
 
 
-def outcome(command: str, root: pathlib.Path, log: pathlib.Path) -> object:
-    """Returns everything that a command wrote, without times and rates."""
-    if command == "train":
-        return _params(root, log), _metrics(root)
-    return _evaluations(root) if command == "eval" else _inferences(root)
+def outcome(command: str, root: epath.Path, log: pathlib.Path) -> object:
+    """Returns everything that a command wrote, without times and rates, read by another process."""
+    out = log.with_suffix(".json")
+
+    def work() -> None:
+        if command == "train":
+            found: object = _params(root), _metrics(root)
+        else:
+            found = _evaluations(root) if command == "eval" else _inferences(root)
+        out.write_text(json.dumps(found))
+
+    _finish(work, log)
+    return json.loads(out.read_text())
 
 
-def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Path) -> dict:
+def disturb(
+    command: str, kills: int, rng: random.Random, directory: epath.Path, logs: pathlib.Path
+) -> dict:
     """Runs a command undisturbed and disturbed, and compares the results.
 
     A disturbed run that finishes is compared, and another one started, until all kills are spent.
@@ -195,6 +202,7 @@ def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Pat
       kills: Number of kills.
       rng: Generator of the moments.
       directory: Directory of all runs.
+      logs: Directory of what they print, on this machine.
 
     Returns:
       `{'command', 'kills', 'ends', 'seconds', 'same'}`; `ends` counts the disturbed runs that
@@ -203,7 +211,7 @@ def disturb(command: str, kills: int, rng: random.Random, directory: pathlib.Pat
     Raises:
       RuntimeError: If a run fails other than by being killed.
     """
-    log, run = directory / f"{command}.log", COMMANDS[command]
+    log, run = logs / f"{command}.log", COMMANDS[command]
     quiet = directory / "quiet"
     started = time.monotonic()
     usual = _finish(functools.partial(run, quiet), log)
@@ -227,12 +235,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each command, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--directory", help="of all runs, perhaps in a bucket; else a temporary one"
+    )
+    parser.add_argument("--serve", action="store_true", help="start servers of buckets")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     toy.register()
-    with tempfile.TemporaryDirectory() as directory:
+    with contextlib.ExitStack() as opened:
+        logs = pathlib.Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        if args.serve:
+            opened.enter_context(buckets.serving_here())
+        directory = epath.Path(args.directory or logs)
         for command in COMMANDS:
-            result = disturb(command, args.kills, rng, pathlib.Path(directory))
+            result = disturb(command, args.kills, rng, directory, logs)
             print(json.dumps(result), flush=True)
             if not result["same"]:
                 raise SystemExit(f"{command}: a killed run did not end as the undisturbed one")

@@ -13,6 +13,8 @@ from typing import Any
 
 import babel
 
+from diffusion_t5x import paths
+
 CACHE_VARIABLE = "DIFFUSION_T5X_CACHE"
 # Raise it whenever generated data change.
 GENERATOR_VERSION = 3
@@ -20,8 +22,11 @@ GENERATOR_VERSION = 3
 
 def cache_dir() -> pathlib.Path:
     """Returns `$DIFFUSION_T5X_CACHE`, or `~/.cache/diffusion_t5x` if it is not set."""
-    configured = os.environ.get(CACHE_VARIABLE)
-    return pathlib.Path(configured or pathlib.Path.home() / ".cache" / "diffusion_t5x")
+    default = "~/.cache/diffusion_t5x"
+    path = paths.as_path(os.environ.get(CACHE_VARIABLE) or default, CACHE_VARIABLE)
+    if paths.is_remote(path):
+        raise ValueError(f"{CACHE_VARIABLE} = '{path}'; expected a directory of this machine.")
+    return pathlib.Path(path)
 
 
 def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
