@@ -182,10 +182,12 @@ def _is_finished(output: pathlib.Path, key: str) -> bool:
     note = resumable.load(_note(output), key)
     if note is None or not output.exists():
         return False
-    if output.stat().st_size != note["bytes"]:
-        resumable.report(output)
-        return False
-    return True
+    whole = output.stat().st_size == note["bytes"]
+    # Older versions noted no checksum.
+    if whole and ("sha256" not in note or resumable.file_checksum(output) == note["sha256"]):
+        return True
+    resumable.report(output)
+    return False
 
 
 def _write(
@@ -214,5 +216,6 @@ def _write(
                 file.readline()  # the part's key
                 shutil.copyfileobj(file, whole)
     temporary.replace(output)
-    resumable.save(_note(output), key, {"bytes": output.stat().st_size})
+    found = {"bytes": output.stat().st_size, "sha256": resumable.file_checksum(output)}
+    resumable.save(_note(output), key, found)
     shutil.rmtree(directory, ignore_errors=True)

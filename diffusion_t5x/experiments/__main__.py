@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import pathlib
 import shlex
 import sys
@@ -186,7 +185,7 @@ class Run:
         if known["finished"]:
             print(f"{title}: {report.outcome(stage, directory)}, finished before", flush=True)
             return
-        write_atomically(note, json.dumps(known))
+        resumable.save_object(note, known)
         started = time.monotonic()
         if show_command:
             print(f"{title}\n$ {self._command_line(stage)}", flush=True)
@@ -194,7 +193,7 @@ class Run:
         else:
             with terminal.titled(title), _output_to(directory / "output.txt"):
                 COMMANDS[stage.command](argv)
-        write_atomically(note, json.dumps({**known, "finished": True}))
+        resumable.save_object(note, {**known, "finished": True})
         seconds = time.monotonic() - started
         print(f"{title}: {report.outcome(stage, directory)}, {seconds:.0f} s", flush=True)
 
