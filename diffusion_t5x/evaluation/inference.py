@@ -186,10 +186,12 @@ def _is_finished(output: epath.Path, key: str) -> bool:
     note = resumable.load(_note(output), key)
     if note is None or not output.exists():
         return False
-    if output.stat().length != note["bytes"]:
-        resumable.report(output)
-        return False
-    return True
+    whole = output.stat().length == note["bytes"]
+    # Older versions noted no checksum.
+    if whole and ("sha256" not in note or resumable.file_checksum(output) == note["sha256"]):
+        return True
+    resumable.report(output)
+    return False
 
 
 def _write(
@@ -215,5 +217,6 @@ def _write(
             with part.open("rb") as file:
                 file.readline()  # the part's key
                 shutil.copyfileobj(file, whole)
-    resumable.save(_note(output), key, {"bytes": output.stat().length})
+    found = {"bytes": output.stat().length, "sha256": resumable.file_checksum(output)}
+    resumable.save(_note(output), key, found)
     directory.rmtree(missing_ok=True)

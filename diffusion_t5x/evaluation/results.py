@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from diffusion_t5x.names import check_known
+from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.terminal import markdown
 
@@ -67,5 +67,5 @@ def tabulate(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def write_results(directory: epath.Path, results: Mapping[str, Any]) -> None:
     """Writes `results.json` and `results.md`, atomically."""
-    write_atomically(directory / "results.json", json.dumps(results, indent=1) + "\n")
+    resumable.save_object(directory / "results.json", results, indent=1)
     write_atomically(directory / "results.md", markdown(*tabulate(results)))

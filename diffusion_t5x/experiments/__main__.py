@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import pathlib
 import shlex
@@ -192,7 +191,7 @@ class Run:
         if known["finished"]:
             print(f"{title}: {report.outcome(stage, directory)}, finished before", flush=True)
             return
-        write_atomically(note, json.dumps(known))
+        resumable.save_object(note, known)
         started = time.monotonic()
         if show_command:
             print(f"{title}\n$ {self._command_line(stage)}", flush=True)
@@ -200,7 +199,7 @@ class Run:
         else:
             with terminal.titled(title), _output_to(directory / "output.txt"):
                 COMMANDS[stage.command](argv)
-        write_atomically(note, json.dumps({**known, "finished": True}))
+        resumable.save_object(note, {**known, "finished": True})
         seconds = time.monotonic() - started
         print(f"{title}: {report.outcome(stage, directory)}, {seconds:.0f} s", flush=True)
 

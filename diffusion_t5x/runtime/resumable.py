@@ -1,8 +1,8 @@
 """Finished work in files: each is whole or absent, and carries the key of the settings it is for.
 
 A key is the digest of everything that decides a result. A file of another key is ignored, and a
-damaged one (cut off, or not what was written) is reported and ignored, so that its work is done
-once more.
+damaged one (not what was written, by its checksum) is reported and ignored, so that its work is
+done once more.
 """
 
 from __future__ import annotations
@@ -28,12 +28,23 @@ def digest(settings: Any) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file, or None if the file is absent or damaged."""
+    """Returns what `save_object` wrote, or None if the file is absent or damaged."""
     if (text := _read(path)) is None:
         return None
-    if (value := _parse(text)) is None:
-        report(path)
-    return value
+    if (value := _parse(text)) is not None:
+        checksum = value.pop("checksum", None)  # which older versions did not write
+        if checksum in (None, digest(value)):
+            return value
+    report(path)
+    return None
+
+
+def save_object(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
+    """Writes `values`, a JSON object, and their 'checksum', on the first process."""
+    if jax.process_index() == 0:
+        value = json.loads(json.dumps(dict(values)))  # keys that are numbers become texts
+        text = json.dumps({**value, "checksum": digest(value)}, indent=indent)
+        write_atomically(path, text + "\n")
 
 
 def load(path: Path, key: str) -> dict[str, Any] | None:
@@ -44,30 +55,32 @@ def load(path: Path, key: str) -> dict[str, Any] | None:
 
 def save(path: Path, key: str, values: Mapping[str, Any], indent: int | None = None) -> None:
     """Writes `values`, a JSON object, and their key as its 'digest', on the first process."""
-    if jax.process_index() == 0:
-        write_atomically(path, json.dumps({**values, "digest": key}, indent=indent))
+    save_object(path, {**values, "digest": key}, indent)
 
 
 def load_text(path: Path, key: str) -> str | None:
-    """Returns what `save_text` wrote for this key, or None if the file is absent or damaged.
-
-    A text is damaged if its length is not the one that its first line gives.
-    """
+    """Returns what `save_text` wrote for this key, or None if the file is absent or damaged."""
     if (content := _read(path)) is None:
         return None
     header, _, text = content.partition("\n")
     value = _parse(header)
-    if value is None or value.get("characters") != len(text):
+    if value is None or value.get("checksum") != digest(text):
         report(path)
         return None
     return text if value.get("digest") == key else None
 
 
 def save_text(path: Path, key: str, text: str) -> None:
-    """Writes a text after a line with its key and length, on the first process."""
+    """Writes a text after a line with its key and checksum, on the first process."""
     if jax.process_index() == 0:
-        header = json.dumps({"digest": key, "characters": len(text)})
+        header = json.dumps({"digest": key, "checksum": digest(text)})
         write_atomically(path, f"{header}\n{text}")
+
+
+def file_checksum(path: Path) -> str:
+    """Returns the checksum of a file's bytes."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> str | None:

@@ -13,6 +13,7 @@ from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpoint
 from diffusion_t5x.checkpointing.items import restore_position
 from diffusion_t5x.data.datasets import DatasetIterator
 from diffusion_t5x.runtime.train_state import TrainState
+from diffusion_t5x.training import run_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +95,23 @@ def find(model_dir: str, config: CheckpointConfig) -> StartingPoint:
     """Decides what a run starts from, and verifies that checkpoint.
 
     Raises:
-      FileNotFoundError: If the initial checkpoint does not exist.
+      FileNotFoundError: If the initial checkpoint is needed and does not exist.
       DamagedCheckpointError: If it is damaged, or all of the run's own are.
+      OtherRunError: If the run's record is damaged.
     """
-    initial_step, initial = _select_initial(config.restore) if config.restore else (0, "")
     # The order is important.
-    # 1. The run's own newest undamaged checkpoint: a preempted run resumes, whatever it began with.
+    # 1. The run's own newest undamaged checkpoint: a preempted run resumes, whatever it began with,
+    #    and though that be gone. (Older versions did not record the step that a run began at.)
     if config.save is not None and checkpoints.find_checkpoints(model_dir):
         step, path, damaged = checkpoints.newest_undamaged(model_dir, integrity.ITEMS)
-        return StartingPoint(path, step, initial_step, True, True, damaged)
+        first_step = run_record.read(model_dir).get("first_step")
+        if first_step is None:
+            first_step = _select_initial(config.restore)[0] if config.restore else 0
+        return StartingPoint(path, step, first_step, True, True, damaged)
     # 2. Without an initial checkpoint, fresh parameters.
     if config.restore is None:
         return StartingPoint(None, 0, 0)
+    initial_step, initial = _select_initial(config.restore)
     # 3. The parameters alone of an initial checkpoint.
     if config.restore.params_only:
         return StartingPoint(initial, 0, 0)

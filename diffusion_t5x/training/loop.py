@@ -168,7 +168,7 @@ def train(
         state = initial_state.restore(start, abstract, checkpointer, iterator, create)
         step = int(state.step)
         write_model_info(model_dir, abstract)
-        run_record.write(model_dir, record)
+        run_record.write(model_dir, record, start.first_step)
         if summarize_config_fn is not None and jax.process_index() == 0:
             summarize_config_fn(model_dir)
         log = opened.enter_context(MetricLog(model_dir, step, batch_size))

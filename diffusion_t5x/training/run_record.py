@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from diffusion_t5x.data import vocabularies
 from diffusion_t5x.interfaces import Model
-from diffusion_t5x.runtime.files import write_atomically
+from diffusion_t5x.runtime import resumable
 
 FILE = "run.json"
 # Settings that may change when a run resumes: they change speed, memory or regularisation alone.
@@ -60,18 +58,32 @@ def _fields(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _fields(f"{name}.{field.name}", getattr(value, field.name))
 
 
+def read(model_dir: str) -> dict[str, Any]:
+    """Returns the record of a directory, empty if it has none.
+
+    Raises:
+      OtherRunError: If the record is damaged.
+    """
+    path = epath.Path(model_dir) / FILE
+    if not path.exists():
+        return {}
+    if (record := resumable.read_object(path)) is None:
+        raise OtherRunError(
+            f"{path} is damaged: it says which settings the checkpoints beside it belong to, and "
+            "cannot be compared with yours. If yours are the same, delete it; it is written again."
+        )
+    return record
+
+
 def check(model_dir: str, ours: Mapping[str, str]) -> None:
     """Checks that a directory's checkpoints, if it has a record of them, belong to this run.
 
     Settings that only one of the records has, which another version wrote, are not compared.
 
     Raises:
-      OtherRunError: If a setting differs.
+      OtherRunError: If a setting differs, or the record is damaged.
     """
-    path = epath.Path(model_dir) / FILE
-    if not path.exists():
-        return
-    theirs = json.loads(path.read_text())
+    theirs = read(model_dir)
     lines = [
         f"  {SETTINGS.get(name, name)}: {theirs[name]} there, {ours[name]} here"
         for name in sorted(theirs.keys() & ours.keys())
@@ -86,8 +98,7 @@ def check(model_dir: str, ours: Mapping[str, str]) -> None:
         )
 
 
-def write(model_dir: str, ours: Mapping[str, str]) -> None:
-    """Writes the description of a run to its directory, on the first process."""
-    if jax.process_index() == 0:
-        text = json.dumps(dict(ours), indent=2) + "\n"
-        write_atomically(epath.Path(model_dir) / FILE, text)
+def write(model_dir: str, ours: Mapping[str, str], first_step: int) -> None:
+    """Writes the description of a run, and the step it started at, on the first process."""
+    path = epath.Path(model_dir) / FILE
+    resumable.save_object(path, {**ours, "first_step": first_step}, indent=2)

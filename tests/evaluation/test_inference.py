@@ -100,6 +100,14 @@ def test_a_damaged_part_and_those_of_other_settings_are_decoded_again(
     assert f"{part} is damaged" in capsys.readouterr().out
 
 
+def test_a_finished_file_that_was_changed_is_named_and_written_again(run_dir, tmp_path, capsys):
+    expected = _infer(run_dir, tmp_path)
+    [file] = tmp_path.glob("toy*.jsonl-*")
+    file.write_text(file.read_text().replace("v003", "v004"))
+    assert _infer(run_dir, tmp_path) == expected
+    assert f"{file} is damaged" in capsys.readouterr().out
+
+
 def test_shards_together_are_the_whole(run_dir, tmp_path):
     shards = [_infer(run_dir, tmp_path, shard_id=i, num_shards=3) for i in range(3)]
     texts = [record["inputs"]["inputs_pretokenized"] for shard in shards for record in shard]

@@ -36,14 +36,40 @@ def _garbled(content):
     return b"\x00\xff" * 9
 
 
-@pytest.mark.parametrize("damage", [_cut, _garbled, lambda content: b"", lambda content: b"[1]\n"])
+def _another_digit(content):
+    return content.replace(b"25", b"26")
+
+
+def _a_line_less(content):
+    return content[: content.rstrip(b"\n").rfind(b"\n") + 1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut, _garbled, _another_digit, _a_line_less, lambda content: b"",
+        lambda content: b"[1]\n", lambda content: content * 2,
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_named_and_counts_as_absent(tmp_path, damage, capsys):
     path = tmp_path / "file"
     for save, load, value in (
-        (resumable.save, resumable.load, {"x": 1}),
-        (resumable.save_text, resumable.load_text, "some lines\n"),
+        (resumable.save, resumable.load, {"rows": ["a", "b"], "x": 25.5}),
+        (resumable.save_text, resumable.load_text, "some lines\n25\nand more\n"),
     ):
         save(path, "k", value)
         path.write_bytes(damage(path.read_bytes()))
         assert load(path, "k") is None
         assert f"{path} is damaged" in capsys.readouterr().out
+
+
+def test_numbers_as_keys_and_values_that_are_no_numbers_are_not_damage(tmp_path):
+    path = tmp_path / "file"
+    resumable.save_object(path, {"a": {10: 1, 9: 0.1}, "nan": float("nan"), "é": None}, indent=1)
+    found = resumable.read_object(path)
+    assert found["a"] == {"10": 1, "9": 0.1} and found["nan"] != found["nan"]
+
+
+def test_a_file_of_an_older_version_has_no_checksum_and_is_read(tmp_path):
+    (tmp_path / "file").write_text('{"x": 1, "digest": "k"}')
+    assert resumable.load(tmp_path / "file", "k") == {"x": 1, "digest": "k"}

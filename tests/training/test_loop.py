@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -113,6 +114,7 @@ def test_ar2diff_is_an_initial_checkpoint_and_another_objective(tmp_path):
     )
     assert int(adapted.step) == 5
     _same(pretrained.params, adapted.params)
+    shutil.rmtree(path)  # a run that resumes needs its own checkpoints alone
     resumed = toy.run(
         tmp_path / "adapted",
         0,

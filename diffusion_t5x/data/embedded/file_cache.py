@@ -29,22 +29,47 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def _note(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.checksum")
+
+
+def _checksum(path: pathlib.Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    """Returns whether a file is as it was generated; says so if it is damaged."""
+    if not path.exists() or not _note(path).exists():  # an older version wrote no note
+        return False
+    if _note(path).read_bytes() == json.dumps(_checksum(path)).encode():
+        return True
+    print(f"{path} is damaged; it is made again.", flush=True)
+    return False
+
+
 def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Returns the path of a generated file, and generates it if it does not exist.
+    """Returns the path of a generated file, and generates it if it is missing or damaged.
 
     Generated files depend on the versions of Python, of CLDR and of the generator, so the directory
     is named after these. A file appears whole or not at all: `write` is called with another path.
-    The name may be one in directories.
+    A note beside it has its size and checksum. The name may be one in directories.
     """
     version = f"{platform.python_version()}/{babel.__version__}/{GENERATOR_VERSION}"
     digest = hashlib.blake2b(version.encode(), digest_size=6).hexdigest()
     path = cache_dir() / digest / name
-    if path.exists():
+    if _is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         temporary = pathlib.Path(directory) / path.name
         write(temporary)
+        note = _note(temporary)
+        note.write_text(json.dumps(_checksum(temporary)))
+        os.replace(note, _note(path))
         os.replace(temporary, path)
     return path
 

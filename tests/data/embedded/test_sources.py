@@ -291,7 +291,39 @@ def test_a_file_that_failed_half_way_does_not_appear(tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     path = file_cache.cached_file("name.txt", lambda path: path.write_text("whole") and None)
     assert path.read_text() == "whole"
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [path]
+    note = path.with_name(".name.txt.checksum")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {path, note}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],  # at the end of a line
+        lambda text: "", lambda text: text + text, lambda text: text.replace("3", "8"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_the_cache_is_named_and_made_again(tmp_path, monkeypatch, damage, capsys):
+    monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path))
+    text = "".join(f"{{'row': {row}}}\n" for row in range(8))
+    write = lambda path: path.write_text(text) and None  # noqa: E731
+    path = file_cache.cached_file("rows.jsonl", write)
+    for file in (path, path.with_name(".rows.jsonl.checksum")):
+        file.write_text(damage(file.read_text()))
+        assert file_cache.cached_file("rows.jsonl", write).read_text() == text
+        assert f"{path} is damaged" in capsys.readouterr().out
+        file_cache.cached_file("rows.jsonl", lambda path: pytest.fail("is whole"))
+
+
+def test_a_family_whose_file_lost_lines_has_all_its_records_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFUSION_T5X_CACHE", str(tmp_path))
+    rows = [{"text": f"text {number}"} for number in range(200)]
+    files = sources._by_split("family", lambda: iter(rows), "text")
+    expected = file_cache.read_jsonl(files["train"])
+    lines = pathlib.Path(files["train"]).read_text().splitlines(keepends=True)
+    pathlib.Path(files["train"]).write_text("".join(lines[: len(lines) // 2]))
+    files = sources._by_split("family", lambda: iter(rows), "text")
+    assert file_cache.read_jsonl(files["train"]) == expected
+    assert f"{files['train']} is damaged; it is made again." in capsys.readouterr().out
 
 
 def test_a_reader_sees_a_file_whole_however_many_write_it(tmp_path, monkeypatch):
