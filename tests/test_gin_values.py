@@ -1,4 +1,4 @@
-"""What is typed: values are of their parameters' types, texts stay as typed, the rest is refused."""
+"""What is typed: values are of their parameters' types, texts stay as typed, others are refused."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
