@@ -50,6 +50,7 @@ setuptools.setup(
         "tensorboard>=2.18",
         "tensorflow>=2.18",
         "tensorflow-datasets>=4.9.7",
+        "typeguard>=4.3",
     ],
     extras_require={
         "gcs": GCS,

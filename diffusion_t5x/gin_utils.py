@@ -15,10 +15,12 @@ from typing import IO
 from etils import epath
 
 import gin
-from diffusion_t5x import moved, paths
+from diffusion_t5x import gin_values, moved, paths
 from diffusion_t5x.names import did_you_mean, nearest
 from diffusion_t5x.runtime.files import write_atomically
 from gin import config_parser
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 def config_dir() -> pathlib.Path:
@@ -51,13 +53,21 @@ def to_binding(assignment: str) -> str:
     Raises:
       ValueError: if the assignment has no '=' or no name.
     """
+    name, value = split(assignment)
+    read = value.strip()
+    return f"{name} = {read if _is_gin_value(read) else repr(value)}"
+
+
+def split(assignment: str) -> tuple[str, str]:
+    """Returns name and value; in `NAME=VALUE` the blanks at the ends of VALUE belong to it.
+
+    Raises:
+      ValueError: if the assignment has no '=' or no name.
+    """
     name, equals, value = assignment.partition("=")
     if not equals or not name.strip():
         raise ValueError(f"gin binding {assignment!r}; expected NAME=VALUE.")
-    value = value.strip()
-    if not value.startswith(("@", "%")) and not _is_gin_value(value):
-        value = repr(value)
-    return f"{name.strip()} = {value}"
+    return name.strip(), value if name == name.rstrip() else value.strip()
 
 
 def parse_config(
@@ -85,13 +95,50 @@ def parse_config(
     with _errors_with_hints(), _no_package_files():
         gin.parse_config_files_and_bindings(files, [], finalize_config=False)
     macros = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
+    bindings = [to_binding(assignment) for assignment in assignments]
     with _errors_with_hints():
-        gin.parse_config([to_binding(assignment) for assignment in assignments])
+        for binding in bindings:
+            _register_our_names(binding)
+        gin.parse_config(bindings)
     _refuse_unknown_macros(assignments, macros | _macros_read())
     for path in found:
         _refuse_misspelt_macros(path)
+    gin_values.settle(dict(map(_typed, assignments)))
     with _errors_with_hints():
         gin.finalize()
+
+
+def _typed(assignment: str) -> tuple[gin_values.Key, str]:
+    """Returns the key that an assignment binds, and the value as it was typed."""
+    name, value = split(assignment)
+    scope, selector, parameter = config_parser.parse_binding_key(name)
+    if not parameter:
+        return (f"{scope}/{selector}" if scope else selector, gin_values.MACRO, "value"), value
+    key = gin.config.ParsedBindingKey.parse((scope, selector, parameter))
+    return (key.scope, key.complete_selector, key.arg_name), value
+
+
+def _register_our_names(binding: str) -> None:
+    """Registers the functions of ours that a binding names, as if a file had imported them.
+
+    A name is that of a module and what is in it, such as `optimizers.adamw`.
+    """
+    name, _, value = binding.partition(" = ")
+    parameter = re.fullmatch(r"(?:[\w.-]+/)*(\w+(?:\.\w+)+)\.\w+", name)
+    references = [] if value[0] in "'\"" else re.findall(r"@(?:\w+/)*(\w+(?:\.\w+)+)", value)
+    for selector in [*([parameter[1]] if parameter else []), *references]:
+        if gin.config._REGISTRY.matching_selectors(selector):
+            continue
+        head = selector.partition(".")[0]
+        files = [*_PACKAGE.rglob(f"{head}.py"), *_PACKAGE.rglob(f"{head}/__init__.py")]
+        for file in sorted(files, key=lambda file: len(file.parts))[:1]:
+            path = file.parent if file.stem == "__init__" else file.with_suffix("")
+            package = ".".join(path.relative_to(_PACKAGE.parent).parent.parts)
+            gin.parse_config(
+                f"from __gin__ import dynamic_registration\nfrom {package} import {head}\n"
+                f"registered = @{selector}\n"
+            )
+            del gin.config._CONFIG["registered", gin_values.MACRO]
 
 
 def find(file: str, search_paths: Sequence[str]) -> str:

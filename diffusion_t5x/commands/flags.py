@@ -12,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import absl.flags
+import absl.logging
+
 import gin
 from diffusion_t5x import gin_utils
 
@@ -29,7 +32,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--gin.NAME=VALUE binds one gin macro or parameter, after all files.",
+        epilog="--gin.NAME=VALUE binds one gin macro or parameter, after all files. absl's logging "
+        "flags (--alsologtostderr, --verbosity, --log_dir, ...) show what libraries log.",
     )
     add = parser.add_argument
     add("--gin_file", action="append", default=[], help="gin file; repeat for several")
@@ -40,6 +44,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--seqio_additional_cache_dirs", **paths, help="comma-separated SeqIO caches")
     add(
         "--distributed",
+        "--multiprocess_gpu",
         action="store_true",
         help="join the processes of this TPU pod, GKE job or Slurm job",
     )
@@ -113,8 +118,13 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     Raises:
       SystemExit: if a flag is wrong.
     """
-    args = parser.parse_args(rewrite_gin_flags(sys.argv[1:] if argv is None else argv))
-    _import_tensorflow()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        rest = _take_logging_flags(argv)
+    except (absl.flags.Error, OSError, ValueError) as error:
+        parser.error(str(error))
+    args = parser.parse_args(rewrite_gin_flags(rest))
+    _import_tensorflow(quiet=len(rest) == len(argv))
     # Tracing makes millions of objects. Were TensorFlow's modules searched for garbage each time,
     # that would be a tenth of a start.
     if not gc.get_freeze_count():
@@ -128,6 +138,31 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if args.distributed or args.coordinator_address is not None:
         jax.distributed.initialize(args.coordinator_address, args.process_count, args.process_index)
     return args
+
+
+def _take_logging_flags(argv: Sequence[str]) -> list[str]:
+    """Obeys absl's logging flags, such as `--alsologtostderr`, and returns the other arguments.
+
+    With any of them the messages of libraries are shown, from INFO on if `--verbosity` is not set.
+
+    Raises:
+      absl.flags.Error, ValueError: if a value is wrong.
+      OSError: if `--log_dir` cannot be written to.
+    """
+    flags = absl.flags.FlagValues()
+    for flag in absl.flags.FLAGS.flags_by_module_dict()["absl.logging"]:
+        flags[flag.name] = flag
+    flags.set_gnu_getopt(True)
+    rest = list(flags(["", *argv], known_only=True)[1:])
+    if len(rest) < len(argv):
+        absl.flags.FLAGS.mark_as_parsed()
+        absl.logging.use_absl_handler()
+        if flags["verbosity"].using_default_value:
+            absl.logging.set_verbosity(absl.logging.INFO)
+        if directory := flags["log_dir"].value:
+            os.makedirs(directory, exist_ok=True)
+            absl.logging.get_absl_handler().use_absl_log_file("diffusion_t5x", directory)
+    return rest
 
 
 def configure(
@@ -147,13 +182,15 @@ def configure(
             seqio.set_tfds_data_dir_override(args.tfds_data_dir)
 
 
-def _import_tensorflow() -> None:
+def _import_tensorflow(quiet: bool) -> None:
     """Imports TensorFlow, which only reads data here, without its GPUs.
 
-    Discards what TensorFlow prints while it loads, before its log level can be set.
+    Discards what TensorFlow prints while it loads, before its log level can be set; if `quiet`,
+    also what libraries log later, except errors.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    if quiet:
+        logging.getLogger("absl").setLevel(logging.ERROR)
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as devnull:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
+from etils import epath
 
 from diffusion_t5x.data.data_shards import DataLayout, with_shard_seed
 from diffusion_t5x.names import check_known, nearest
@@ -176,26 +179,39 @@ def get_dataset(
 class DatasetIterator:
     """An endless iterator of numpy batches whose position can be saved and restored exactly.
 
-    A batch is a process's rows of a global batch, data shard by data shard.
+    A batch is a process's rows of a global batch, data shard by data shard. Beside the position of
+    each shard there is a record of the examples that it gave and of the settings that decide their
+    order and shape, so that a run may go on with other settings after as many examples.
 
     Attributes:
       num_shards: The number of data shards, over all processes.
       element_spec: Name -> (shape, dtype) of this process's batches.
     """
 
-    def __init__(self, datasets: Sequence[tf.data.Dataset], layout: DataLayout):
-        """Starts reading `datasets` of batches, endless, one for each shard of this process."""
-        self._layout = layout
-        self._iterators = dict(zip(layout.shards, map(iter, datasets), strict=True))
-        self._checkpoints = {
-            shard: tf.train.Checkpoint(iterator=iterator)
-            for shard, iterator in self._iterators.items()
-        }
+    def __init__(
+        self,
+        make: Callable[[int, int], tf.data.Dataset],
+        layout: DataLayout,
+        settings: Mapping[str, Any],
+    ):
+        """Starts reading.
+
+        Args:
+          make: Returns the endless batches of a shard, without its first rows: (shard, rows) ->
+            batches.
+          layout: The shards that this process reads.
+          settings: All that decides the rows and their order, JSON values by the users' names.
+        """
+        self._make, self._layout = make, layout
+        self._settings = json.loads(json.dumps({**settings, "data shards": layout.num_shards}))
         self.num_shards = layout.num_shards
+        self._examples = dict.fromkeys(layout.shards, 0)
+        self._skipped = dict.fromkeys(layout.shards, 0)
+        self._iterators = {shard: iter(make(shard, 0)) for shard in layout.shards}
         rows = layout.shard_size * len(layout.shards)
         self.element_spec = {
             name: ((rows, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
-            for name, spec in datasets[0].element_spec.items()
+            for name, spec in self._iterators[layout.shards[0]].element_spec.items()
         }
 
     def __iter__(self) -> DatasetIterator:
@@ -215,28 +231,105 @@ class DatasetIterator:
                 f"data shard {shard} of {self.num_shards} has no example; expected a split with at "
                 "least one example for each data-parallel shard of the mesh."
             ) from None
-        return {name: value.numpy() for name, value in batch.items()}
+        except tf.errors.InvalidArgumentError as error:
+            if "Incompatible shapes" not in str(error):
+                raise
+            raise ValueError(
+                "the checkpoint's position in the data is of another BATCH_SIZE or other "
+                "TASK_FEATURE_LENGTHS, which it has no record of; set those, or "
+                "checkpoints.SaveCheckpointConfig.save_dataset = False to start from the "
+                "beginning of the data."
+            ) from error
+        batch = {name: value.numpy() for name, value in batch.items()}
+        self._examples[shard] += int(_examples_by_row(batch).sum())
+        return batch
 
     def _file(self, path: str | os.PathLike[str], shard: int) -> str:
         return f"{os.fspath(path)}-{shard:05}-of-{self.num_shards:05}"
 
+    def _position(self, shard: int) -> tf.train.Checkpoint:
+        return tf.train.Checkpoint(iterator=self._iterators[shard])
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the positions of the next batch, one file per data shard, named `path` and more.
+        """Writes the positions of the next batch and their records, files named `path` and more.
 
         If several processes read a shard, one of them writes its position.
         """
         for shard in self._layout.saved:
-            self._checkpoints[shard].write(self._file(path, shard))
+            self._position(shard).write(self._file(path, shard))
+            record = {
+                "settings": self._settings,
+                "examples": self._examples[shard],
+                "skipped": self._skipped[shard],
+            }
+            epath.Path(f"{self._file(path, shard)}.json").write_text(json.dumps(record))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Resumes at the batch before which `save(path)` was called, by any number of processes.
 
+        With other settings it resumes after as many examples, all shards together, and says so.
+
         Raises:
-          tf.errors.NotFoundError: if no position was saved at `path`, or if it was saved for
-            another number of data shards.
+          tf.errors.NotFoundError: if no position was saved at `path`, or if one without a record
+            was saved for another number of data shards.
         """
-        for shard, checkpoint in self._checkpoints.items():
-            checkpoint.read(self._file(path, shard)).assert_consumed()
+        place = epath.Path(path)
+        files = sorted(place.parent.glob(f"{place.name}-*.json"))
+        records = [json.loads(file.read_text()) for file in files]
+        changed = [
+            f"{name} {records[0]['settings'].get(name)} is now {value}"
+            for name, value in self._settings.items()
+            if records and records[0]["settings"].get(name) != value
+        ]
+        if changed:
+            self._skip_to(sum(record["examples"] for record in records), changed)
+            return
+        for shard in self._layout.shards:
+            if records:
+                self._examples[shard] = records[shard]["examples"]
+                if records[shard]["skipped"] != self._skipped[shard]:
+                    self._start_after(shard, records[shard]["skipped"])
+            self._position(shard).read(self._file(path, shard)).assert_consumed()
+
+    def _skip_to(self, examples: int, changed: Sequence[str]) -> None:
+        """Moves to the row after `examples`, of which each shard has given an equal share."""
+        if 0 in self._layout.saved:
+            print(
+                f"data: {', '.join(changed)}; going on after the {examples:,} examples that were "
+                "seen, which are skipped.",
+                flush=True,
+            )
+        for shard in self._layout.shards:
+            share = examples * (shard + 1) // self.num_shards - examples * shard // self.num_shards
+            rows = share
+            if any(name.endswith("_segment_ids") for name in self.element_spec):
+                rows = self._rows_of(shard, share)
+            self._start_after(shard, rows)
+            self._examples[shard] = share
+
+    def _rows_of(self, shard: int, examples: int) -> int:
+        """Reads the first rows of a shard, packed; returns the number that hold `examples`."""
+        self._start_after(shard, 0)
+        rows = 0
+        while examples > 0:
+            for count in _examples_by_row(self._next_of(shard)):
+                examples -= int(count)
+                rows += examples >= 0
+                if examples <= 0:
+                    break
+        return rows
+
+    def _start_after(self, shard: int, rows: int) -> None:
+        self._skipped[shard] = rows
+        self._iterators[shard] = iter(self._make(shard, rows))
+
+
+def _examples_by_row(batch: Batch) -> np.ndarray:
+    """Returns how many examples are in each row of a batch, `[rows]`: one, if it is not packed."""
+    for name, value in batch.items():
+        if name.endswith("_segment_ids"):
+            return value.max(axis=1)
+    return np.ones(len(next(iter(batch.values()))), np.int32)
 
 
 def get_training_iterator(
@@ -260,8 +353,9 @@ def get_training_iterator(
     options.experimental_optimization.map_fusion = True
     options.experimental_optimization.filter_fusion = True
     options.experimental_optimization.map_and_batch_fusion = True
-    shards = [
-        get_dataset(
+
+    def make(shard: int, rows: int) -> tf.data.Dataset:
+        dataset = get_dataset(
             cfg,
             feature_converter_cls,
             shard_index=shard,
@@ -269,12 +363,22 @@ def get_training_iterator(
             num_epochs=None,
             seed=seed,
         )
-        .batch(layout.shard_size, drop_remainder=True)
-        .prefetch(4)
-        .with_options(options)
-        for shard in layout.shards
-    ]
-    return DatasetIterator(shards, layout)
+        if rows:  # a position is that of its chain of datasets, of which this would be one more
+            dataset = dataset.skip(rows)
+        batches = dataset.batch(layout.shard_size, drop_remainder=True)
+        return batches.prefetch(4).with_options(options)
+
+    settings = {
+        "BATCH_SIZE": cfg.batch_size,
+        "TASK_FEATURE_LENGTHS": dict(cfg.task_feature_lengths or {}),
+        "MIXTURE_OR_TASK_NAME": cfg.mixture_or_task_name,
+        "PACK": cfg.pack,
+        "USE_CACHED_TASKS": cfg.use_cached,
+        "split": cfg.split,
+        "shuffle": cfg.shuffle,
+        "seed": cfg.seed if cfg.seed is not None else seed,
+    }
+    return DatasetIterator(make, layout, settings)
 
 
 def pad_batch(batch: Batch, batch_size: int) -> Batch:

@@ -30,7 +30,7 @@ def sample(
     model: Model,
     restore_checkpoint_cfg: RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
-    inputs: Sequence[str],
+    inputs: str | Sequence[str],
     task_feature_lengths: dict[str, int],
     show_trajectory: bool = False,
     random_seed: int = 0,

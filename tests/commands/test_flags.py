@@ -326,3 +326,34 @@ def test_compiled_functions_are_kept_for_the_next_start_where_jax_or_the_cache_s
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def _log(*argv, cwd):
+    """What a command's start with these flags, and then one message of each level, prints."""
+    text = (
+        "import sys\nfrom absl import logging\nfrom diffusion_t5x.commands import flags\n"
+        "flags._import_tensorflow = lambda quiet: quiet and logging.set_verbosity(logging.ERROR)\n"
+        "args = flags.start(flags.make_parser(''), sys.argv[1:])\n"
+        "logging.debug('a detail'); logging.info('a fact'); logging.warning('a worry')\n"
+        "assert args.gin_file == ['a.gin'], args\n"
+    )
+    command = [sys.executable, "-c", text, *argv, "--gin_file", "a.gin"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    return {word for word in ("detail", "fact", "worry") if f"a {word}" in done.stderr}
+
+
+def test_logging_flags_of_t5x_are_obeyed(tmp_path):
+    assert _log(cwd=tmp_path) == set()
+    assert _log("--alsologtostderr", cwd=tmp_path) == {"fact", "worry"}
+    assert _log("-v", "1", "--logtostderr", cwd=tmp_path) == {"detail", "fact", "worry"}
+    logs = ["--log_dir=logs", "--stderrthreshold=warning", "--noalsologtostderr"]
+    assert _log("--verbosity=0", *logs, cwd=tmp_path) == {"worry"}
+    [file] = [path for path in (tmp_path / "logs").iterdir() if not path.is_symlink()]
+    assert "a fact" in file.read_text()
+
+
+@pytest.mark.parametrize("flag", ["--verbosity=loud", "--stderrthreshold=no", "--log_dir=/proc/x"])
+def test_a_wrong_logging_flag_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.main([flag])
+    assert flag.partition("=")[2] in capsys.readouterr().err

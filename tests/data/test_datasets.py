@@ -52,6 +52,104 @@ def test_an_iterator_goes_on_exactly_where_it_was_saved(tmp_path):
         _same(batch, next(restored))
 
 
+def _iterator(num_shards=1, seed=3, converter=CanvasFeatureConverter, **settings):
+    cfg = toy.dataset_cfg(**settings)
+    layout = DataLayout(cfg.batch_size, num_shards, *[tuple(range(num_shards))] * 2)
+    return datasets.get_training_iterator(cfg, converter, layout=layout, seed=seed)
+
+
+def _take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (8, 16), (6, 10)])
+def test_with_another_batch_size_a_run_goes_on_at_the_next_example(tmp_path, before, after, capsys):
+    first = _iterator(batch_size=before)
+    seen = _texts(_take(first, 3))
+    first.save(tmp_path / "position")
+    second = _iterator(batch_size=after)
+    second.restore(tmp_path / "position")
+    assert f"BATCH_SIZE {before} is now {after}; going on after the {3 * before} examples" in (
+        capsys.readouterr().out
+    )
+    seen += _texts(_take(second, 4))
+    whole = _texts(_take(_iterator(batch_size=2), 50))
+    assert seen == whole[: len(seen)]
+    # The position is exact again.
+    second.save(tmp_path / "again")
+    expected = _take(second, 8)
+    third = _iterator(batch_size=after)
+    third.restore(tmp_path / "again")
+    assert capsys.readouterr().out == ""
+    for one, other in zip(expected, _take(third, 8), strict=True):
+        _same(one, other)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
+def test_with_other_data_shards_as_many_examples_are_skipped(tmp_path, before, after):
+    first = _iterator(before, shuffle=False)
+    seen = _texts(_take(first, 3))
+    first.save(tmp_path / "position")
+    second = _iterator(after, shuffle=False)
+    second.restore(tmp_path / "position")
+    seen += _texts(_take(second, 3))
+    assert sorted(seen) == [f"t{number:03}" for number in range(48)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"task_feature_lengths": {"inputs": 9, "targets": 7}}, {"seed": 8}, {"shuffle": False}],
+)
+def test_with_other_settings_a_run_goes_on_after_as_many_examples(tmp_path, changed, capsys):
+    first = _iterator()
+    _take(first, 3)
+    first.save(tmp_path / "position")
+    second = _iterator(**changed)
+    second.restore(tmp_path / "position")
+    assert "is now" in capsys.readouterr().out
+    assert _texts(_take(second, 2)) == _texts(_take(_iterator(**changed), 5))[24:]
+
+
+def test_the_examples_in_packed_rows_are_counted(tmp_path):
+    def rows(length):
+        lengths = {"inputs": length, "targets": length}
+        return _iterator(
+            converter=EncDecFeatureConverter, batch_size=2, pack=True, shuffle=False,
+            task_feature_lengths=lengths,
+        )  # fmt: skip
+
+    def numbers(batches):
+        texts = [row.tolist() for batch in batches for row in batch["decoder_target_tokens"]]
+        parts = [list(part) for row in texts for _, part in itertools.groupby(row, lambda t: t > 1)]
+        return [int(toy.VOCABULARY.decode(part)[1:]) for part in parts if part[0] > 1]
+
+    first = rows(16)
+    seen = numbers(_take(first, 3))
+    assert len(seen) > 6
+    first.save(tmp_path / "position")
+    second = rows(40)
+    second.restore(tmp_path / "position")
+    following = numbers(_take(second, 1))
+    # A row that holds examples of both sides is read again.
+    assert following[0] <= len(seen) <= following[-1]
+
+
+def test_a_position_without_a_record_says_what_to_set(tmp_path):
+    first = _iterator()
+    _take(first, 3)
+    first.save(tmp_path / "position")
+    expected = next(first)
+    for record in tmp_path.glob("*.json"):
+        record.unlink()
+    same = _iterator()
+    same.restore(tmp_path / "position")
+    _same(expected, next(same))
+    other = _iterator(batch_size=4)
+    with pytest.raises(ValueError, match=r"another BATCH_SIZE or other TASK_FEATURE_LENGTHS"):
+        other.restore(tmp_path / "position")
+        next(other)
+
+
 def test_restoring_what_was_not_saved_fails(tmp_path):
     iterator = datasets.get_training_iterator(toy.dataset_cfg(), CanvasFeatureConverter)
     with pytest.raises(tf.errors.NotFoundError):
