@@ -1,6 +1,7 @@
 """Users' files as sources: chosen by gin, checked once, resumed at the exact example."""
 
 import gzip
+import itertools
 import json
 import os
 import pathlib
@@ -104,7 +105,7 @@ def test_data_shards_divide_the_examples_evenly(shuffle, tmp_path):
         for index in range(2)
     ]
     assert [len(shard) for shard in shards] == [4, 4]
-    assert sorted(sum(shards, [])) == _texts(source)
+    assert sorted(itertools.chain(*shards)) == _texts(source)
     if not shuffle:
         assert shards == [["00", "02", "04", "20"], ["01", "03", "10", "21"]]
 
@@ -347,7 +348,7 @@ def test_several_processes_write_the_same_records_and_pass_errors_on(tmp_path, m
     assert pathlib.Path(together.path).read_bytes() == first
     assert [pathlib.Path(path).read_bytes() for path in records.deal([together], "x")] == shards
     pathlib.Path(files[1]).write_text("b\n" * 19_999)
-    with pytest.raises(ValueError, match="a has 20,000 lines, but .*b has 19,999"):
+    with pytest.raises(ValueError, match=r"a has 20,000 lines, but .*b has 19,999"):
         _check(reader, *files)
 
 

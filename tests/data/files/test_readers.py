@@ -226,7 +226,7 @@ def test_other_json_than_squads_is_refused_whole_or_in_part(tmp_path):
     assert "'data' is None" in _read(tmp_path, "{}", Squad())[0].reason
     with pytest.raises(ValueError, match=r"file\.jsonl:2: not JSON at column 3"):
         _read(tmp_path, '{"data":\n [}', Squad())
-    with pytest.raises(ValueError, match="file.jsonl: not JSON: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match=r"file\.jsonl: not JSON: 'utf-8' codec can't decode"):
         _read(tmp_path, b'{"data": "\xff"}', Squad())
     document = _squad(_question(1, "tower"))
     document["data"] += [{"title": "none"}, 3]
