@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data import programs
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
@@ -26,11 +26,11 @@ MBPP_FIELDS = {
     "test_list": readers.TEXTS,
     "test_setup_code": readers.OPTIONAL_TEXT,
 }
+# Names in the sanitized form, whose imports are a list of lines.
+MBPP_SANITIZED = {"text": "prompt", "test_setup_code": "test_imports"}
 HUMAN_EVAL_FIELDS = dict.fromkeys(
     ("prompt", "canonical_solution", "test", "entry_point"), readers.TEXT
 )
-# The end of a function's body in a completion (Chen et al. 2021, section 2.3).
-_STOP = re.compile(r"\n(?=class|def|#|if|print)")
 
 
 @seqio.map_over_dataset
@@ -101,30 +101,13 @@ def require_line_breaks(
     return dataset
 
 
-def complete(prompt: str, completion: str) -> str:
-    """Joins a prompt and its completion to a program.
-
-    A completion that begins with indentation is the body of the prompt's function, and is cut at
-    the first statement after that body. Any other completion is a program that defines the function
-    again; the prompt, with its imports and helpers, stays before it.
-
-    Args:
-      prompt: The signature and docstring of a function, perhaps after imports and helpers.
-      completion: The text that a model predicted.
-    """
-    if completion.lstrip("\n")[:1].isspace():
-        completion = _STOP.split(completion, maxsplit=1)[0]
-    return prompt + completion
-
-
 def postprocess(text: str | list[str], example: Mapping[str, Any], is_target: bool) -> Any:
     """Turns targets into their tests and reference code, and predictions into programs."""
     if is_target:
         tests = [test.decode() for test in example["tests"]]
         return {"tests": [test for test in tests if test.strip()], "code": example["code"].decode()}
-    prompt = example["prompt"].decode()
     if isinstance(text, str):
-        return complete(prompt, text) if prompt else text
+        return programs.complete(example["prompt"].decode(), text)
     return [postprocess(sample, example, is_target) for sample in text]
 
 
@@ -141,7 +124,7 @@ def _human_eval_files() -> Mapping[str, str]:
 
 
 def _mbpp_source() -> LocalFilesDataSource:
-    reader = readers.JsonLines(MBPP_FIELDS, "task_id", tfds_mbpp.SPLITS)
+    reader = readers.JsonLines(MBPP_FIELDS, "task_id", tfds_mbpp.SPLITS, MBPP_SANITIZED)
     fields = tuple(MBPP_FIELDS)
     return LocalFilesDataSource(
         MBPP,

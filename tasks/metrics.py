@@ -1,7 +1,7 @@
 """Task metrics: functions of targets and predictions that return a dict of numbers.
 
-Names mean the same in every task: `exact_match` and `pass_at_k` are fractions in [0, 1]; `bleu`,
-`f1` and `em` are percentages, as published.
+Names mean the same in every task: `exact_match`, `pass_at_k` and `invalid_programs` are fractions
+in [0, 1]; `bleu`, `f1` and `em` are percentages, as published.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import sacrebleu
 
+from diffusion_t5x.data import programs
 from tasks import code_execution
 
 
@@ -162,6 +163,9 @@ class CodeMetric:
     ) -> Mapping[str, float]:
         """Computes pass@k, and the fraction of problems whose last sample is the reference.
 
+        'invalid_programs' is the fraction of samples that are no Python at all, which says that
+        texts are cut, have markup, or lost their indentation, rather than that they are wrong.
+
         Args:
           targets: For each problem `{'tests': assertions, 'code': reference}`.
           predictions: For each problem one program, or several samples of it.
@@ -179,7 +183,12 @@ class CodeMetric:
             for target, texts in zip(targets, samples, strict=True)
         ]
         fewest = min(len(texts) for texts in samples)
-        return {"exact_match": float(np.mean(same))} | {
+        valid = {text: programs.is_program(text) for texts in samples for text in texts}
+        invalid = [not valid[text] for texts in samples for text in texts]
+        if any(invalid):
+            print(f"{sum(invalid):,} of {len(invalid):,} candidates are no valid Python program")
+        first = {"exact_match": float(np.mean(same)), "invalid_programs": float(np.mean(invalid))}
+        return first | {
             f"pass_at_{k}": float(np.mean([pass_at_k(len(row), sum(row), k) for row in passed]))
             for k in self._ks
             if k <= fewest

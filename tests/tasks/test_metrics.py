@@ -157,6 +157,7 @@ def test_code_is_judged_by_running_it():
     assert metrics.CodeMetric()([target] * 4, [code, other, wrong, "def"]) == {
         "exact_match": 0.25,
         "pass_at_1": 0.5,
+        "invalid_programs": 0.25,
     }
 
 
@@ -165,7 +166,8 @@ def test_several_samples_give_pass_at_several_k():
     samples = [["x = 2", "x = 1"], ["x = 2", "x = 3"]]
     scores = metrics.CodeMetric((1, 2, 3))([target] * 2, samples)
     # One of two samples passes for the first problem; the best one comes last.
-    assert scores == {"exact_match": 0.5, "pass_at_1": 0.25, "pass_at_2": 0.5}
+    expected = {"exact_match": 0.5, "pass_at_1": 0.25, "pass_at_2": 0.5, "invalid_programs": 0}
+    assert scores == expected
 
 
 @pytest.mark.parametrize(
@@ -216,8 +218,23 @@ def test_pass_at_1_10_and_80_are_reported_for_as_many_samples():
     scores = metrics.CodeMetric()([target], [samples])
     at_10 = 1 - math.comb(60, 10) / math.comb(80, 10)
     assert scores == pytest.approx(
-        {"exact_match": 0, "pass_at_1": 0.25, "pass_at_10": at_10, "pass_at_80": 1}
+        {
+            "exact_match": 0,
+            "pass_at_1": 0.25,
+            "pass_at_10": at_10,
+            "pass_at_80": 1,
+            "invalid_programs": 0,
+        }
     )
+
+
+def test_candidates_that_are_no_programs_are_counted(capsys):
+    target = {"tests": ["assert x == 1"], "code": "x = 1"}
+    samples = [["x = 1", "x = ", "return 1", "x = 2"], ["", "```", " x = 1", "x = '\\d'"]]
+    scores = metrics.CodeMetric((1,))([target] * 2, samples)
+    assert scores["invalid_programs"] == 5 / 8
+    assert scores["pass_at_1"] == 1 / 8
+    assert capsys.readouterr().out == "5 of 8 candidates are no valid Python program\n"
 
 
 def test_the_code_tasks_metrics_judge_ahead_and_the_old_name_gives_the_new_one():

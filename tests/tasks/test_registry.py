@@ -30,7 +30,10 @@ TASKS = {
         {"exact_match": 0, "bleu": 0},
     ),
     "embedded_qa": ({"f1": 100, "em": 100, "exact_match": 1}, {"f1": 0, "em": 0, "exact_match": 0}),
-    "embedded_code": ({"exact_match": 1, "pass_at_1": 1}, {"exact_match": 0, "pass_at_1": 0}),
+    "embedded_code": (
+        {"exact_match": 1, "pass_at_1": 1, "invalid_programs": 0},
+        {"exact_match": 0, "pass_at_1": 0, "invalid_programs": 1},
+    ),
 }
 NAMES = tuple(
     name

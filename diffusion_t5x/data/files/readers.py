@@ -95,7 +95,8 @@ def _decode(line: bytes, file: int = 0) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8 at byte {error.start + 1} of its text", file) from error
+        reason = f"not UTF-8 at byte {error.start + 1} of its text"
+        raise Malformed(f"{reason}; iconv converts other encodings", file) from error
 
 
 def _object(item: Any, kind: str) -> Mapping[str, Any]:

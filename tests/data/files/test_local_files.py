@@ -1,7 +1,13 @@
 """Users' files as sources: chosen by gin, checked once, resumed at the exact example."""
 
 import gzip
+import itertools
 import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,7 +20,7 @@ from diffusion_t5x.data.data_shards import DataLayout
 from diffusion_t5x.data.datasets import DatasetConfig
 from diffusion_t5x.data.embedded import file_cache
 from diffusion_t5x.data.feature_converters import CanvasFeatureConverter, EncDecFeatureConverter
-from diffusion_t5x.data.files import local_files
+from diffusion_t5x.data.files import local_files, records
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.files.readers import TEXT, TEXTS, Documents, JsonLines, ParallelText
 
@@ -68,7 +74,6 @@ def test_files_of_a_split_are_read_in_the_order_of_their_names_and_lines(tmp_pat
     assert _texts(source) == [*texts, "x"]
     assert _texts(source, "validation") == ["x"]
     assert source.num_input_examples("train") == 61
-    assert len(source.list_shards("train")) == 4
     shuffled = _texts(source, shuffle=True, seed=1)
     assert shuffled != _texts(source)
     assert sorted(shuffled) == sorted(_texts(source))
@@ -88,13 +93,21 @@ def test_files_may_lie_wherever_tensorflow_reads(tmp_path):
     assert _texts(_documents()) == ["a", "b"]
 
 
-def test_shards_are_files_where_there_are_enough(tmp_path):
-    for number in range(4):
-        _write(tmp_path / "data", f"{number}.jsonl", [f"{number}a", f"{number}b"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_data_shards_divide_the_examples_evenly(shuffle, tmp_path):
+    for number, size in enumerate((5, 1, 2)):
+        texts = [f"{number}{line}" for line in range(size)]
+        _write(tmp_path / "data", f"{number}.jsonl", texts)
     _bind({"train": str(tmp_path / "data/*")})
     source = _documents()
-    shards = [_texts(source, shard_info=seqio.ShardInfo(index, 2)) for index in range(2)]
-    assert shards == [["0a", "0b", "2a", "2b"], ["1a", "1b", "3a", "3b"]]
+    shards = [
+        _texts(source, shuffle=shuffle, seed=3, shard_info=seqio.ShardInfo(index, 2))
+        for index in range(2)
+    ]
+    assert [len(shard) for shard in shards] == [4, 4]
+    assert sorted(itertools.chain(*shards)) == _texts(source)
+    if not shuffle:
+        assert shards == [["00", "02", "04", "20"], ["01", "03", "10", "21"]]
 
 
 def test_lists_are_vectors_and_missing_texts_empty(tmp_path):
@@ -213,26 +226,35 @@ def test_a_setting_may_be_of_one_source_alone(tmp_path):
     assert local_files.LocalFiles().documents == "line"
 
 
+def _check(reader, *paths):
+    files = tuple(map(str, paths))
+    return records.check_files(reader, files, local_files._versions(files))
+
+
 def test_a_checked_file_is_read_again_only_if_it_or_a_setting_changed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo")
     read = []
 
     class Spy(Documents):
-        def read(self, files, split):
+        def batches(self, files):
             read.append((files, self.unit))
-            return super().read(files, split)
+            return super().batches(files)
 
-    first = local_files.check_files(Spy("text"), (str(path),))
-    again = local_files.check_files(Spy("text"), (str(path),))
+    first = _check(Spy("text"), path)
+    again = _check(Spy("text"), path)
     assert first == again
     assert (first.records, first.refused, len(first.refusals)) == (2, 1, 1)
     assert len(read) == 1
-    local_files.check_files(Spy("text", "blank_line"), (str(path),))
+    _check(Spy("text", "blank_line"), path)
     assert len(read) == 2
     path.write_text("one\n\ntwo\nthree")
-    assert local_files.check_files(Spy("text"), (str(path),)).records == 3
+    assert _check(Spy("text"), path).records == 3
     assert len(read) == 3
+
+
+def _cache_files(tmp_path):
+    return sorted(item for item in (tmp_path / "cache").rglob("*") if item.is_file())
 
 
 def test_a_check_that_was_interrupted_leaves_nothing_and_is_made_again(tmp_path):
@@ -240,26 +262,149 @@ def test_a_check_that_was_interrupted_leaves_nothing_and_is_made_again(tmp_path)
     path.write_text("one\ntwo")
 
     class Killed(Documents):
-        def read(self, files, split):
-            yield {"text": "half"}
+        def batches(self, files):
+            yield from super().batches(files)
             raise KeyboardInterrupt
 
-    killed = Killed("text")
     with pytest.raises(KeyboardInterrupt):
-        local_files.check_files(killed, (str(path),))
-    left = [item for item in (tmp_path / "cache").rglob("*") if item.is_file()]
-    assert left == []
+        _check(Killed("text"), path)
+    assert _cache_files(tmp_path) == []
+    # One that is killed cannot tidy up; whoever comes next does.
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / "cache/local_files" / f"0.{socket.gethostname()}.{dead.pid}.tmp"
+    left.mkdir()
+    (left / "records.tfrecord").write_text("half")
+    assert _check(Documents("text"), path).records == 2
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed", "gone"])
+def test_damaged_records_are_named_and_made_again(damage, tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"t{number}\n" for number in range(1100)))
+
+    def make():
+        checked = _check(Documents("text"), path)
+        return checked, records.deal([checked], "name:train")
+
+    expected = make()
+    whole = {file: file.read_bytes() for file in _cache_files(tmp_path)}
+    assert len(whole) == 2 + 1 + 16
+    for file, content in whole.items():
+        if damage == "gone":
+            file.unlink()
+        else:
+            changed = content[:-10] + bytes([content[-10] ^ 1]) + content[-9:]
+            file.write_bytes({"cut": content[:-7], "emptied": b""}.get(damage, changed))
+        assert make() == expected
+        out = capsys.readouterr().out
+        assert out.count("is damaged") == 1
+        assert str(file.parent) in out
+        assert {file: file.read_bytes() for file in _cache_files(tmp_path)} == whole
+
+
+def test_records_are_those_of_tensorflow_whatever_the_number_of_processes(tmp_path, monkeypatch):
+    long = "é" * 70 + "x" * 20_000
+    rows = [{"text": f"t{n}", "tests": ["", long][: n % 3], "setup": long} for n in range(50)]
+    expected = []
+    for row in rows:
+        lists = {name: [value] if isinstance(value, str) else value for name, value in row.items()}
+        expected.append(
+            tf.train.Example(
+                features=tf.train.Features(
+                    feature={
+                        name: tf.train.Feature(
+                            bytes_list=tf.train.BytesList(value=[text.encode() for text in texts])
+                        )
+                        for name, texts in lists.items()
+                    }
+                )
+            )
+        )
+    assert [tf.train.Example.FromString(records.encode(row)) for row in rows] == expected
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(b"".join(records._frame(records.encode(row)) for row in rows))
+    read = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    assert [tf.train.Example.FromString(data) for data in read] == expected
+
+
+def test_several_processes_write_the_same_records_and_pass_errors_on(tmp_path, monkeypatch):
+    pairs = [(f"a {n}", f"b {n}" if n % 1000 else "") for n in range(20_000)]
+    files = tuple(str(tmp_path / name) for name in ("a", "b"))
+    for path, texts in zip(files, zip(*pairs, strict=True), strict=True):
+        pathlib.Path(path).write_text("\n".join(texts) + "\n")
+    reader = ParallelText(("en", "fr"), ("en", "fr"))
+    alone = _check(reader, *files)
+    first = pathlib.Path(alone.path).read_bytes()
+    shards = [pathlib.Path(path).read_bytes() for path in records.deal([alone], "x")]
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(records, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    together = _check(reader, *files)
+    assert together == alone
+    assert (together.records, together.refused) == (19_980, 20)
+    assert together.refusals[1] == f"{files[1]}:1001: 'fr' is empty, expected {TEXT}"
+    assert pathlib.Path(together.path).read_bytes() == first
+    assert [pathlib.Path(path).read_bytes() for path in records.deal([together], "x")] == shards
+    pathlib.Path(files[1]).write_text("b\n" * 19_999)
+    with pytest.raises(ValueError, match=r"a has 20,000 lines, but .*b has 19,999"):
+        _check(reader, *files)
+
+
+def _numbers(source, seed, epochs=1, shard_info=None):
+    """Returns the numbers that are the texts, shuffled as by SeqIO."""
+    dataset = source.get_dataset("train", True, seed, shard_info).repeat(epochs)
+    batches = dataset.shuffle(1000, seed).batch(1000).as_numpy_iterator()
+    return np.concatenate([batch["text"] for batch in batches]).astype(int)
+
+
+def test_the_first_shuffled_examples_span_the_corpus_and_proportions_hold(tmp_path):
+    total = 40_000
+    for start, end in ((0, 30_000), (30_000, 36_000), (36_000, total)):
+        lines = "".join(f"{number}\n" for number in range(start, end))
+        (tmp_path / f"{start:05}.txt").write_text(lines)
+    _bind({"train": str(tmp_path / "*.txt")})
+    source = _documents()
+    assert len(source.list_shards("train")) == 256
+    order = _numbers(source, 0)
+    assert sorted(order) == list(range(total))
+    # Of each thousand examples each tenth of the corpus, so each file too, has its share.
+    for start in range(0, total, 1000):
+        counts = np.bincount(order[start : start + 1000] * 10 // total, minlength=10)
+        assert (counts > 60).all()
+    assert (np.bincount(order[:128] * 10 // total, minlength=10) >= 3).all()
+    assert abs(np.corrcoef(order, np.arange(total))[0, 1]) < 0.03  # neither end comes first
+    assert (np.abs(np.diff(order)) == 1).sum() < 20  # nor do neighbours follow one another
+    assert (_numbers(source, 0) == order).all()
+    assert (_numbers(source, 1) != order).mean() > 0.9
+    # Eight hosts share the shards, three the records.
+    for hosts in (8, 3):
+        parts = [_numbers(source, 0, 1, seqio.ShardInfo(i, hosts)) for i in range(hosts)]
+        assert sorted(np.concatenate(parts)) == list(range(total))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 32
+        assert all((np.bincount(p[:1000] * 10 // total, minlength=10) > 60).all() for p in parts)
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{number}\n" for number in range(12_000)))
+    _bind({"train": str(tmp_path / "a.txt")})
+    order = _numbers(_documents(), 0, epochs=2)
+    first, second = order[:1000], order[13_000:14_000]
+    assert len(set(first) & set(second)) < 500
 
 
 @pytest.mark.parametrize(
-    "num_files,num_shards,pack",
-    [(1, 1, False), pytest.param(5, 1, False, marks=pytest.mark.slow), (5, 2, True)],
+    "num_files,lines,num_shards,pack",
+    [(1, 1100, 1, False), pytest.param(5, 30, 1, False, marks=pytest.mark.slow), (5, 30, 2, True)],
 )
 def test_training_on_local_files_goes_on_at_the_exact_example(
-    num_files, num_shards, pack, tmp_path, monkeypatch
+    num_files, lines, num_shards, pack, tmp_path, monkeypatch
 ):
+    # As if there were more than fit in memory.
+    monkeypatch.setattr(seqio.dataset_providers, "_MAX_EXAMPLES_TO_MEM_CACHE", 500)
     for number in range(num_files):
-        texts = [f"{number} {line}" for line in range(30)]
+        texts = [f"{number} {line}" for line in range(lines)]
         _write(tmp_path / "data", f"{number}.jsonl", texts)
     _bind({"train": str(tmp_path / "data/*")})
     vocabulary = seqio.ByteVocabulary()
@@ -294,7 +439,7 @@ def test_training_on_local_files_goes_on_at_the_exact_example(
         return datasets.get_training_iterator(cfg, converter, layout=layout, seed=5)
 
     iterator = make()
-    for _ in range(23):  # in the middle of an epoch that is not the first
+    for _ in range(23):  # in the middle of an epoch; of few lines, one that is not the first
         next(iterator)
     iterator.save(tmp_path / "position")
     expected = [next(iterator) for _ in range(12)]

@@ -1,14 +1,16 @@
 """Readers take what is well formed and say of the rest where it is and what is wrong."""
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from diffusion_t5x.data.files import readers
+from diffusion_t5x.data.files import lines, readers
 from diffusion_t5x.data.files.readers import (
     OPTIONAL_TEXT,
     TEXT,
@@ -29,7 +31,7 @@ PAIRS = [{"en": "the cat", "fr": "le chat"}, {"en": "a\u2028b", "fr": "été"}]
 def _read(tmp_path, data, reader, name="file.jsonl", split=None):
     path = tmp_path / name
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return list(reader.read((str(path),), split))
+    return list(readers.read(reader, (str(path),), split))
 
 
 def _lines(*records):
@@ -68,7 +70,7 @@ def test_gzip_is_seen_in_the_file_whatever_its_name(tmp_path):
         (b'{"text": "t",}', "not JSON at column"),
         (b"[1]", "expected a JSON object, found list"),
         (b'"text"', "expected a JSON object, found str"),
-        (b'{"text": "\xff"}', "not UTF-8 at byte 11 of the line"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 11 of its text"),
         (b"[" * 100_000, "not JSON"),
         (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
         (b'{"tests": ["a"]}', r"lacks 'text'; it has \['tests'\]"),
@@ -80,7 +82,7 @@ def test_gzip_is_seen_in_the_file_whatever_its_name(tmp_path):
         (b'{"text": "t", "tests": []}', r"'tests' is \[\], expected a list of texts"),
         (b'{"text": "t", "tests": ["a", ""]}', "'tests' is empty"),
         (b'{"text": "t", "tests": ["a", 1]}', "'tests' is int"),
-        (b'{"text": "t", "tests": ["a"], "setup": []}', "'setup' is list"),
+        (b'{"text": "t", "tests": ["a"], "setup": [1]}', "'setup' is int"),
     ],
 )
 def test_a_malformed_record_is_refused_with_its_line_and_the_others_are_kept(
@@ -90,7 +92,7 @@ def test_a_malformed_record_is_refused_with_its_line_and_the_others_are_kept(
     first, refusal, last = _read(tmp_path, data, JsonLines(FIELDS))
     assert first == last == GOOD
     assert isinstance(refusal, Refusal)
-    assert (refusal.file, refusal.line) == (str(tmp_path / "file.jsonl"), 3)
+    assert (refusal.file, refusal.place) == (str(tmp_path / "file.jsonl"), 3)
     assert str(refusal).startswith(f"{tmp_path / 'file.jsonl'}:3: ")
     assert re.search(reason, refusal.reason), refusal.reason
 
@@ -100,7 +102,7 @@ def test_a_damaged_gzip_stream_is_an_error_and_no_shorter_file(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"{path} is damaged after line \d\d+"):
-        list(JsonLines(FIELDS).read((str(path),), None))
+        list(readers.read(JsonLines(FIELDS), (str(path),)))
 
 
 def test_one_file_may_hold_all_splits(tmp_path):
@@ -111,7 +113,7 @@ def test_one_file_may_hold_all_splits(tmp_path):
     assert [r["text"] for r in _read(tmp_path, data, reader, split="test")[:2]] == ["t11", "t20"]
     assert [r["text"] for r in _read(tmp_path, data, reader, split="train")[:1]] == ["t21"]
     refused = _read(tmp_path, data, reader, split="train")[1:]
-    assert [r.line for r in refused] == [6, 7, 8]
+    assert [r.place for r in refused] == [6, 7, 8]
     assert all("'id' is" in r.reason and "whole number" in r.reason for r in refused)
     assert len(_read(tmp_path, _lines(*rows), reader)) == 5
 
@@ -163,6 +165,42 @@ def test_squad_gives_each_question_with_all_its_answers(tmp_path):
     assert _read(tmp_path, zipped, Squad(), "dev.json.gz") == records
 
 
+HUGGING_FACE = [
+    {"id": "a", "context": "In France.", "question": "Where?",
+     "answers": {"text": ["France", "In France"], "answer_start": [3, 0]}},
+    {"id": "b", "context": "In Spain.", "question": "Where?",
+     "answers": {"text": ["Spain"], "answer_start": [3]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lines", "one line", "array", "data", "parquet"])
+def test_squad_may_have_hugging_faces_rows(form, tmp_path):
+    rows = HUGGING_FACE[: 1 if form == "one line" else 2]
+    name = "a.parquet" if form == "parquet" else "a.json"
+    if form == "parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+    else:
+        data = {
+            "array": json.dumps(rows, indent=2),
+            "data": json.dumps({"version": "1", "data": rows}),
+        }.get(form, "\n" + _lines(*rows))
+    assert _read(tmp_path, data, Squad(), name) == [
+        {**{n: row[n] for n in ("context", "question")}, "answers": row["answers"]["text"]}
+        for row in rows
+    ]
+
+
+def test_rows_of_questions_that_are_not_squads_are_refused_with_what_is_expected(tmp_path):
+    rows = [{**HUGGING_FACE[0], "answers": value} for value in ({"text": []}, "France", {}, None)]
+    refused = _read(tmp_path, _lines(HUGGING_FACE[0], *rows), Squad())[1:]
+    assert [item.place for item in refused] == [2, 3, 4, 5]
+    assert "SQuAD v2.0's" in refused[0].reason
+    assert all("expected a list, or an object" in item.reason for item in refused[1:])
+    [refusal] = _read(tmp_path, '{"text": "a"}', Squad())
+    assert "rows with 'context', 'question' and 'answers'" in refusal.reason
+
+
 @pytest.mark.parametrize(
     "question,reason",
     [
@@ -186,15 +224,16 @@ def test_a_question_is_refused_with_its_place(question, reason, tmp_path):
 
 def test_other_json_than_squads_is_refused_whole_or_in_part(tmp_path):
     assert "'data' is None" in _read(tmp_path, "{}", Squad())[0].reason
-    assert _read(tmp_path, '{"data":\n [}', Squad())[0].line == 2
-    assert "not UTF-8" in _read(tmp_path, b'{"data": "\xff"}', Squad())[0].reason
+    with pytest.raises(ValueError, match=r"file\.jsonl:2: not JSON at column 3"):
+        _read(tmp_path, '{"data":\n [}', Squad())
+    with pytest.raises(ValueError, match=r"file\.jsonl: not JSON: 'utf-8' codec can't decode"):
+        _read(tmp_path, b'{"data": "\xff"}', Squad())
     document = _squad(_question(1, "tower"))
     document["data"] += [{"title": "none"}, 3]
     document["data"][0]["paragraphs"] += [{"context": "c", "qas": 1}, {"qas": [_question(4, "a")]}]
     record, *refused = _read(tmp_path, json.dumps(document), Squad())
     assert record["question"] == "What is 1?"
-    places = [refusal.reason.split(":")[0] for refusal in refused]
-    assert places == [
+    assert [refusal.place for refusal in refused] == [
         "data[0].paragraphs[1].qas",
         "data[0].paragraphs[2].qas[0]",
         "data[1].paragraphs",
@@ -209,11 +248,84 @@ def _write(tmp_path, name, data):
 
 
 def _read_files(reader, *files):
-    return list(reader.read(files, None))
+    return list(readers.read(reader, files))
+
+
+# What separates words, ends lines, or does so elsewhere: bytes of a file -> its lines.
+ENDS = {
+    b"nine\rten\r\n\rx\r\r\n": ["nine ten", " x "],
+    b"\xef\xbb\xbfa\xef\xbb\xbfb\nc": ["a\ufeffb", "c"],
+    b"a\x0bb\x0cc\x1cd\x1ee\x00f\n": ["a\x0bb\x0cc\x1cd\x1ee\x00f"],
+    "a\x85b\u2028c\u2029d\n\n".encode(): ["a\x85b\u2028c\u2029d", ""],
+    b"a\r": ["a"],
+    b"": [],
+}
+
+
+@pytest.mark.parametrize("data", ENDS)
+def test_lines_are_the_same_in_plain_and_in_gzip_files(data, tmp_path):
+    middle = len(data) // 2
+    zipped = gzip.compress(data[:middle]) + gzip.compress(data[middle:])  # of several members
+    for name, stored in (("plain", data), ("zipped", gzip.compress(data)), ("members", zipped)):
+        with lines.Lines(_write(tmp_path, name, stored)) as read:
+            assert [line.decode() for line in read] == ENDS[data]
+        assert [line.decode() for line in lines.Lines(f"file://{tmp_path}/{name}")] == ENDS[data]
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_other_compression_is_refused_by_name(compress, tmp_path):
+    path = _write(tmp_path, "a.tsv", compress(b"a\tb\n"))
+    with pytest.raises(ValueError, match=r"a\.tsv is compressed by (bzip2|xz); expected plain or"):
+        _read_files(PARALLEL, path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_unicode_is_refused_whole_and_names_the_file_of_a_pair(encoding, tmp_path):
+    english = _write(tmp_path, "a.en", "one\ntwo\n")
+    french = _write(tmp_path, "a.fr", "un\ndeux\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"a\.fr:1: is UTF-16 or UTF-32, expected UTF-8"):
+        _read_files(PARALLEL, english, french)
+
+
+def test_a_reason_names_the_file_of_the_pair_that_is_at_fault(tmp_path):
+    english = _write(tmp_path, "a.en", b"one\ntwo\n\nfour\n\xff\n")
+    french = _write(tmp_path, "a.fr", "un\ndéjà\ntrois\n \ncinq".encode("latin-1"))
+    refused = [str(item) for item in _read_files(PARALLEL, english, french)[1:]]
+    assert [text.removeprefix(f"{tmp_path}/").split(" ")[0] for text in refused] == [
+        "a.fr:2:",
+        "a.en:3:",
+        "a.fr:4:",
+        "a.en:5:",
+    ]
+    assert "not UTF-8 at byte 2" in refused[0]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 1, 4])
+def test_objects_are_lines_or_an_array_however_it_is_laid_out(indent, tmp_path):
+    rows = [GOOD, {**GOOD, "text": ""}, 3, {**GOOD, "text": "last\n[\n"}]
+    items = _read(tmp_path, json.dumps(rows, indent=indent), JsonLines(FIELDS), "a.json")
+    assert [items[0], items[3]] == [GOOD, {**GOOD, "text": "last\n[\n"}]
+    for number in (1, 2):
+        assert str(items[number]).startswith(f"{tmp_path}/a.json: [{number}]: ")
+    assert _read(tmp_path, json.dumps([GOOD], indent=indent), JsonLines(FIELDS)) == [GOOD]
+    assert _read(tmp_path, "[]", JsonLines(FIELDS)) == []
+    broken = json.dumps(rows, indent=indent).rstrip("]")
+    with pytest.raises(ValueError, match=r"a\.json:\d+: not JSON at column"):
+        _read(tmp_path, broken, JsonLines(FIELDS), "a.json")
+
+
+def test_parallel_text_and_documents_may_be_arrays_and_parquet(tmp_path):
+    array = _write(tmp_path, "a.json", json.dumps([{"translation": pair} for pair in PAIRS]))
+    assert _read_files(PARALLEL, array) == PAIRS
+    table = str(tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table({"id": [1, 2], "translation": PAIRS}), table)
+    assert _read_files(PARALLEL, table) == PAIRS
+    documents = _write(tmp_path, "d.json.gz", gzip.compress(b'[{"text": "a"},\n{"text": "b"}]'))
+    assert _read_files(Documents("text"), documents) == [{"text": "a"}, {"text": "b"}]
 
 
 def _refused(items):
-    return [(item.line, item.reason) for item in items if isinstance(item, Refusal)]
+    return [(item.place, item.reason) for item in items if isinstance(item, Refusal)]
 
 
 def test_two_files_are_read_side_by_side(tmp_path):
@@ -232,7 +344,7 @@ def test_pairs_that_lack_a_side_are_refused_and_the_others_stay_aligned(tmp_path
     ]
     assert _refused(items) == [
         (2, "'en' is empty, expected a text that is not empty"),
-        (3, "not UTF-8 at byte 3 of the line"),
+        (3, "not UTF-8 at byte 3 of its text; iconv converts other encodings"),
     ]
 
 
@@ -269,9 +381,9 @@ def test_json_lines_have_the_languages_themselves_or_in_translation(tmp_path):
 
 def test_a_form_that_no_reader_knows_is_refused(tmp_path):
     path = _write(tmp_path, "a.csv", "x")
-    with pytest.raises(ValueError, match=r"a\.csv: parallel text in one file is \.tsv or \.jsonl"):
+    with pytest.raises(ValueError, match=r"a\.csv: parallel text in one file is \.tsv, \.jsonl, "):
         _read_files(PARALLEL, path)
-    with pytest.raises(ValueError, match=r"a\.csv: documents are read from \.txt, \.jsonl and"):
+    with pytest.raises(ValueError, match=r"a\.csv: documents are read from \.txt, \.jsonl, "):
         _read_files(Documents("text"), path)
 
 
@@ -290,7 +402,7 @@ def test_or_documents_between_blank_lines(tmp_path):
     first, refusal, third = _read_files(Documents("text", "blank_line"), path)
     assert first == {"text": "first\n  one"}
     assert third == {"text": "third\nlast"}
-    assert (refusal.line, refusal.reason) == (7, "not UTF-8 at byte 7 of the document")
+    assert (refusal.place, refusal.reason.split(";")[0]) == (7, "not UTF-8 at byte 7 of its text")
     with pytest.raises(ValueError, match=r"documents = 'blank'; expected one of \('line', 'blank_"):
         Documents("text", "blank")
 

@@ -1,0 +1,136 @@
+"""Python programs from what a model writes, which may have markup and prose around them."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import warnings
+from collections.abc import Iterator
+
+import gin
+
+# Attempts to find a program in a text, and to find its end, each of which compiles it.
+MOST_CUTS = 20
+_FENCE = re.compile(r"```([\w.+-]*)[ \t]*\r?$|^~~~([\w.+-]*)[ \t]*\r?$", re.MULTILINE)
+_TOKEN = (
+    r"(?:<\|[^<>|\n]{1,40}\|>|<\uff5c[^<>\n]{1,40}\uff5c>|</?s>|\[/?INST\]"
+    r"|<(?:eos|bos|pad|unk|(?:start|end)_of_turn)>)"
+)
+_SPECIAL = re.compile(_TOKEN)
+_OPENING = re.compile(rf"\A\s*(?:{_TOKEN}(?:(?:assistant|model)[ \t]*\n)?)+")
+_IN_FIRST_COLUMN = re.compile(r"^(?=[^\s#])", re.MULTILINE)  # comments may stand there in a body
+_STATEMENT = re.compile(r"^(?:async def|def|class|import|from|@)\b", re.MULTILINE)
+
+
+def _error_of(text: str) -> BaseException | None:
+    """Returns why a text does not compile, or None if it does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(text, "<program>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        return error
+    return None
+
+
+def is_program(text: str) -> bool:
+    """Returns True if a text is valid Python, and not empty."""
+    return bool(text.strip()) and _error_of(text) is None
+
+
+@gin.configurable
+def complete(prompt: str, completion: str, strip_markup: bool = True) -> str:
+    """Joins a prompt and its completion to a program.
+
+    A completion that begins with indentation is the body of the prompt's function, and ends where
+    the next statement, or anything else but a comment, begins in the first column. Any other
+    completion is a program that defines the function again; the prompt, with its imports and
+    helpers, stays before it. What is valid Python in this way is not changed further.
+
+    Args:
+      prompt: The signature and docstring of a function, perhaps after imports and helpers; or ''.
+      completion: The text that a model predicted.
+      strip_markup: Where that is no valid program, takes the program out of Markdown fences,
+        special tokens such as `<|endoftext|>` and the prose around them.
+    """
+    program = _join(prompt, completion)
+    if not strip_markup or is_program(program):
+        return program
+    candidates = itertools.islice(_candidates(completion), MOST_CUTS)
+    joined = (_join(prompt, text) for text in candidates if text.strip())
+    return next((text for text in joined if is_program(text)), program)
+
+
+def _join(prompt: str, completion: str) -> str:
+    if not prompt:
+        return completion
+    if completion.lstrip("\r\n")[:1].isspace():
+        return prompt + _body(prompt, completion)
+    program = prompt + completion
+    if _error_of(program) and not is_program(prompt):  # a signature alone lacks a body
+        bodied = f"{prompt.rstrip()}\n    pass\n{completion}"
+        return bodied if is_program(bodied) else program
+    return program
+
+
+def _body(prompt: str, completion: str) -> str:
+    """Cuts a completion after the body of the prompt's function.
+
+    Brackets and strings of a body may have lines in the first column; what ends inside one is no
+    program.
+    """
+    cuts = [match.start() for match in _IN_FIRST_COLUMN.finditer(completion)][:MOST_CUTS]
+    parts = [completion[:cut] for cut in cuts]
+    return next(
+        (part for part in [*parts, completion] if is_program(prompt + part)),
+        parts[0] if parts else completion,
+    )
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """Yields what may be the program in a text, the likeliest first."""
+    text = _SPECIAL.split(_OPENING.sub("", text), maxsplit=1)[0]
+    yield text
+    for part in [*_fenced(text), text]:
+        yield part
+        if start := _STATEMENT.search(part):
+            yield from _beginnings(part[start.start() :])
+
+
+def _fenced(text: str) -> list[str]:
+    """Returns the blocks between fences, and what is before the first one, the likeliest first."""
+    fences = [*itertools.islice(_FENCE.finditer(text), MOST_CUTS)]
+    if not fences:
+        return []
+    before = text[: fences[0].start()]
+    edges = [*fences, None]
+    closes = not (fences[0][1] or fences[0][2]) and _is_code(before)
+    if closes:  # the prompt had the opening one
+        edges = edges[1:]
+    blocks = [
+        text[opening.end() : closing.start() if closing else len(text)].lstrip("\r\n")
+        for opening, closing in zip(edges[::2], edges[1::2], strict=False)
+        if opening
+    ]
+    return [before, *blocks] if closes else [*(b for b in blocks if _is_code(b)), *blocks, before]
+
+
+def _is_code(text: str) -> bool:
+    """Returns True for a body, or a program that does more than name things, as prose may."""
+    if text.lstrip("\r\n")[:1].isspace():
+        return True
+    if not is_program(text):
+        return False
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(text).body)
+
+
+def _beginnings(text: str) -> Iterator[str]:
+    """Yields a program and its beginnings before lines that are none, the longest first."""
+    yield text
+    error = _error_of(text)
+    line = getattr(error, "lineno", None) or 1
+    lines = text.splitlines(keepends=True)
+    starts = [n for n, one in enumerate(lines[:line]) if n and _IN_FIRST_COLUMN.match(one)]
+    for start in starts[::-1][:MOST_CUTS]:
+        yield "".join(lines[:start])
