@@ -11,6 +11,7 @@ import os
 import pathlib
 import posixpath
 import re
+import tempfile
 import threading
 import urllib.parse
 import uuid
@@ -26,6 +27,8 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 gpath._is_tf_installed.cache_clear()  # importing SeqIO asks it
 if host := os.environ.get("STORAGE_EMULATOR_HOST"):  # gcsfs reads this; TensorStore has its own
     os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
+    # Else gcsfs asks Google itself for the kind of a bucket.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 # The library that reads each kind of bucket, which is also the name of an extra of this package.
 LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -35,7 +38,7 @@ for _protocol in ("gs", "gcs", "s3"):
 _EXPECTED = "expected a path on this machine, file:///PATH, gs://BUCKET/PATH or s3://BUCKET/PATH"
 # Libraries and tools take these for patterns, or for the version of an object.
 _SPECIAL = "*?[]#"
-SECONDS = 20.0  # that a bucket may take to answer
+SECONDS = 15.0  # that a bucket may take to answer
 
 T = TypeVar("T")
 
@@ -196,7 +199,7 @@ def check_readable(path: epath.Path, setting: str) -> None:
 def check_writable(path: epath.Path, setting: str) -> None:
     """Refuses a directory that cannot be written to, within seconds; it need not exist.
 
-    In a bucket an object is written, and removed.
+    In a bucket an object is written, and removed; on this machine a file without a name.
 
     Raises:
       StorageError: if there is no such bucket, no permission, or no answer.
@@ -216,8 +219,10 @@ def check_writable(path: epath.Path, setting: str) -> None:
         directory = directory.parent
     if not directory.is_dir():
         raise StorageError(f"{problem}: {directory} is not a directory.")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise StorageError(f"{problem}: no permission to write in {directory}.")
+    try:
+        tempfile.TemporaryFile(dir=directory).close()  # which has no name
+    except OSError as error:
+        raise StorageError(f"{problem}: {error.strerror} ({directory}).") from error
 
 
 def _within_seconds(work: Callable[[], None], path: epath.Path, problem: str) -> None:

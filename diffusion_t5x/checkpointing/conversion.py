@@ -124,7 +124,7 @@ def convert(
         needs_start = theirs is not None and t5x_networks.begins_with_zero(theirs.params)
         text = describe_network(stored, start_token=needs_start)
         write_atomically(directory / "network.gin", text)
-        notes += (f"give {destination}/network.gin after a model file to build this network.",)
+        notes += (f"give {directory}/network.gin after a model file to build this network.",)
     return Conversion(str(final), step, arrays, dropped, notes)
 
 
