@@ -19,7 +19,8 @@ import numpy as np
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.interfaces import Model
-from diffusion_t5x.runtime.guards import Preempted, Watchdog, stop_on_sigterm
+from diffusion_t5x.runtime.guards import Watchdog
+from diffusion_t5x.runtime.interrupts import stop_on_signals
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import (
@@ -94,7 +95,7 @@ def train(
       DamagedCheckpointError: If the initial checkpoint is damaged, or all of the run's own.
       FileNotFoundError: If the initial checkpoint does not exist.
       OtherRunError: If `model_dir` holds checkpoints of a run with other settings.
-      Preempted: After SIGTERM, once everything is saved.
+      Preempted, Interrupted: After SIGTERM or Ctrl-C, once everything is saved.
       DoesNotFit: In a dry run, if the step needs more memory than a device has.
       ValueError: If settings contradict each other.
     """
@@ -212,7 +213,7 @@ def _run_steps(
     run_step = trainer.step.lower(state, metrics, batch).compile()
     in_flight: collections.deque[tuple[Health, datasets.Batch]] = collections.deque()
     progress = Progress(last_step, "training", "steps", initial=run.step)
-    with stop_on_sigterm() as must_stop, progress, watchdog:
+    with stop_on_signals() as stop, progress, watchdog:
         started = time.monotonic()
         while True:
             # The call returns before the devices have computed anything, and so does all else up
@@ -225,7 +226,7 @@ def _run_steps(
             if checkpointer is not None:
                 checkpointer.check()  # raises what failed in the background
             # Asked at every step: on a pod, the processes agree on the step to stop at.
-            run.preempted = must_stop(run.step)
+            run.preempted = stop.asked(run.step)
             pauses = any(run.is_due(every) for every, _ in periodic)
             # Looking at a step waits for it. Some steps stay in flight, which keeps the devices
             # busy, but none at a pause, so that nothing is logged or saved of a broken step.
@@ -244,8 +245,7 @@ def _run_steps(
             rows = next(iterator)
             batch = trainer.partitioner.shard_batch(rows)
     if run.preempted:
-        print(f"preempted: stopped at step {run.step}, and everything is saved.", flush=True)
-        raise Preempted
+        raise stop.ended(run.step)
     if run.stopped_early:
         print(f"stopped early at step {run.step}, and everything is saved.", flush=True)
     return run.state
