@@ -30,7 +30,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     restorer,
 )
 from diffusion_t5x.models import Model
-from diffusion_t5x.runtime import resumable
+from diffusion_t5x.runtime import directory_lock, resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress, print_table
@@ -323,7 +323,10 @@ def evaluate(
         return {"rows": [], "best": None}
     restore = restorer(model, partitioner, restore_checkpoint_cfg)
     rows, complete = [], []
-    with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
+    with (
+        directory_lock.hold(output_dir, "EVAL_OUTPUT_DIR"),
+        Progress(len(checkpoints), "evaluating", "checkpoints") as progress,
+    ):
         for step, path in checkpoints:
             found = _evaluate_checkpoint(evaluator, restore, pathlib.Path(output_dir), step, path)
             rows += found

@@ -165,11 +165,14 @@ def stops_when_full(directory: str | os.PathLike[str]) -> Iterator[None]:
         disk = pathlib.Path(directory).absolute()
         while not disk.exists():
             disk = disk.parent
-        free = shutil.disk_usage(disk).free
+        free = f"{shutil.disk_usage(disk).free:,} bytes"
+        files = os.statvfs(disk)
+        if files.f_files and not files.f_favail:  # some have no limit, and say 0
+            free = f"no file can be added, though {free}"
         while not disk.is_mount():
             disk = disk.parent
         message = (
-            f"{directory} cannot be written to: {words}; {free:,} bytes are free on the disk "
+            f"{directory} cannot be written to: {words}; {free} are free on the disk "
             f"mounted at {disk}. Everything that was finished before is whole. Make room (fewer "
             "checkpoints stay with checkpoints.SaveCheckpointConfig.keep) and start the same "
             f"command again.\nOriginal error: {type(cause).__name__}: {str(cause).strip()[:500]}"

@@ -19,6 +19,7 @@ import numpy as np
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.interfaces import Model
+from diffusion_t5x.runtime import directory_lock
 from diffusion_t5x.runtime.guards import Watchdog
 from diffusion_t5x.runtime.interrupts import stop_on_signals
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -94,6 +95,7 @@ def train(
       CheckpointMismatchError: If a checkpoint does not fit the model.
       DamagedCheckpointError: If the initial checkpoint is damaged, or all of the run's own.
       FileNotFoundError: If the initial checkpoint does not exist.
+      InUseError: If another process trains in `model_dir`.
       OtherRunError: If `model_dir` holds checkpoints of a run with other settings.
       Preempted, Interrupted: After SIGTERM or Ctrl-C, once everything is saved.
       DoesNotFit: In a dry run, if the step needs more memory than a device has.
@@ -103,6 +105,8 @@ def train(
     for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
         if not isinstance(period, int) or period < 1:
             raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
+    if not dry_run:
+        directory_lock.check(model_dir, "MODEL_DIR")
     start = initial_state.find(model_dir, checkpoint_cfg)
     last_step = start.last_step(total_steps, relative_steps)
     watchdog = Watchdog(step_timeout_seconds)
@@ -154,6 +158,7 @@ def train(
 
     # Start: arrays, restored or fresh, and the files that describe the run.
     with contextlib.ExitStack() as opened:
+        opened.enter_context(directory_lock.hold(model_dir, "MODEL_DIR"))
         checkpointer = None
         if checkpoint_cfg.save is not None:
             # Finishes pending saves however training ends.
