@@ -18,7 +18,7 @@ import diffusion_t5x
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation import candidate_chunks, results
+from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results
 from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
@@ -287,6 +287,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates one, several or all checkpoints of a run; finished evaluations are not repeated.
 
+    The run may still go on: checkpoints that it saves meanwhile are evaluated as well, and those
+    that it deletes are named.
+
     Writes `{output_dir}/checkpoint_{step}/{task}.json` for each checkpoint and task as soon as it
     is known, `results.json` and `results.md` at the end.
 
@@ -302,7 +305,8 @@ def evaluate(
       The content of `results.json`: 'rows', each with 'step', 'task' and 'metrics', and 'best'.
 
     Raises:
-      FileNotFoundError: if there is no checkpoint.
+      FileNotFoundError: if there is no checkpoint, or none is left that can be evaluated.
+      InUseError: if another evaluation writes to `output_dir`.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
       ValueError: if a task or the metric is unknown.
@@ -322,17 +326,27 @@ def evaluate(
         print(f"checkpoints: {', '.join(path for _, path in checkpoints)}")
         return {"rows": [], "best": None}
     restore = restorer(model, partitioner, restore_checkpoint_cfg)
-    rows, complete = [], []
+    rows: list[dict[str, Any]] = []
+    complete: list[dict[str, Any]] = []
     with (
         directory_lock.hold(output_dir, "EVAL_OUTPUT_DIR"),
         Progress(len(checkpoints), "evaluating", "checkpoints") as progress,
     ):
-        for step, path in checkpoints:
+        queue = checkpoint_queue.until_empty(
+            restore_checkpoint_cfg, checkpoints, lambda: bool(rows)
+        )
+        for step, path in queue:
             found = _evaluate_checkpoint(evaluator, restore, pathlib.Path(output_dir), step, path)
             rows += found
             if len(found) == len(evaluator.tasks):
                 complete += found
             progress.update()
+    if not rows:
+        raise FileNotFoundError(
+            "nothing was evaluated: the run deleted each checkpoint that CHECKPOINT_PATH = "
+            f"{restore_checkpoint_cfg.path!r} selects before it could be read. Let it keep more "
+            "(checkpoints.SaveCheckpointConfig.keep)."
+        )
     best = None
     if best_metric and complete:
         best = results.choose_best(complete, best_metric, best_mode)
@@ -361,9 +375,9 @@ def _evaluate_checkpoint(
     for task in evaluator.tasks:
         file = output_dir / f"checkpoint_{step}" / f"{task}.json"
         if (row := resumable.load(file, key)) is None:
-            try:
-                params = restore(path) if params is None else params
-            except FileNotFoundError:
+            if params is None:
+                params = checkpoint_queue.restore_or_none(restore, path)
+            if params is None:
                 print(
                     f"{path} is gone: the run no longer keeps it. {len(rows)} of "
                     f"{len(evaluator.tasks)} tasks are evaluated; it cannot be the best."
