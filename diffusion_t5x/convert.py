@@ -9,9 +9,11 @@ from the checkpoint, and TO/network.gin configures a model for it.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from diffusion_t5x.commands import flags
+from diffusion_t5x.runtime import interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=("float32", "bfloat16"),
         help="type of the parameters written (default: unchanged)",
     )
-    args = flags.start(parser, argv)
+    with interrupts.end_on_signals():
+        _convert(flags.start(parser, argv))
+
+
+def _convert(args: argparse.Namespace) -> None:
     model = None
     if args.gin_file:
         import gin

@@ -148,7 +148,7 @@ def find(file: str, search_paths: Sequence[str]) -> str:
       FileNotFoundError: naming the file's new name, or the nearest of this project's files.
     """
     file = paths.expand(file, "--gin_file")
-    paths.check_readable(epath.Path(file), "--gin_file")
+    paths.readable(file, "--gin_file")
     places = ["", *search_paths, str(config_dir())]
     for place in places if not paths.is_remote(file) else [""]:
         if epath.Path(path := os.path.join(place, file)).exists():

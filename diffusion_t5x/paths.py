@@ -111,10 +111,10 @@ def glob(pattern: str, setting: str) -> list[str]:
     """Returns the objects of a bucket that match a pattern, or the one of that very name.
 
     Raises:
-      StorageError: as `check_readable` does.
+      StorageError: as `readable` does.
     """
     directory = re.split(r"/[^/]*[*?[]", pattern)[0]
-    check_readable(epath.Path(directory), setting)
+    readable(directory, setting)
     files = file_system(pattern)
     if files.isfile(pattern):
         return [pattern]
@@ -178,12 +178,15 @@ def kvstore(path: str | os.PathLike[str]) -> dict[str, Any]:
     return spec
 
 
-def check_readable(path: epath.Path, setting: str) -> None:
-    """Refuses a path in a bucket that cannot be looked up, within seconds; it need not exist.
+def readable(text: str | os.PathLike[str], setting: str) -> epath.Path:
+    """Returns `as_path`, after a look into its bucket, if it has one; it need not exist.
 
     Raises:
+      ValueError: as `as_path` does.
       StorageError: if there is no such bucket, no permission, or no answer.
     """
+
+    path = as_path(text, setting)
 
     def look() -> None:
         files, (scheme, bucket, _) = file_system(path), split(path)
@@ -194,16 +197,19 @@ def check_readable(path: epath.Path, setting: str) -> None:
 
     if is_remote(path):
         _within_seconds(look, path, f"{setting} = {str(path)!r} cannot be read")
+    return path
 
 
-def check_writable(path: epath.Path, setting: str) -> None:
-    """Refuses a directory that cannot be written to, within seconds; it need not exist.
+def writable(text: str | os.PathLike[str], setting: str) -> epath.Path:
+    """Returns the directory `as_path`, after a try to write to it; it need not exist.
 
     In a bucket an object is written, and removed; on this machine a file without a name.
 
     Raises:
-      StorageError: if there is no such bucket, no permission, or no answer.
+      ValueError: as `as_path` does.
+      StorageError: if it is no directory, or there is no such bucket, permission or answer.
     """
+    path = as_path(text, setting)
     problem = f"{setting} = {str(path)!r} cannot be written to"
     if is_remote(path):
 
@@ -213,7 +219,7 @@ def check_writable(path: epath.Path, setting: str) -> None:
             files.rm_file(name)
 
         _within_seconds(write, path, problem)
-        return
+        return path
     directory = path
     while not os.path.lexists(directory):
         directory = directory.parent
@@ -223,6 +229,7 @@ def check_writable(path: epath.Path, setting: str) -> None:
         tempfile.TemporaryFile(dir=directory).close()  # which has no name
     except OSError as error:
         raise StorageError(f"{problem}: {error.strerror} ({directory}).") from error
+    return path
 
 
 def _within_seconds(work: Callable[[], None], path: epath.Path, problem: str) -> None:

@@ -293,7 +293,7 @@ def test_gin_files_vocabularies_and_texts_may_be_in_a_bucket(bucket, tmp_path, m
 
 
 def test_what_is_read_need_not_be_writable(run_dir, monkeypatch):
-    monkeypatch.setattr(paths, "check_writable", lambda *args: 1 / 0)
+    monkeypatch.setattr(paths, "writable", lambda *args: 1 / 0)
     assert checkpoints.select_checkpoints(RestoreCheckpointConfig(run_dir))[0][0] == 6
 
 
@@ -391,7 +391,7 @@ def test_a_bucket_of_amazon_that_may_be_read_alone_is_refused_for_writing_alone(
     }
     client.call_s3("put_bucket_policy", Bucket=buckets.BUCKET, Policy=json.dumps(policy))
     try:
-        paths.check_readable(epath.Path(S3, "locked"), "CHECKPOINT_PATH")
+        paths.readable(f"{S3}/locked", "CHECKPOINT_PATH")
         message = _refusal(lambda: _train(f"{S3}/locked/run", dry_run=True))
         assert "MODEL_DIR" in message
         assert "PermissionError" in message

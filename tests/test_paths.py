@@ -65,14 +65,14 @@ def test_what_is_no_path_is_refused_by_the_name_of_its_setting(text, reason):
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
-    paths.check_writable(paths.as_path(tmp_path / "a" / "b", "X"), "X")
+    paths.writable(tmp_path / "a" / "b", "X")
     assert not (tmp_path / "a").exists()
     with pytest.raises(
         paths.StorageError, match=r"X = '/proc/a' cannot be written to: .* \(/proc\)"
     ):
-        paths.check_writable(paths.as_path("/proc/a", "X"), "X")
+        paths.writable("/proc/a", "X")
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file/a", "link"):
         with pytest.raises(paths.StorageError, match=r"X = .* is not a directory"):
-            paths.check_writable(paths.as_path(tmp_path / name, "X"), "X")
+            paths.writable(tmp_path / name, "X")

@@ -306,8 +306,7 @@ def select_checkpoints(
         raise ValueError(f"{setting} = {config.path!r} is empty; expected a checkpoint or a run.")
     selected: dict[int, str] = {}
     for text in config.path if isinstance(config.path, tuple | list) else (config.path,):
-        paths.check_readable(paths.as_path(text, setting), setting)
-        path = str(paths.as_path(text, setting))
+        path = str(paths.readable(text, setting))
         found = (
             list_checkpoints(path) if config.mode == "all" else [newest_undamaged(path, items)[:2]]
         )

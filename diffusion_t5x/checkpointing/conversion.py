@@ -92,10 +92,9 @@ def convert(
       ValueError: If settings contradict each other, or the network cannot hold the parameters.
     """
     _check_settings(layout, model, partial)
-    paths.check_readable(paths.as_path(source, "--from"), "--from")
-    directory = paths.as_path(destination, "--to")
-    paths.check_writable(directory, "--to")
-    step, path = list_checkpoints(source)[-1]
+    origin = paths.readable(source, "--from")
+    directory = paths.writable(destination, "--to")
+    step, path = list_checkpoints(str(origin))[-1]
     final = directory / f"{PREFIX}_{step}"
     if final.exists():
         raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")

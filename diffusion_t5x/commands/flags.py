@@ -17,6 +17,7 @@ import absl.logging
 
 import gin
 from diffusion_t5x import gin_utils
+from diffusion_t5x.runtime import interrupts
 
 GIN_FLAG = "--gin."
 
@@ -68,6 +69,8 @@ def run(
 ) -> Any:
     """Starts a command, parses its gin files, and returns what the configured `function` returns.
 
+    SIGTERM and Ctrl-C end it as `runtime.interrupts` says, from the first moment on.
+
     Args:
       function: The dotted path of the function, e.g. 'diffusion_t5x.training.loop.train'.
       description: The first lines of `--help`.
@@ -77,7 +80,13 @@ def run(
     Raises:
       SystemExit: if a flag is wrong.
     """
-    parser = make_parser(description)
+    with interrupts.end_on_signals():
+        return _run(function, make_parser(description), argv, topology)
+
+
+def _run(
+    function: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, topology: bool
+) -> Any:
     if topology:
         text = "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, instead"
         parser.add_argument("--topology", help=text)
@@ -136,6 +145,8 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(file_cache.cache_dir() / "xla"))
     if args.distributed or args.coordinator_address is not None:
+        # It would take SIGTERM from now on, though only the training loop asks for it.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(args.coordinator_address, args.process_count, args.process_index)
     return args
 

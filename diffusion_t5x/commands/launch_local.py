@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import IO, cast
 
-from diffusion_t5x.runtime.guards import RESTARTABLE
+from diffusion_t5x.runtime.guards import INTERRUPTED, PREEMPTED, RESTARTABLE
 
 GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL
 
@@ -59,7 +59,9 @@ def _signal(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    return next((code for process in processes if (code := process.poll())), 0)
+    code = next((code for process in processes if (code := process.poll())), 0)
+    # In its first tenth of a second, a command does not yet catch the signal.
+    return PREEMPTED if code == -signal.SIGTERM else code
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -84,7 +86,7 @@ def run(command: Sequence[str], processes: int, devices: int | None, max_restart
     """Runs a command in several processes, and restarts them after preemption or a hang.
 
     The output of each process is printed behind its index. SIGTERM and SIGINT end the processes,
-    which are then not restarted.
+    which are then not restarted; a second one ends them at once.
 
     Args:
       command: The command line common to all processes, `python -m diffusion_t5x.train ...`.
@@ -93,15 +95,15 @@ def run(command: Sequence[str], processes: int, devices: int | None, max_restart
       max_restarts: The maximum number of restarts.
 
     Returns:
-      The exit code of the first process that failed, or 0.
+      The exit code of the first process that failed, or 0; `INTERRUPTED` after SIGINT.
     """
     running: list[subprocess.Popen[bytes]] = []
-    stopping = False
+    stopping = 0  # the signal
 
     def stop(number: int, frame: object) -> None:
         nonlocal stopping
-        stopping = True
-        _signal(running, signal.SIGTERM)
+        _signal(running, signal.SIGKILL if stopping else signal.SIGTERM)
+        stopping = number
 
     def attempt() -> int:
         port, environment = free_port(), process_environment(devices)
@@ -130,7 +132,7 @@ def run(command: Sequence[str], processes: int, devices: int | None, max_restart
                 break
             print(f"{RESTARTABLE[code]}; restart {restart} of at most {max_restarts}", flush=True)
             code = attempt()
-        return code
+        return INTERRUPTED if code and stopping == signal.SIGINT else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

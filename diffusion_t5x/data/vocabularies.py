@@ -88,8 +88,7 @@ def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
         return _sentencepiece(str(path), extra_ids)
     if name == "bytes":
         return seqio.ByteVocabulary(extra_ids)
-    path = paths.as_path(name, "vocabularies.get_vocabulary.name")
-    paths.check_readable(path, "vocabularies.get_vocabulary.name")
+    path = paths.readable(name, "vocabularies.get_vocabulary.name")
     if paths.is_remote(path) and path.exists():
         return _sentencepiece(_local_copy(path), extra_ids)
     if path.is_file():

@@ -18,7 +18,7 @@ from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation import candidate_chunks, results
+from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results
 from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
@@ -30,7 +30,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     restorer,
 )
 from diffusion_t5x.models import Model
-from diffusion_t5x.runtime import resumable
+from diffusion_t5x.runtime import directory_lock, resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress, print_table
@@ -287,6 +287,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates one, several or all checkpoints of a run; finished evaluations are not repeated.
 
+    The run may still go on: checkpoints that it saves meanwhile are evaluated as well, and those
+    that it deletes are named.
+
     Writes `{output_dir}/checkpoint_{step}/{task}.json` for each checkpoint and task as soon as it
     is known, `results.json` and `results.md` at the end.
 
@@ -302,15 +305,15 @@ def evaluate(
       The content of `results.json`: 'rows', each with 'step', 'task' and 'metrics', and 'best'.
 
     Raises:
-      FileNotFoundError: if there is no checkpoint.
+      FileNotFoundError: if there is no checkpoint, or none is left that can be evaluated.
+      InUseError: if another evaluation writes to `output_dir`.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
       ValueError: if a task or the metric is unknown.
     """
     if best_mode not in ("max", "min"):
         raise ValueError(f"best_mode = {best_mode!r}; expected 'max' or 'min'.")
-    directory = paths.as_path(output_dir, "EVAL_OUTPUT_DIR")
-    paths.check_writable(directory, "EVAL_OUTPUT_DIR")
+    directory = paths.writable(output_dir, "EVAL_OUTPUT_DIR")
     checkpoints = select_checkpoints(restore_checkpoint_cfg)
     evaluator = inference_evaluator_cls(
         model=model,
@@ -324,14 +327,27 @@ def evaluate(
         print(f"checkpoints: {', '.join(path for _, path in checkpoints)}")
         return {"rows": [], "best": None}
     restore = restorer(model, partitioner, restore_checkpoint_cfg)
-    rows, complete = [], []
-    with Progress(len(checkpoints), "evaluating", "checkpoints") as progress:
-        for step, path in checkpoints:
+    rows: list[dict[str, Any]] = []
+    complete: list[dict[str, Any]] = []
+    with (
+        directory_lock.hold(str(directory), "EVAL_OUTPUT_DIR"),
+        Progress(len(checkpoints), "evaluating", "checkpoints") as progress,
+    ):
+        queue = checkpoint_queue.until_empty(
+            restore_checkpoint_cfg, checkpoints, lambda: bool(rows)
+        )
+        for step, path in queue:
             found = _evaluate_checkpoint(evaluator, restore, directory, step, path)
             rows += found
             if len(found) == len(evaluator.tasks):
                 complete += found
             progress.update()
+    if not rows:
+        raise FileNotFoundError(
+            "nothing was evaluated: the run deleted each checkpoint that CHECKPOINT_PATH = "
+            f"{restore_checkpoint_cfg.path!r} selects before it could be read. Let it keep more "
+            "(checkpoints.SaveCheckpointConfig.keep)."
+        )
     best = None
     if best_metric and complete:
         best = results.choose_best(complete, best_metric, best_mode)
@@ -360,9 +376,9 @@ def _evaluate_checkpoint(
     for task in evaluator.tasks:
         file = output_dir / f"checkpoint_{step}" / f"{task}.json"
         if (row := resumable.load(file, key)) is None:
-            try:
-                params = restore(path) if params is None else params
-            except FileNotFoundError:
+            if params is None:
+                params = checkpoint_queue.restore_or_none(restore, path)
+            if params is None:
                 print(
                     f"{path} is gone: the run no longer keeps it. {len(rows)} of "
                     f"{len(evaluator.tasks)} tasks are evaluated; it cannot be the best."

@@ -87,8 +87,7 @@ def infer(
         )
     if dataset_cfg.task_feature_lengths is None:
         raise ValueError("TASK_FEATURE_LENGTHS = None; inference needs the lengths to decode.")
-    directory = paths.as_path(output_dir, "INFER_OUTPUT_DIR")
-    paths.check_writable(directory, "INFER_OUTPUT_DIR")
+    directory = paths.writable(output_dir, "INFER_OUTPUT_DIR")
     datasets.import_task_module(dataset_cfg.module)
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
     tasks = find_tasks(model, dataset_cfg)

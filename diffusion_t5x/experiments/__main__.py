@@ -156,7 +156,7 @@ class Run:
         Args:
           show_commands: Print each stage's command line and output, instead of one line per stage.
         """
-        paths.check_writable(self.results_dir, "--root")
+        paths.writable(self.results_dir, "--root")
         commands = self.results_dir / "commands.sh"
         write_atomically(commands, self.plan() + "\n")
         try:

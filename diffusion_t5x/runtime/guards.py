@@ -7,12 +7,11 @@ import faulthandler
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from diffusion_t5x.paths import is_remote
@@ -24,6 +23,8 @@ DISK_FULL = 74
 # No step came for too long, because a process or the network hangs: restart to resume from the last
 # checkpoint; a hang usually ends with the processes (EX_UNAVAILABLE).
 HUNG = 69
+# Ended by Ctrl-C, as shells report it.
+INTERRUPTED = 130
 # Exit codes after which launchers restart a command, as often as they are allowed.
 RESTARTABLE = {PREEMPTED: "preempted", HUNG: "hung"}
 
@@ -35,27 +36,11 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED)
 
 
-@contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Catches SIGTERM; yields a function of the step that returns True where training must end.
+class Interrupted(SystemExit):
+    """Training ended because of Ctrl-C and everything is saved; the exit code is `INTERRUPTED`."""
 
-    With several processes, JAX catches the signal in whichever process gets it, and chooses a step
-    that none of them has reached yet, so that all end at the same one.
-    """
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked, before = [], None
-    with suppress(ValueError):  # only the main thread may catch signals
-        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    def __init__(self):
+        super().__init__(INTERRUPTED)
 
 
 class Watchdog:
@@ -183,11 +168,14 @@ def stops_when_full(directory: str | os.PathLike[str]) -> Iterator[None]:
         disk = pathlib.Path(tempfile.gettempdir() if is_remote(directory) else directory).absolute()
         while not disk.exists():
             disk = disk.parent
-        free = shutil.disk_usage(disk).free
+        free = f"{shutil.disk_usage(disk).free:,} bytes"
+        files = os.statvfs(disk)
+        if files.f_files and not files.f_favail:  # some have no limit, and say 0
+            free = f"no file can be added, though {free}"
         while not disk.is_mount():
             disk = disk.parent
         message = (
-            f"{directory} cannot be written to: {words}; {free:,} bytes are free on the disk "
+            f"{directory} cannot be written to: {words}; {free} are free on the disk "
             f"mounted at {disk}. Everything that was finished before is whole. Make room (fewer "
             "checkpoints stay with checkpoints.SaveCheckpointConfig.keep) and start the same "
             f"command again.\nOriginal error: {type(cause).__name__}: {str(cause).strip()[:500]}"

@@ -28,7 +28,7 @@ class Run:
       last_step: Step at which training ends.
       state: The train state after `step` updates.
       metrics: Sums over the steps since the last line of the log, on the devices.
-      preempted: True if training ends at this step because of SIGTERM.
+      preempted: True if training ends at this step because of SIGTERM or Ctrl-C.
       stopped_early: True if training ends at this step because evaluations no longer improve.
       results: Metrics of this step's evaluations, 'split/metric' -> value.
       shown: Values that the progress display shows.

@@ -20,7 +20,9 @@ from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, vocabularies
 from diffusion_t5x.interfaces import Model
-from diffusion_t5x.runtime.guards import Preempted, Watchdog, stop_on_sigterm
+from diffusion_t5x.runtime import directory_lock
+from diffusion_t5x.runtime.guards import Watchdog
+from diffusion_t5x.runtime.interrupts import stop_on_signals
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import (
@@ -94,18 +96,17 @@ def train(
       CheckpointMismatchError: If a checkpoint does not fit the model.
       DamagedCheckpointError: If the initial checkpoint is damaged, or all of the run's own.
       FileNotFoundError: If the initial checkpoint does not exist.
+      InUseError: If another process trains in `model_dir`.
       OtherRunError: If `model_dir` holds checkpoints of a run with other settings.
-      Preempted: After SIGTERM, once everything is saved.
+      Preempted, Interrupted: After SIGTERM or Ctrl-C, once everything is saved.
       DoesNotFit: In a dry run, if the step needs more memory than a device has.
       ValueError: If settings contradict each other.
     """
     # Set-up: the state to start from, and how far to go.
-    for name, period in (("EVAL_PERIOD", eval_period), ("log_period", log_period)):
-        if not isinstance(period, int) or period < 1:
-            raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
-    directory = paths.as_path(model_dir, "MODEL_DIR")
-    paths.check_writable(directory, "MODEL_DIR")
-    model_dir = str(directory)
+    _check_periods(EVAL_PERIOD=eval_period, log_period=log_period)
+    model_dir = str(paths.writable(model_dir, "MODEL_DIR"))
+    if not dry_run:
+        directory_lock.check(model_dir, "MODEL_DIR")
     start = initial_state.find(model_dir, checkpoint_cfg)
     last_step = start.last_step(total_steps, relative_steps)
     watchdog = Watchdog(step_timeout_seconds)
@@ -157,6 +158,7 @@ def train(
 
     # Start: arrays, restored or fresh, and the files that describe the run.
     with contextlib.ExitStack() as opened:
+        opened.enter_context(directory_lock.hold(model_dir, "MODEL_DIR"))
         checkpointer = None
         if checkpoint_cfg.save is not None:
             # Finishes pending saves however training ends.
@@ -214,7 +216,7 @@ def _run_steps(
     run_step = trainer.step.lower(state, metrics, batch).compile()
     in_flight: collections.deque[tuple[Health, datasets.Batch]] = collections.deque()
     progress = Progress(last_step, "training", "steps", initial=run.step)
-    with stop_on_sigterm() as must_stop, progress, watchdog:
+    with stop_on_signals() as stop, progress, watchdog:
         started = time.monotonic()
         while True:
             # The call returns before the devices have computed anything, and so does all else up
@@ -227,7 +229,7 @@ def _run_steps(
             if checkpointer is not None:
                 checkpointer.check()  # raises what failed in the background
             # Asked at every step: on a pod, the processes agree on the step to stop at.
-            run.preempted = must_stop(run.step)
+            run.preempted = stop.asked(run.step)
             pauses = any(run.is_due(every) for every, _ in periodic)
             # Looking at a step waits for it. Some steps stay in flight, which keeps the devices
             # busy, but none at a pause, so that nothing is logged or saved of a broken step.
@@ -246,11 +248,16 @@ def _run_steps(
             rows = next(iterator)
             batch = trainer.partitioner.shard_batch(rows)
     if run.preempted:
-        print(f"preempted: stopped at step {run.step}, and everything is saved.", flush=True)
-        raise Preempted
+        raise stop.ended(run.step)
     if run.stopped_early:
         print(f"stopped early at step {run.step}, and everything is saved.", flush=True)
     return run.state
+
+
+def _check_periods(**periods: int) -> None:
+    for name, period in periods.items():
+        if not isinstance(period, int) or period < 1:
+            raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
 
 
 def _check_tasks(

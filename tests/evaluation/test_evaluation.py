@@ -1,13 +1,18 @@
 """Batch evaluation: every checkpoint once, the best found, nothing redone."""
 
 import json
+import pathlib
+import shutil
+import threading
 
 import numpy as np
 import pytest
 import toy
 
+from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
-from diffusion_t5x.evaluation import compiled_model, evaluation, results
+from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
+from diffusion_t5x.evaluation import checkpoint_queue, compiled_model, evaluation, results
 from diffusion_t5x.runtime import resumable, terminal
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
@@ -162,6 +167,96 @@ def test_a_checkpoint_that_vanishes_before_all_tasks_are_evaluated_cannot_be_the
     assert found["best"]["step"] == 2
     assert len(restored) == 3
     assert "1 of 2 tasks are evaluated; it cannot be the best" in capsys.readouterr().out
+
+
+@pytest.fixture
+def going_on(tmp_path, monkeypatch):
+    """A run that is being written: `during[step]` happens while that step is evaluated."""
+    run, during = tmp_path / "run", {}
+    for step in (1, 2, 3):
+        (run / f"checkpoint_{step}").mkdir(parents=True)
+
+    class Evaluator:
+        def __init__(self, **kwargs):
+            self.tasks, self.settings = ("a",), {}
+            during.get("start", lambda: None)()
+
+        def evaluate(self, params, step, tasks, key):
+            during.get(step, lambda: None)()
+            return {task: {"score": float(step)} for task in tasks}
+
+        def forget(self, *args):
+            pass
+
+    def restore(path, **kwargs):
+        if not pathlib.Path(path).exists():
+            raise FileNotFoundError(path)
+        during.get(path[-12:], lambda: None)()
+        return {}
+
+    monkeypatch.setattr(compiled_model, "restore_params", restore)
+    monkeypatch.setattr(checkpoints, "newest_undamaged", lambda path, items: max(
+        (step, path, ()) for step, path in list_checkpoints(path)
+    ))  # fmt: skip
+    monkeypatch.setattr(checkpoint_queue, "DELETION_SECONDS", 0.5)
+
+    def evaluate(mode="all"):
+        found = _evaluate(run, tmp_path / "out", mode=mode, inference_evaluator_cls=Evaluator)
+        return [row["step"] for row in found["rows"]]
+
+    return run, during, evaluate
+
+
+def _advance(run, old, new):
+    for step in old:
+        (run / f"checkpoint_{step}").rmdir()
+    for step in new:
+        (run / f"checkpoint_{step}").mkdir()
+
+
+def test_checkpoints_that_a_run_saves_meanwhile_are_evaluated_and_deleted_ones_named(
+    going_on, capsys
+):
+    run, during, evaluate = going_on
+    during["start"] = lambda: _advance(run, [1, 2], [4])
+    during[3] = lambda: _advance(run, [3, 4], [5])
+    during[5] = lambda: _advance(run, [], [6])
+    assert evaluate() == [3, 5, 6]
+    text = capsys.readouterr().out
+    assert [step for step in range(1, 7) if f"checkpoint_{step} is gone" in text] == [1, 2, 4]
+
+
+def test_the_latest_that_vanished_is_replaced_by_the_latest_now_and_no_other(going_on):
+    run, during, evaluate = going_on
+    during["start"] = lambda: _advance(run, [1, 2, 3], [4])
+    during[4] = lambda: _advance(run, [], [5])
+    assert evaluate("latest") == [4]
+
+
+def test_where_nothing_is_left_to_evaluate_that_is_an_error(going_on):
+    run, during, evaluate = going_on
+    during["start"] = lambda: _advance(run, [1, 2, 3], [])
+    for mode in ("all", "latest"):
+        with pytest.raises(FileNotFoundError, match=r"nothing was evaluated.*keep"):
+            evaluate(mode)
+        _advance(run, [], [1, 2, 3])
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_gone_and_not_damaged(going_on):
+    run, during, evaluate = going_on
+
+    def fail():
+        threading.Timer(0.2, _advance, (run, [2], [])).start()
+        raise DamagedCheckpointError("params/d is missing")
+
+    during["checkpoint_2"] = fail
+    assert evaluate() == [1, 3]
+    during["checkpoint_3"] = fail
+    during.pop("checkpoint_2")
+    shutil.rmtree(run.parent / "out")
+    (run / "checkpoint_2").mkdir()
+    with pytest.raises(DamagedCheckpointError, match="params/d is missing"):
+        evaluate()
 
 
 def test_mistakes_are_refused_with_what_would_be_right(run_dir, tmp_path):

@@ -75,7 +75,7 @@ def serving() -> Iterator[dict[str, str]]:
                     command,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=_end_with_parent,  # noqa: PLW1509 (it starts no thread)
                 )
             )
             running.callback(process.terminate)
