@@ -155,7 +155,8 @@ def test_a_move_that_was_killed_leaves_no_half_checkpoint(run_dir, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             orbax_buckets.move(source, target)
     assert _objects(str(target)) == whole
-    assert not (source / orbax_buckets.COMMIT).exists()
+    assert not orbax_buckets.is_complete(source)
+    assert source.exists()
     orbax_buckets.rmtree(source)
     assert not source.exists()
 

@@ -23,9 +23,10 @@ _METADATA = "_CHECKPOINT_METADATA"
 
 
 def rmtree(path: epath.Path, *, missing_ok: bool = False) -> None:
-    """Deletes a directory of a bucket, its mark first, so that what is left is no checkpoint."""
+    """Deletes a directory of a bucket, what makes it complete first: what is left is nothing."""
     path = epath.Path(path)
-    (path / COMMIT).unlink(missing_ok=True)
+    for name in (_METADATA, COMMIT):
+        (path / name).unlink(missing_ok=True)
     path.rmtree(missing_ok=missing_ok)
 
 
