@@ -83,6 +83,7 @@ def test_figure3_leaves_the_baseline_out_of_the_longest_work(monkeypatch):
     assert [record["ratio"] for record in records] == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_figure3_compares_every_way_with_both_ar_decoders(monkeypatch, capsys, tmp_path):
     shape = workloads.Shape(embed_dim=16, num_heads=2, head_dim=8, num_layers=1, mlp_dim=16)
     monkeypatch.setattr(figure3, "SHAPE", shape)

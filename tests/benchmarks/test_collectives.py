@@ -14,7 +14,7 @@ from benchmarks.workloads import Shape
 # Logits of 16 positions of a text at once: the loss reads each in two blocks.
 SMALL = {
     "shape": Shape(
-        vocab_size=1024, embed_dim=24, num_layers=2, num_heads=4, head_dim=4, mlp_dim=40
+        vocab_size=1024, embed_dim=24, num_layers=1, num_heads=4, head_dim=4, mlp_dim=40
     ),
     "prefix": 20,
     "target": 32,
@@ -26,7 +26,7 @@ STEPS = {
     "tensor": Step("autoregressive", RULES["tensor"], **SMALL),
 }
 EMBEDDING = 1024 * 24
-LAYERS = 2 * (4 * 24 * 16 + 3 * 24 * 40)
+LAYERS = 4 * 24 * 16 + 3 * 24 * 40
 PROGRAM = """
 import json
 import jax
@@ -64,7 +64,7 @@ def test_theory_is_what_was_counted_by_hand():
     assert STEPS["tensor"].expected(8) == {
         "gradients": 4 * (LAYERS + EMBEDDING) / 4,
         "weights": 0,
-        "activations": 4 * ((2 * 5 + 1) * hidden + 44 * 32 * 24),
+        "activations": 4 * ((5 + 1) * hidden + 44 * 32 * 24),
     }
 
 

@@ -10,7 +10,11 @@ from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.networks.kv_cache import grow
 
-CONFIGS = [{}, {"scan_layers": True, "relative_bias_per_layer": True}, {"start_token": True}]
+SCANNED = {"scan_layers": True, "relative_bias_per_layer": True}
+CONFIGS = [
+    {**SCANNED, "start_token": True},
+    *[pytest.param(c, marks=pytest.mark.slow) for c in ({}, SCANNED, {"start_token": True})],
+]
 PREFIX = np.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
 CANVASES = jax.random.randint(jax.random.PRNGKey(1), (6, 5), 0, 17)
 

@@ -299,7 +299,9 @@ def test_texts_that_begin_with_a_zero_have_no_room_for_it_in_packed_canvases():
     np.testing.assert_allclose(canvas[:1], by_hand, atol=1e-5)
 
 
-@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize(
+    "network_class", [DecoderOnly, pytest.param(EncoderDecoder, marks=pytest.mark.slow)]
+)
 def test_attention_in_row_chunks_changes_no_number_and_keeps_no_weights(network_class):
     network, params = make(network_class)
     chunked, _ = make(network_class, attention_block_logits=1)

@@ -37,6 +37,7 @@ def test_tokens_come_as_often_as_the_softmax_says(vocab_size):
 def test_a_vocabulary_on_several_devices_gives_the_same_draws(monkeypatch):
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
     key = jax.random.PRNGKey(2)
-    alone = _draw(logits, 500, key)
+    alone = jax.jit(lambda logits: _draw(logits, 500, key))(logits)
     monkeypatch.setattr(logits_lib, "_vocabulary_may_be_sharded", lambda: True)
-    np.testing.assert_array_equal(_draw(logits, 500, key), alone)
+    split = jax.jit(lambda logits: _draw(logits, 500, key))(logits)
+    np.testing.assert_array_equal(split, alone)

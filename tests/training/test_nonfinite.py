@@ -73,6 +73,7 @@ def test_a_skipped_update_changes_the_step_alone_and_a_restart_ends_with_the_sam
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
+@pytest.mark.slow  # that an update is skipped or applied whole is what the test above compares
 def test_where_nothing_goes_wrong_skipping_changes_no_number(tmp_path):
     _same(_run(tmp_path / "on", 3), _run(tmp_path / "off", 3, allowed=0))
     assert not (tmp_path / "on" / "nonfinite").exists()
