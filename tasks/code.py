@@ -8,7 +8,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import programs, vocabularies
+from diffusion_t5x.data import preprocessors, programs, vocabularies
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
@@ -137,7 +137,7 @@ def _register(name: str, source: seqio.DataSource, problem: Any, ks: tuple[int, 
     return register(
         name,
         source,
-        [require_code, problem, seqio.preprocessors.tokenize],
+        [require_code, problem, preprocessors.tokenize],
         postprocess_fn=postprocess,
         metric_fns=[metrics.CodeMetric(ks)],
     )

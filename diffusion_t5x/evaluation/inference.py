@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets
+from diffusion_t5x.data import datasets, lengths
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Prediction,
@@ -93,6 +93,8 @@ def infer(
     if dry_run:
         print("\n".join(f"{path} -> {output}" for output in outputs))
         return []
+    if jax.process_index() == 0:
+        lengths.report_cut(dataset_cfg)
     size = dataset_cfg.batch_size
     key = resumable.digest(
         [
