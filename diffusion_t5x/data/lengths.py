@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import tensorflow as tf
 from diffusion_t5x.data import preprocessors
 from diffusion_t5x.data.datasets import DatasetConfig, get_mixture_or_task
 
-# How much of the data is counted before training and inference; evaluation counts all.
+# What is counted before training and inference, all tasks together; evaluation counts all.
 EXAMPLES_COUNTED, TASKS_COUNTED = 1000, 8
 _TRIMMING = (seqio.preprocessors.append_eos_after_trim, preprocessors.tokenize)
 
@@ -145,21 +144,25 @@ def report_cut(cfg: DatasetConfig, seed: int | None = None) -> None:
     if lengths is None:
         return
     names = cfg.mixture_or_task_name
-    providers = map(get_mixture_or_task, [names] if isinstance(names, str) else names)
-    for provider in providers:
-        tasks: Sequence[seqio.Task] = seqio.get_subtasks(provider)
-        tasks = [task for task in tasks if not _fits_by_itself(task) and cfg.split in task.splits]
-        if isinstance(provider, seqio.Mixture) and len(tasks) > TASKS_COUNTED:
-            tasks = sorted(tasks, key=provider.get_rate, reverse=True)[:TASKS_COUNTED]
-        for task in itertools.islice(tasks, TASKS_COUNTED):
-            cut = count_cut(
-                task,
-                lengths,
-                cfg.split,
-                EXAMPLES_COUNTED,
-                use_cached=cfg.use_cached,
-                shuffle=cfg.shuffle,
-                shuffle_buffer_size=1,
-                seed=cfg.seed if cfg.seed is not None else seed,
-            )
-            say(f"the beginning of {task.name}:{cfg.split}", cut, cfg)
+    tasks: list[seqio.Task] = []
+    for provider in map(get_mixture_or_task, [names] if isinstance(names, str) else names):
+        found = [
+            task
+            for task in seqio.get_subtasks(provider)
+            if not _fits_by_itself(task) and cfg.split in task.splits
+        ]
+        if isinstance(provider, seqio.Mixture) and len(found) > TASKS_COUNTED:
+            found.sort(key=provider.get_rate, reverse=True)
+        tasks += found[:TASKS_COUNTED]
+    for task in tasks:
+        cut = count_cut(
+            task,
+            lengths,
+            cfg.split,
+            EXAMPLES_COUNTED // len(tasks),
+            use_cached=cfg.use_cached,
+            shuffle=cfg.shuffle,
+            shuffle_buffer_size=1,
+            seed=cfg.seed if cfg.seed is not None else seed,
+        )
+        say(f"the beginning of {task.name}:{cfg.split}", cut, cfg)
