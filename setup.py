@@ -36,8 +36,10 @@ setuptools.setup(
         "flax>=0.12",
         "fsspec>=2026.9",
         "gin-config>=0.5.0",
+        "google-crc32c>=1.5",
         "importlib_resources>=6.4",  # which TFDS imports and does not declare
         "jax>=0.10",
+        "loky>=3.4",
         "matplotlib>=3.9",
         "numpy>=2.0",
         "optax>=0.2.5",

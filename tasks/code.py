@@ -8,7 +8,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import programs
+from diffusion_t5x.data import preprocessors, programs, vocabularies
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
@@ -82,22 +82,21 @@ def _problem(
     }
 
 
-def require_line_breaks(
+def require_code(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Returns the data set, after checking that the vocabulary can represent a program.
+    """Returns the data set, after checking that the vocabularies can represent a program.
 
     Raises:
-      ValueError: if the vocabulary loses line breaks or indentation, as T5's and mT5's do.
+      ValueError: if one loses line breaks, indentation or characters, as T5's and mT5's do.
     """
-    vocabulary = output_features["targets"].vocabulary
-    program = "if x:\n    y"
-    if vocabulary.decode(vocabulary.encode(program)) != program:
-        raise ValueError(
-            f"vocabulary {vocabulary} loses line breaks or indentation, so it cannot represent a "
-            "program of several lines; set get_vocabulary.name to one that keeps them: 'embedded', "
-            "'bytes', or Gemma's or Llama's SentencePiece model."
-        )
+    for name, feature in output_features.items():
+        if lost := vocabularies.lost_of_code(feature.vocabulary):
+            raise ValueError(
+                f"vocabulary {feature.vocabulary} of {name} loses {', '.join(lost)}, so programs "
+                "would not be what they are; set get_vocabulary.name to one that keeps them: "
+                "'embedded', 'bytes', or Gemma's or Llama's SentencePiece model."
+            )
     return dataset
 
 
@@ -138,7 +137,7 @@ def _register(name: str, source: seqio.DataSource, problem: Any, ks: tuple[int, 
     return register(
         name,
         source,
-        [require_line_breaks, problem, seqio.preprocessors.tokenize],
+        [require_code, problem, preprocessors.tokenize],
         postprocess_fn=postprocess,
         metric_fns=[metrics.CodeMetric(ks)],
     )

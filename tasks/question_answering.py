@@ -9,6 +9,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data import preprocessors
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
@@ -50,7 +51,7 @@ def _single_answer(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
     return {**example, "answers": example["answer"][None]}
 
 
-STEPS = (to_text, seqio.preprocessors.tokenize)
+STEPS = (to_text, preprocessors.tokenize)
 register(
     EMBEDDED,
     sources.EmbeddedDataSource(sources.question_files),

@@ -8,6 +8,7 @@ from typing import Any
 
 import seqio
 
+from diffusion_t5x.data import preprocessors
 from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.embedded.translation import parse_locale
 from diffusion_t5x.data.files import readers
@@ -37,7 +38,7 @@ def _register(
     rekey = functools.partial(
         seqio.preprocessors.rekey, key_map={"inputs": inputs, "targets": targets}
     )
-    return register(name, source, [rekey, seqio.preprocessors.tokenize], metric_fns=metric_fns)
+    return register(name, source, [rekey, preprocessors.tokenize], metric_fns=metric_fns)
 
 
 def register_translation(source_locale: str, target_locale: str) -> str:

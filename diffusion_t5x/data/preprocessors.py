@@ -1,4 +1,4 @@
-"""SeqIO preprocessors for pretraining on documents: prefix LM and span corruption."""
+"""SeqIO preprocessors: tokens of no more text than fits, prefix LM and span corruption."""
 
 from __future__ import annotations
 
@@ -10,6 +10,36 @@ import tensorflow as tf
 from diffusion_t5x.data.vocabularies import sentinel_ids
 
 Features = Mapping[str, tf.Tensor]
+# No text has so many characters for each of its tokens.
+MOST_CHARACTERS_PER_TOKEN = 64
+
+
+def tokenize(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    sequence_length: Mapping[str, int] | None = None,
+) -> tf.data.Dataset:
+    """Tokenizes as `seqio.preprocessors.tokenize` does, but no more of a text than can fit.
+
+    What is trimmed later need not be tokenized at each pass, such as a line of megabytes. The
+    copies with '_pretokenized' are whole.
+    """
+
+    def start(name: str, text: tf.Tensor) -> tf.Tensor:
+        length = (sequence_length or {}).get(name)
+        if length is None or name not in output_features or text.dtype != tf.string:
+            return text
+        return tf.strings.substr(text, 0, length * MOST_CHARACTERS_PER_TOKEN, unit="UTF8_CHAR")
+
+    def encode(features: Features) -> Features:
+        starts = {name: start(name, value) for name, value in features.items()}
+        tokens = seqio.preprocessors.tokenize_impl(starts, output_features, False)
+        whole = {
+            f"{name}_pretokenized": features[name] for name in features if name in output_features
+        }
+        return {**whole, **tokens}
+
+    return dataset.map(encode, num_parallel_calls=256)  # as SeqIO's, whose comment says why
 
 
 def chunk(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:

@@ -62,6 +62,11 @@ def complete(prompt: str, completion: str, strip_markup: bool = True) -> str:
     return next((text for text in joined if is_program(text)), program)
 
 
+def strips_markup() -> bool:
+    """Returns what is set of `complete.strip_markup`."""
+    return complete("", "```\n0\n```") == "0\n"
+
+
 def _join(prompt: str, completion: str) -> str:
     if not prompt:
         return completion

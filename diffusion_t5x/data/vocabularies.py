@@ -15,6 +15,15 @@ from diffusion_t5x import paths
 from diffusion_t5x.names import nearest
 
 NAMES = ("embedded", "bytes")
+# What a program cannot do without, and a text that has it.
+_OF_CODE = {
+    "line breaks": "x = 1\ny = 2\n\n\nz = 3",
+    "the indentation of a text's first line": "    return x",
+    "the indentation of lines": "if x:\n  if y:\n    if z:\n            return x",
+    "tabs": "if x:\n\ty\n\tz",
+    "runs of spaces": "x = 'a  b   c    d'",
+    "line breaks at a text's end": "x\n",
+}
 
 
 def sentinel_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
@@ -124,6 +133,17 @@ def fingerprint(vocabulary: seqio.Vocabulary) -> str:
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return f"{text}, sha256 {hashlib.sha256(vocabulary.sp_model).hexdigest()[:12]}"
     return f"{text}, {getattr(vocabulary, 'extra_ids', 0)} of them sentinels"
+
+
+def lost_of_code(vocabulary: seqio.Vocabulary) -> list[str]:
+    """Returns what programs lose when they become tokens and text again, as words for people."""
+
+    def keeps(text: str) -> bool:
+        return vocabulary.decode(list(vocabulary.encode(text))) == text
+
+    lost = [name for name, text in _OF_CODE.items() if not keeps(text)]
+    characters = "".join(char for char in map(chr, range(33, 127)) if not keeps(f"x{char}y"))
+    return [*lost, f"the characters {characters}"] if characters else lost
 
 
 def check_task(

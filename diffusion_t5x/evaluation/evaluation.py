@@ -16,7 +16,7 @@ from etils import epath
 import diffusion_t5x
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets, vocabularies
+from diffusion_t5x.data import datasets, lengths, programs, vocabularies
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results
 from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
@@ -115,6 +115,7 @@ class InferenceEvaluator:
             "return_all_decodes": return_all_decodes,
             "num_decodes": num_decodes,
             "decodes_per_chunk": decodes_per_chunk if num_decodes > 1 else None,
+            "strip_markup": programs.strips_markup(),
             "version": diffusion_t5x.__version__,
         }
         self._evaluators = {
@@ -136,6 +137,13 @@ class InferenceEvaluator:
                 f"{dataset_cfg.split!r}."
             )
         self.tasks = tuple(self._evaluators)
+        self._cut = {
+            name: lengths.cut_of_evaluated(name, evaluator, dataset_cfg, num_examples)
+            for name, evaluator in self._evaluators.items()
+        }
+        if jax.process_index() == 0:
+            for name, cut in self._cut.items():
+                lengths.say(f"{name}:{dataset_cfg.split}", cut, dataset_cfg)
 
     def evaluate(
         self,
@@ -155,7 +163,8 @@ class InferenceEvaluator:
 
         Returns:
           task -> metric -> value; besides the task's metrics 'examples' and
-          'decode_seconds_per_example' (all candidates of one), without compilation.
+          'decode_seconds_per_example' (all candidates of one), without compilation, and for a
+          feature that the lengths cut 'inputs_cut', of how many examples, and 'inputs_tokens_cut'.
         """
         return {
             name: self._evaluate(name, params, step, resume_key) for name in tasks or self.tasks
@@ -205,6 +214,8 @@ class InferenceEvaluator:
             key: float(getattr(value, "value", value))
             for key, value in future.result()[name].items()
         }
+        for feature, cut in self._cut[name].items():
+            values |= {f"{feature}_cut": cut.examples, f"{feature}_tokens_cut": cut.tokens}
         if decoded:
             values["examples"] = len(decoded)
             values["decode_seconds_per_example"] = seconds / len(decoded)

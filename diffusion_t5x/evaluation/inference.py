@@ -17,7 +17,7 @@ from etils import epath
 
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets
+from diffusion_t5x.data import datasets, lengths
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Prediction,
@@ -96,6 +96,8 @@ def infer(
     if dry_run:
         print("\n".join(f"{path} -> {output}" for output in outputs))
         return []
+    if jax.process_index() == 0:
+        lengths.report_cut(dataset_cfg)
     size = dataset_cfg.batch_size
     key = resumable.digest(
         [

@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
-from diffusion_t5x.data import datasets, vocabularies
+from diffusion_t5x.data import datasets, lengths, vocabularies
 from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime import directory_lock
 from diffusion_t5x.runtime.guards import Watchdog
@@ -119,7 +119,7 @@ def train(
         layout=partitioner.data_layout(batch_size),
         seed=random_seed,
     )
-    _check_tasks(model, train_dataset_cfg, train_eval_dataset_cfg)
+    _check_tasks(model, train_dataset_cfg, train_eval_dataset_cfg, random_seed)
     record = run_record.describe(model, str(train_dataset_cfg.mixture_or_task_name))
     if start.is_own:
         run_record.check(model_dir, record)
@@ -261,9 +261,15 @@ def _check_periods(**periods: int) -> None:
 
 
 def _check_tasks(
-    model: Model, trained: datasets.DatasetConfig, evaluated: datasets.DatasetConfig | None
+    model: Model,
+    trained: datasets.DatasetConfig,
+    evaluated: datasets.DatasetConfig | None,
+    random_seed: int,
 ) -> None:
-    """Checks that all tokens are the model's and, for data read later, that they exist."""
+    """Checks that all tokens are the model's and, for data read later, that they exist.
+
+    Says how much of them is cut.
+    """
     tasks = [datasets.get_mixture_or_task(str(trained.mixture_or_task_name))]
     if evaluated is not None:
         converter = model.FEATURE_CONVERTER_CLS(
@@ -272,6 +278,9 @@ def _check_tasks(
         tasks.append(datasets.find_task(evaluated, converter))
     for task in tasks:
         vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
+    if jax.process_index() == 0:
+        for cfg in filter(None, (trained, evaluated)):
+            lengths.report_cut(cfg, random_seed)
 
 
 def _say(text: str) -> None:

@@ -46,6 +46,60 @@ def test_any_text_survives_tokens_and_back(name):
         assert vocabulary.unk_id not in tokens
 
 
+# What is trained so -> what programs lose; all have tokens for bytes unless that is said.
+TRAINED = {
+    "everything kept": ({}, []),
+    "as Gemma's and Llama's": ({"add_dummy_prefix": True}, []),
+    "as sentencepiece's default": (
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        ["line breaks", "first line", "of lines", "tabs", "runs of spaces", "text's end"],
+    ),
+    "spaces collapsed": (
+        {"remove_extra_whitespaces": True},
+        ["first line", "of lines", "runs of spaces"],
+    ),
+    "small letters alone": ({"normalization_rule_name": "nfkc_cf"}, ["characters ABCDEF"]),
+    "no bytes": (
+        {"byte_fallback": False, "character_coverage": 1.0},
+        ["line breaks", "tabs", "characters "],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_programs_lose_is_found_before_they_do(case, tmp_path):
+    settings, expected = TRAINED[case]
+    model = io.BytesIO()
+    defaults = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+        "vocab_size": 300 if settings.get("byte_fallback", True) else 40,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["return the number of words in the text", "if x is none"] * 50),
+        model_writer=model,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        **(defaults | settings),
+    )
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    vocabulary = vocabularies.get_vocabulary(str(tmp_path / "a.model"))
+    lost = vocabularies.lost_of_code(vocabulary)
+    assert all(any(text in one for one in lost) for text in expected), lost
+    assert bool(lost) == bool(expected)
+
+
+@pytest.mark.parametrize("name", ["embedded", "bytes"])
+def test_programs_lose_nothing_in_the_vocabularies_here(name):
+    assert vocabularies.lost_of_code(vocabularies.get_vocabulary(name)) == []
+
+
 @pytest.mark.parametrize("name", ["embedded", "bytes"])
 def test_tensorflow_tokenizes_as_python_does(name):
     vocabulary = vocabularies.get_vocabulary(name)

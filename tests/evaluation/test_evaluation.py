@@ -80,8 +80,14 @@ def test_every_checkpoint_is_evaluated_once_even_when_killed_in_between(
     assert (tmp_path / "results.md").read_text().count("\n") == 5
 
 
-def test_predictions_are_written_in_order_with_inputs_targets_and_scores(run_dir, tmp_path):
-    _evaluate(run_dir, tmp_path, mode="latest")
+def test_predictions_are_written_in_order_with_inputs_targets_and_scores(run_dir, tmp_path, capsys):
+    lengths = {"inputs": 3, "targets": 6}
+    cfg = toy.dataset_cfg("validation", batch_size=4, task_feature_lengths=lengths)
+    [row] = _evaluate(run_dir, tmp_path, mode="latest", dataset_cfg=cfg)["rows"]
+    # What the lengths cut is in the results, of the features that are cut.
+    cut = {name: value for name, value in row["metrics"].items() if "cut" in name}
+    assert cut == {"inputs_cut": 11, "inputs_tokens_cut": 11}
+    assert f"{toy.TASK}:validation: 11 of 11 examples have longer inputs" in capsys.readouterr().out
     file = tmp_path / toy.TASK / "predictions-3.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [record["inputs"] for record in records] == [f"v{number:03}" for number in range(11)]

@@ -141,7 +141,7 @@ def test_a_killed_evaluation_draws_no_chunk_twice_and_gives_what_the_seed_says(
     assert any(len(set(texts)) > 1 for texts in samples)
     passes = np.mean([[len(text) % 2 == 0 for text in texts] for texts in samples])
     assert _metrics(results) == pytest.approx(
-        {"exact_match": 0, "pass_at_1": passes, "examples": 5}
+        {"exact_match": 0, "pass_at_1": passes, "invalid_programs": 0, "examples": 5}
     )
     assert not list((tmp_path / CODE).glob(".candidates*"))
     # Known results are read; another number of candidates is another result.

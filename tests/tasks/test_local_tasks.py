@@ -8,9 +8,9 @@ import pytest
 import seqio
 
 import gin
-import tasks  # noqa: F401
 from diffusion_t5x.data.embedded import file_cache
 from diffusion_t5x.data.vocabularies import get_vocabulary
+from tasks import code
 
 LENGTHS = {"inputs": 4096, "targets": 2048}  # of HumanEval's longest
 ENGLISH, FRENCH = "In 5 minutes.", "Dans 5 minutes."
@@ -121,6 +121,21 @@ def test_mbpp_from_its_published_file_is_dealt_into_splits_by_number(tmp_path):
     _check(example, shown, "def add(a, b):\n    return a + b")
     answers = [["def add(a, b): return a + b", "def add(a, b): return 3", "", "import"]]
     assert _scores("mbpp", [example], answers)["pass_at_1"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("lost", ["    ", "\n", "{"])
+def test_code_refuses_a_vocabulary_that_loses_anything_of_it(lost):
+    class Losing(seqio.ByteVocabulary):
+        def _decode(self, ids):
+            return super()._decode(ids).replace(lost, "")
+
+    good = seqio.Feature(seqio.ByteVocabulary())
+    dataset = object()
+    assert code.require_code(dataset, {"inputs": good, "targets": good}) is dataset
+    for name in ("inputs", "targets"):
+        features = {"inputs": good, "targets": good, name: seqio.Feature(Losing())}
+        with pytest.raises(ValueError, match=f"of {name} loses .*so programs would not be"):
+            code.require_code(dataset, features)
 
 
 @pytest.mark.parametrize("form", ["lines", "compact", "indented"])

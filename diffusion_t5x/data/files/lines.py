@@ -18,6 +18,8 @@ from diffusion_t5x import paths
 
 BATCH_ITEMS = 2048
 BATCH_BYTES = 2**20
+# As many carriage returns, and no line feed, are the ends of lines of an old system.
+MANY_RETURNS = 8
 # Starts of files that are compressed in a way that is not read here.
 _COMPRESSED = {
     b"BZh": "bzip2",
@@ -87,7 +89,8 @@ class Lines(contextlib.AbstractContextManager):
         """Yields the lines.
 
         Raises:
-          ValueError: if the file is a damaged gzip stream, compressed otherwise, or UTF-16 or -32.
+          ValueError: if the file is a damaged gzip stream, compressed otherwise, UTF-16 or -32, or
+            one line of many carriage returns.
         """
         number = 0
         start = self._raw.read(8)
@@ -100,13 +103,19 @@ class Lines(contextlib.AbstractContextManager):
             for line in gzip.GzipFile(fileobj=self._raw) if zipped else self._raw:
                 number += 1
                 if number == 1:
-                    self._check_encoding(line)
+                    self._check_form(line)
                     line = line.removeprefix(b"\xef\xbb\xbf")  # noqa: PLW2901
                 yield line.removesuffix(b"\n").removesuffix(b"\r").replace(b"\r", b" ")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{self._path} is damaged after line {number}: {error}") from error
 
-    def _check_encoding(self, line: bytes) -> None:
+    def _check_form(self, line: bytes) -> None:
+        """Checks the first line for what would make a whole file another text, unseen."""
+        if not line.endswith(b"\n") and line.count(b"\r") >= MANY_RETURNS:
+            raise ValueError(
+                f"{self._path}: its lines end with carriage returns alone, expected line feeds; "
+                r"convert the file, e.g. tr '\r' '\n'."
+            )
         if line.startswith(_OTHER_UNICODE) or 3 * line.count(0) > len(line) > 3:
             raise ValueError(
                 f"{self._path}:1: is UTF-16 or UTF-32, expected UTF-8; convert the file, e.g. "

@@ -35,6 +35,8 @@ from diffusion_t5x.names import did_you_mean, nearest
 _KNOWN: set[str] = set()
 # The checked files of each split that this process has read, by all that their records depend on.
 _CHECKED: dict[tuple[Any, ...], tuple[Checked, ...]] = {}
+# The shards that this process has found whole, by the parts they were dealt from.
+_DEALT: dict[tuple[str, ...], list[str]] = {}
 
 
 @gin.configurable
@@ -200,11 +202,11 @@ class _CheckedRecords(seqio.DataSource):
         **kwargs: Any,
     ) -> tf.data.Dataset:
         dealt = shuffle and len(self.list_shards(split)) > 1
-        names = (
-            records.deal(self._parts, f"{self._name}:{split}")
-            if dealt
-            else [part.path for part in self._parts]
-        )
+        names = [part.path for part in self._parts]
+        if dealt:
+            if (key := tuple(names)) not in _DEALT:
+                _DEALT[key] = records.deal(self._parts, f"{self._name}:{split}")
+            names = _DEALT[key]
         files = tf.data.Dataset.from_tensor_slices(names)
         # Data shards that cannot have equally many files divide the records instead.
         divides = dealt and shard_info is not None and len(names) % shard_info.num_shards == 0

@@ -287,6 +287,12 @@ def test_other_unicode_is_refused_whole_and_names_the_file_of_a_pair(encoding, t
         _read_files(PARALLEL, english, french)
 
 
+def test_lines_that_end_with_carriage_returns_alone_are_refused(tmp_path):
+    path = _write(tmp_path, "a.txt", "\r".join(f"line {number}" for number in range(20)))
+    with pytest.raises(ValueError, match=r"a\.txt: its lines end with carriage returns alone"):
+        _read_files(Documents("text"), path)
+
+
 def test_a_reason_names_the_file_of_the_pair_that_is_at_fault(tmp_path):
     english = _write(tmp_path, "a.en", b"one\ntwo\n\nfour\n\xff\n")
     french = _write(tmp_path, "a.fr", "un\ndéjà\ntrois\n \ncinq".encode("latin-1"))
