@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ import toy
 from diffusion_t5x import launch
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.commands import launch_local
-from diffusion_t5x.runtime.guards import DISK_FULL, HUNG, PREEMPTED
+from diffusion_t5x.runtime.guards import DISK_FULL, HUNG, INTERRUPTED, PREEMPTED
 from diffusion_t5x.training.metric_logs import read_metrics
 
 FLAGS = ["--gin_file=models/xl.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
@@ -125,6 +126,46 @@ def test_a_run_that_may_go_on_is_started_again_as_often_as_allowed(tmp_path, cap
     assert (tmp_path / "log").read_text() == "xx"
     assert launch_local.run(command, 1, None, 1) == 0
     assert f"{word}; restart 1 of at most 1" in capfd.readouterr().out
+
+
+def test_a_process_that_sigterm_ended_before_it_could_catch_it_is_started_again(tmp_path, capfd):
+    command = _script(
+        tmp_path,
+        f"import os, pathlib, signal\nlog = pathlib.Path({str(tmp_path / 'log')!r})\n"
+        "first = not log.exists()\nlog.write_text('')\n"
+        "if first:\n    os.kill(os.getpid(), signal.SIGTERM)\n",
+    )
+    assert launch_local.run(command, 1, None, 1) == 0
+    assert "preempted; restart 1 of at most 1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("times", "saved"), [(1, True), (2, False)])
+def test_ctrl_c_ends_the_processes_without_a_restart_and_a_second_one_at_once(
+    tmp_path, times, saved
+):
+    """The processes save for three seconds after SIGTERM."""
+    command = _script(
+        tmp_path,
+        "import pathlib, signal, time\n"
+        "def save(*_):\n    time.sleep(3)\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).write_text('')\n"
+        f"    raise SystemExit({PREEMPTED})\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).write_text('')\ntime.sleep(100)\n",
+    )
+
+    def interrupt():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch_local.run(command, 1, None, 5) == INTERRUPTED
+    thread.join()
+    assert (tmp_path / "saved").exists() == saved
 
 
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
