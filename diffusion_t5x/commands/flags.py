@@ -16,7 +16,7 @@ import absl.flags
 import absl.logging
 
 import gin
-from diffusion_t5x import gin_utils
+from diffusion_t5x import gin_utils, paths
 from diffusion_t5x.runtime import interrupts
 
 GIN_FLAG = "--gin."
@@ -113,7 +113,7 @@ def _output_dir() -> str:
     """Returns the directory that the configured command writes to."""
     for macro in ("%MODEL_DIR", "%EVAL_OUTPUT_DIR", "%INFER_OUTPUT_DIR"):
         with contextlib.suppress(ValueError):
-            return str(gin.query_parameter(macro))
+            return paths.expand(str(gin.query_parameter(macro)), macro)
     return "."
 
 
@@ -171,8 +171,11 @@ def _take_logging_flags(argv: Sequence[str]) -> list[str]:
         if flags["verbosity"].using_default_value:
             absl.logging.set_verbosity(absl.logging.INFO)
         if directory := flags["log_dir"].value:
-            os.makedirs(directory, exist_ok=True)
-            absl.logging.get_absl_handler().use_absl_log_file("diffusion_t5x", directory)
+            path = paths.as_path(directory, "--log_dir")
+            if paths.is_remote(path):
+                raise ValueError(f"--log_dir={directory}: absl logs to this machine alone.")
+            path.mkdir(parents=True, exist_ok=True)
+            absl.logging.get_absl_handler().use_absl_log_file("diffusion_t5x", str(path))
     return rest
 
 

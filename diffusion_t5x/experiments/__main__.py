@@ -57,7 +57,7 @@ def _file(kind: str, name: str, search_paths: Sequence[str]) -> str:
         check_known(name, known, what)
         return f"{kind}/{name}.gin"
     found = pathlib.Path(gin_utils.find(name, search_paths))
-    if found.stem in known and not found.parent.samefile(gin_utils.config_dir() / kind):
+    if found.stem in known and found.parent.resolve() != gin_utils.config_dir() / kind:
         raise ValueError(
             f"{name} is named like the {what} {found.stem!r} of this project, and directories are "
             "named after the files; give it another name."
