@@ -89,10 +89,8 @@ def parse_config(
         nearest name.
     """
     search_paths = [paths.expand(place, "--gin_search_paths") for place in search_paths]
-    for place in [*search_paths, str(config_dir())]:
-        gin.add_config_file_search_path(place)
     found = [find(file, search_paths) for file in files]
-    with _errors_with_hints(), _no_package_files():
+    with _errors_with_hints(), _searching([*search_paths, str(config_dir())]):
         gin.parse_config_files_and_bindings(files, [], finalize_config=False)
     macros = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
     bindings = [to_binding(assignment) for assignment in assignments]
@@ -177,21 +175,22 @@ def _is_elsewhere(name: str) -> bool:
 
 
 @contextmanager
-def _no_package_files() -> Iterator[None]:
-    """Keeps gin from searching for files inside Python packages.
+def _searching(places: Sequence[str]) -> Iterator[None]:
+    """Has gin search for files in `places`, also in buckets, and not inside Python packages.
 
-    That search fails with a TypeError if a directory without `__init__.py`, such as `runs/`, has
+    The latter fails with a TypeError if a directory without `__init__.py`, such as `runs/`, has
     the first name of a path. Gin has one list of readers per process. A nested call restores the
-    list of the outer one; parsing in two threads at once is unsafe, as gin's configuration is also
+    lists of the outer one; parsing in two threads at once is unsafe, as gin's configuration is also
     one per process.
     """
-    readers = gin.config._FILE_READERS
+    readers, prefixes = gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES
     gin.config._FILE_READERS = [reader for reader in readers if reader[0] is open]
     gin.config._FILE_READERS.append((_open_elsewhere, _is_elsewhere))
+    gin.config._LOCATION_PREFIXES = [*prefixes, *places]
     try:
         yield
     finally:
-        gin.config._FILE_READERS = readers
+        gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES = readers, prefixes
 
 
 @contextmanager
