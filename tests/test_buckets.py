@@ -285,11 +285,11 @@ def test_gin_files_vocabularies_and_texts_may_be_in_a_bucket(bucket, tmp_path, m
     files = local_files.find_files(pattern, "LOCAL_FILES")
     assert files == [(f"{there}/text {number}.txt",) for number in (1, 2)]
     assert local_files.find_files(files[0][0], "LOCAL_FILES") == files[:1]
-    before = local_files._version(files[0][0])
-    assert before == local_files._version(files[0][0])
+    before = local_files._versions(files[0])
+    assert before == local_files._versions(files[0])
     time.sleep(1.1)
     (there / "text 1.txt").write_bytes(b"same size\n")
-    assert local_files._version(files[0][0]) != before
+    assert local_files._versions(files[0]) != before
     with local_files.readers.lines.Lines(files[1][0]) as lines:
         assert list(lines) == [b"some text"] * 2
     with pytest.raises(ValueError, match="matches no file"):

@@ -142,12 +142,16 @@ def find_files(
     return [(path,) for path in dict.fromkeys(found)]
 
 
-def _version(path: str) -> tuple[Any, ...]:
-    """Returns name, size and time of change of a file, or what an object has instead of a time."""
-    if paths.is_remote(path):
-        return path, *paths.version(path)
-    stat = os.stat(path)
-    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+def _versions(files: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """Returns name, size and time of change of each file, or an object's version for a time."""
+
+    def version(path: str) -> tuple[Any, ...]:
+        if paths.is_remote(path):
+            return path, *paths.version(path)
+        stat = os.stat(path)
+        return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+    return [version(path) for path in files]
 
 
 def _check_split(
@@ -161,7 +165,7 @@ def _check_split(
     key = (name, repr(reader), tuple(files), split)
     if key in _CHECKED:
         return _CHECKED[key]
-    versions = [[*map(_version, corresponding)] for corresponding in files]
+    versions = [_versions(corresponding) for corresponding in files]
     progress = records.Progress(sum(size for part in versions for _, size, _ in part))
     checked = tuple(
         records.check_files(reader, corresponding, version, split, progress)
