@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -287,6 +288,7 @@ def _parse(reader: Reader, batch: Batch, split: str | None) -> _Parsed:
     return _Parsed(b"".join(frames), len(frames), refused, refusals, batch.read)
 
 
+@functools.lru_cache(2**15)
 def _varint(number: int) -> bytes:
     parts = bytearray()
     while number > 127:
@@ -298,8 +300,12 @@ def _varint(number: int) -> bytes:
 
 def _field(tag: bytes, value: bytes) -> bytes:
     """Encodes a field of bytes in the wire format of protocol buffers."""
-    size = len(value)
-    return tag + (bytes((size,)) if size < 128 else _varint(size)) + value
+    return tag + _varint(len(value)) + value
+
+
+@functools.lru_cache
+def _name(name: str) -> bytes:
+    return _field(b"\x0a", name.encode())
 
 
 def encode(record: Record) -> bytes:
@@ -309,8 +315,7 @@ def encode(record: Record) -> bytes:
         texts = [value] if isinstance(value, str) else value
         values = b"".join(_field(b"\x0a", text.encode()) for text in texts)
         feature = _field(b"\x0a", values)  # the first of its kinds: bytes
-        entry = _field(b"\x0a", name.encode()) + _field(b"\x12", feature)
-        entries.append(_field(b"\x0a", entry))
+        entries.append(_field(b"\x0a", _name(name) + _field(b"\x12", feature)))
     return _field(b"\x0a", b"".join(entries))
 
 
@@ -319,12 +324,15 @@ def _masked(data: bytes) -> int:
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+@functools.lru_cache(2**15)
+def _head(size: int) -> bytes:
+    length = struct.pack("<Q", size)
+    return length + struct.pack("<I", _masked(length))
+
+
 def _frame(data: bytes) -> bytes:
     """Frames a record as TensorFlow's record files do: length, data, and a checksum of each."""
-    length = struct.pack("<Q", len(data))
-    return b"".join(
-        (length, struct.pack("<I", _masked(length)), data, struct.pack("<I", _masked(data)))
-    )
+    return _head(len(data)) + data + struct.pack("<I", _masked(data))
 
 
 def _frames(path: str) -> Iterator[bytes]:

@@ -228,7 +228,8 @@ def test_a_setting_may_be_of_one_source_alone(tmp_path):
 
 def _check(reader, *paths):
     files = tuple(map(str, paths))
-    return records.check_files(reader, files, local_files._versions(files))
+    versions = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    return records.check_files(reader, files, versions)
 
 
 def test_a_checked_file_is_read_again_only_if_it_or_a_setting_changed(tmp_path):
