@@ -7,9 +7,11 @@ the step) and `dataset` (the position of each data shard).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import types
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -91,23 +93,31 @@ class CheckpointConfig:
     restore: RestoreCheckpointConfig | None = None
 
 
-def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptions:
-    policies = checkpoint_managers.preservation_policy
-    metric, value = config.keep_best_metric, None
-    if config.keep is None:
-        policy = policies.PreserveAll()
-    elif metric is None:
-        policy = policies.LatestN(config.keep)
-    else:
-        # A checkpoint without the metric counts as the worst.
-        worst = float("inf") if config.best_mode == "min" else -float("inf")
-        value = lambda metrics: metrics.get(metric, worst)  # noqa: E731
-        best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
-        policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
-    # Only with a `best_fn` does Orbax save the metrics, and so still knows them after a restart.
-    return ocp.CheckpointManagerOptions(
-        step_prefix=PREFIX, preservation_policy=policy, best_fn=value, create=True
-    )
+@dataclasses.dataclass
+class _BestN:
+    """A policy of Orbax that preserves the best `n` checkpoints by the lines of a run's metrics.
+
+    Orbax's own takes metrics together with a checkpoint, before it can be evaluated. A checkpoint
+    without the metric, or with NaN, counts as the worst, and the later of equals as better.
+    """
+
+    n: int
+    metric: str
+    mode: str
+    metrics: Sequence[Mapping[str, Any]] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        split, _, name = self.metric.rpartition("/")
+        sign = 1.0 if self.mode == "max" else -1.0
+        values = {
+            line["step"]: sign * line[name]
+            for line in self.metrics
+            if line["split"] == split and isinstance(line.get(name), int | float)
+        }
+        known = {step: value for step, value in values.items() if not math.isnan(value)}
+        ranked = sorted((known.get(info.step, -math.inf), info.step) for info in checkpoints)
+        best = {step for _, step in ranked[-self.n :]}
+        return [info.step in best for info in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -132,12 +142,19 @@ class Checkpointer:
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
         path = epath.Path(directory).absolute()
-        if jax.process_index() == 0:
-            integrity.set_aside_unreadable_metrics(path)
-        multihost_utils.sync_global_devices("checkpoint_metrics_checked")
+        policies = checkpoint_managers.preservation_policy
+        policy: Any = policies.PreserveAll()
+        self._best: _BestN | None = None
+        if config.keep is not None:
+            policy = policies.LatestN(config.keep)
+        if config.keep is not None and config.keep_best_metric is not None:
+            self._best = _BestN(config.keep, config.keep_best_metric, config.best_mode)
+            policy = policies.AnyPreservationPolicy([policies.LatestN(1), self._best])
         self._manager = _Manager(
             path,
-            options=_manager_options(config),
+            options=ocp.CheckpointManagerOptions(
+                step_prefix=PREFIX, preservation_policy=policy, create=True
+            ),
             item_handlers={
                 "params": ArraysHandler(config.checksums),
                 "optimizer": ArraysHandler(config.checksums),
@@ -149,7 +166,6 @@ class Checkpointer:
         self,
         state: TrainState,
         iterator: DatasetIterator | None = None,
-        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts writing `checkpoint_{state.step}`, unless it exists.
 
@@ -159,7 +175,6 @@ class Checkpointer:
         Args:
           state: The state to save.
           iterator: The iterator whose position to save; None for none.
-          metrics: Metrics by which the best checkpoints are kept.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -169,7 +184,23 @@ class Checkpointer:
             items["optimizer"] = ArraysArgs(optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
             items["dataset"] = DatasetArgs(iterator)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def keep_best_of(self, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the list of a run's lines of metrics, which grows, to choose the best from."""
+        if self._best is not None:
+            self._best.metrics = metrics
+
+    def prune(self) -> None:
+        """Waits for pending saves, and deletes what is neither the latest nor the best."""
+        self._manager.wait_until_finished()
+        if self._best is not None:
+            infos = [types.SimpleNamespace(step=step) for step in sorted(self._manager.all_steps())]
+            for info, best in zip(
+                infos[:-1], self._best.should_preserve(infos, context=None), strict=False
+            ):
+                if not best:
+                    self._manager.delete(info.step)
 
     def check(self) -> None:
         """Raises the error of a save that failed in the background; does not wait."""

@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets
+from diffusion_t5x.data import datasets, task_checks
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Prediction,
@@ -28,6 +28,7 @@ from diffusion_t5x.evaluation.compiled_model import (
 from diffusion_t5x.evaluation.evaluation import find_tasks
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
+from diffusion_t5x.runtime.files import check_writable
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 
@@ -73,8 +74,9 @@ def infer(
       FileNotFoundError: if there is no checkpoint.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
-      ValueError: if settings are out of range, or a task is unknown or of another vocabulary than
-        the model.
+      OSError: if `output_dir` cannot be written to.
+      ValueError: if settings are out of range, or a task is unknown, without the split, or of
+        another vocabulary than the model.
     """
     if mode not in ("predict", "score"):
         raise ValueError(f"mode = {mode!r}; expected 'predict' or 'score'.")
@@ -88,11 +90,14 @@ def infer(
     datasets.import_task_module(dataset_cfg.module)
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
     tasks = find_tasks(model, dataset_cfg)
+    for task in tasks:
+        task_checks.check_split(task, dataset_cfg.split)
     suffix = f"{mode}.jsonl-{shard_id:05}-of-{num_shards:05}"
     outputs = [pathlib.Path(output_dir) / f"{task.name}-{suffix}" for task in tasks]
     if dry_run:
         print("\n".join(f"{path} -> {output}" for output in outputs))
         return []
+    check_writable(output_dir, "INFER_OUTPUT_DIR")
     size = dataset_cfg.batch_size
     key = resumable.digest(
         [

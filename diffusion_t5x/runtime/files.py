@@ -27,6 +27,22 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     os.replace(temporary, path)
 
 
+def check_writable(directory: str | os.PathLike[str], setting: str) -> None:
+    """Writes and removes a small file, so that a long work ends with its results.
+
+    Raises:
+      OSError: If the directory cannot be made or written to; the message names the setting.
+    """
+    probe = pathlib.Path(directory) / ".writable"
+    try:
+        write_atomically(probe, "")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"{setting} = {os.fspath(directory)} cannot be written to: {error}"
+        ) from error
+
+
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the lines of a JSONL file that have a `step`; damaged lines are left out.
 
