@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import sacrebleu
 
-from tasks import code_execution
+from . import code_execution
 
 
 def _check(targets: Sequence, predictions: Sequence, several: bool = False) -> None:

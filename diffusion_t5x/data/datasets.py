@@ -93,7 +93,7 @@ def import_task_module(module: str | None) -> None:
             raise
         raise ModuleNotFoundError(
             f"MIXTURE_OR_TASK_MODULE = {module!r} cannot be imported; expected a module on the "
-            "Python path that registers SeqIO tasks, such as 'tasks'.",
+            "Python path that registers SeqIO tasks, such as 'diffusion_t5x.tasks'.",
             name=error.name,
         ) from error
 
@@ -107,7 +107,7 @@ def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
     hint = f"did you mean {near!r}?" if near else f"known: {known}."
     raise ValueError(
         f"MIXTURE_OR_TASK_NAME = {name!r} is not a registered task or mixture; {hint} "
-        "MIXTURE_OR_TASK_MODULE names the module that registers it."
+        "MIXTURE_OR_TASK_MODULE names the module that registers it; ours is 'diffusion_t5x.tasks'."
     )
 
 
