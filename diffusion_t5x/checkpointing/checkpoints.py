@@ -23,7 +23,7 @@ from diffusion_t5x import names
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
-from diffusion_t5x.checkpointing.reading import optimizer_item
+from diffusion_t5x.checkpointing.reading import optimizer_item, read_step
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime.train_state import TrainState
 
@@ -227,18 +227,23 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     """Returns (step, path) of a checkpoint, or of all finished ones of a run, ascending.
 
     Args:
-      path: A checkpoint, ours or T5X's, or the directory of a run.
+      path: A checkpoint, ours or T5X's, whatever its name, or the directory of a run.
     """
     directory = epath.Path(path)
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
         directory = directory.parent
-    if match := _NAME.match(directory.name):
-        t5x = t5x_checkpoints.is_t5x_checkpoint(str(directory))
-        if t5x or (directory / "params").exists():
-            return [(int(match.group(1)), str(directory.absolute()))]
+    if (match := _NAME.match(directory.name)) and is_checkpoint(directory):
+        return [(int(match.group(1)), str(directory.absolute()))]
     children = directory.iterdir() if directory.is_dir() else ()
     found = [(match, child) for child in children if (match := _NAME.match(child.name))]
+    if not found and is_checkpoint(directory):  # a link to one, or a copy
+        return [(read_step(str(directory)), str(directory.absolute()))]
     return sorted((int(match.group(1)), str(child.absolute())) for match, child in found)
+
+
+def is_checkpoint(directory: epath.Path) -> bool:
+    """Returns whether a directory, of any name, holds parameters of ours or T5X's."""
+    return (directory / "params").is_dir() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
 
 
 def list_checkpoints(path: str) -> list[tuple[int, str]]:
@@ -249,9 +254,10 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
     """
     if found := find_checkpoints(path):
         return found
-    parent = epath.Path(path).parent
-    beside = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
-    nearest = names.did_you_mean(epath.Path(path).name, sorted(beside))
+    parent, name = epath.Path(path).parent, epath.Path(path).name
+    children = parent.iterdir() if parent.is_dir() else ()
+    beside = [child.name for child in children if child.is_dir() and child.name != name]
+    nearest = names.did_you_mean(name, sorted(beside))
     hint = f" In {parent}: {nearest}" if beside else ""
     raise FileNotFoundError(
         f"{path} is neither a checkpoint nor a run with one; expected a directory such as "

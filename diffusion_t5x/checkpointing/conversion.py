@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,8 @@ def convert(
       ValueError: If settings contradict each other, or the network cannot hold the parameters.
     """
     _check_settings(layout, model, partial)
+    if "://" not in destination:
+        destination = os.path.realpath(destination)  # without '..', which TensorStore refuses
     step, path = list_checkpoints(source)[-1]
     final = epath.Path(destination) / f"{PREFIX}_{step}"
     if final.exists():

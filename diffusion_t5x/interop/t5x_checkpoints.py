@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -98,6 +99,8 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def kvstore(path: str) -> dict[str, str]:
     """Returns TensorStore's spec of a directory, local or `gs://bucket/…`."""
+    if "://" not in path:
+        path = os.path.realpath(path)  # TensorStore refuses '..'
     path = path.rstrip("/") + "/"
     if match := re.fullmatch(r"gs://([^/]+)/(.*)", path, re.DOTALL):
         return {"driver": "gcs", "bucket": match.group(1), "path": match.group(2)}
@@ -194,18 +197,26 @@ def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray
     if temporary.exists():
         temporary.rmtree()  # of a writer that was killed
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, step, params)
+    except BaseException:
+        temporary.rmtree()
+        raise
+    temporary.rename(final)
+    return str(final)
+
+
+def _write(directory: epath.Path, step: int, params: Mapping[str, StoredArray]) -> None:
     specs = {
-        name: _write_array(temporary, f"target.{name.replace('/', '.')}", value)
-        for name, value in read_each(params, f"writing {final}")
+        name: _write_array(directory, f"target.{name.replace('/', '.')}", value)
+        for name, value in read_each(params, f"writing {directory.with_suffix('')}")
     }
     target = flax.traverse_util.unflatten_dict(specs, sep="/")
     index = {
         "version": VERSION,
         "optimizer": {"target": target, "state": {"step": np.int32(step)}},
     }
-    (temporary / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
-    temporary.rename(final)
-    return str(final)
+    (directory / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
 
 
 def _write_array(directory: epath.Path, name: str, array: np.ndarray) -> dict[str, Any]:
