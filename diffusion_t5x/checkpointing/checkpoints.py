@@ -142,6 +142,9 @@ class Checkpointer:
     def __init__(self, directory: str, config: SaveCheckpointConfig):
         self.config = config
         path = epath.Path(directory).absolute()
+        if jax.process_index() == 0:  # older versions saved metrics, which Orbax reads
+            integrity.set_aside_unreadable_metrics(path)
+        multihost_utils.sync_global_devices("checkpoint_metrics_checked")
         policies = checkpoint_managers.preservation_policy
         policy: Any = policies.PreserveAll()
         self._best: _BestN | None = None

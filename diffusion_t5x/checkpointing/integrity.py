@@ -130,3 +130,17 @@ def set_aside(path: epath.Path) -> epath.Path:
         number += 1
         target = path.with_name(f"{path.name}.{DAMAGED}_{number}")
     return path.rename(target)
+
+
+def set_aside_unreadable_metrics(directory: epath.Path) -> None:
+    """Sets aside the metrics of a run's checkpoints that are not valid JSON, and prints which.
+
+    Orbax reads the metrics of all checkpoints when it opens a run, and fails on such a file; a
+    checkpoint without metrics counts as the worst. Only one process may call this.
+    """
+    for file in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            kept = set_aside(file.parent)
+            print(f"{file} is not readable and is ignored for the best checkpoint; kept as {kept}.")

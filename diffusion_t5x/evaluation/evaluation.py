@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import diffusion_t5x
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets, task_checks, vocabularies
+from diffusion_t5x.data import datasets, task_checks
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.data.task_checks import MetricError
 from diffusion_t5x.evaluation import candidate_chunks, results, task_metrics
@@ -38,42 +38,6 @@ from diffusion_t5x.runtime.terminal import Progress, print_table
 
 Metrics = dict[str, Any]
 Predictions = list[tuple[int, np.ndarray]]  # (index of the example, tokens), as SeqIO asks for
-
-
-def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
-    """Returns the tasks that a configuration names, mixtures resolved.
-
-    Raises:
-      ValueError: if a task is unknown, of another vocabulary than the model, or has no cache where
-        one is asked for.
-    """
-    names = dataset_cfg.mixture_or_task_name
-    tasks = [
-        task
-        for name in ([names] if isinstance(names, str) else names)
-        for task in seqio.get_subtasks(datasets.get_mixture_or_task(name))
-    ]
-    for task in tasks:
-        task_checks.check_source(task, dataset_cfg.use_cached, mixes=False)
-        vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
-    return tasks
-
-
-def measured_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
-    """Returns the tasks that have the split and metrics, and says which have not."""
-    datasets.import_task_module(dataset_cfg.module)
-    measured = []
-    for task in find_tasks(model, dataset_cfg):
-        if dataset_cfg.split not in task.splits:
-            why = f"has no split {dataset_cfg.split!r}, only {', '.join(sorted(task.splits))}"
-        elif not task.metric_objs:
-            why = "has no metrics"
-        else:
-            measured.append(task)
-            continue
-        if jax.process_index() == 0:
-            print(f"task {task.name!r} {why}, and is not decoded for evaluation.", flush=True)
-    return measured
 
 
 class InferenceEvaluator:
@@ -138,7 +102,7 @@ class InferenceEvaluator:
         }
         self._evaluators: dict[str, seqio.Evaluator] = {}
         lengths = dataset_cfg.task_feature_lengths
-        for task in measured_tasks(model, dataset_cfg):
+        for task in task_metrics.measured_tasks(model, dataset_cfg):
             task_checks.check_not_empty(task, dataset_cfg.split, lengths, dataset_cfg.use_cached)
             self._evaluators[task.name] = seqio.Evaluator(
                 task.name,

@@ -25,7 +25,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     prediction_fields,
     restorer,
 )
-from diffusion_t5x.evaluation.evaluation import find_tasks
+from diffusion_t5x.evaluation.task_metrics import find_tasks
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.files import check_writable

@@ -1,4 +1,4 @@
-"""What tasks' metrics give: numbers, and what TensorBoard shows."""
+"""The tasks to evaluate, and what their metrics give: numbers, and what TensorBoard shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,45 @@ import jax
 import numpy as np
 import seqio
 
+from diffusion_t5x.data import datasets, task_checks, vocabularies
 from diffusion_t5x.evaluation.candidate_chunks import TaskJudges
+from diffusion_t5x.models import Model
+
+
+def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
+    """Returns the tasks that a configuration names, mixtures resolved.
+
+    Raises:
+      ValueError: if a task is unknown, of another vocabulary than the model, or has no cache where
+        one is asked for.
+    """
+    names = dataset_cfg.mixture_or_task_name
+    tasks = [
+        task
+        for name in ([names] if isinstance(names, str) else names)
+        for task in seqio.get_subtasks(datasets.get_mixture_or_task(name))
+    ]
+    for task in tasks:
+        task_checks.check_source(task, dataset_cfg.use_cached, mixes=False)
+        vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
+    return tasks
+
+
+def measured_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
+    """Returns the tasks that have the split and metrics, and says which have not."""
+    datasets.import_task_module(dataset_cfg.module)
+    measured = []
+    for task in find_tasks(model, dataset_cfg):
+        if dataset_cfg.split not in task.splits:
+            why = f"has no split {dataset_cfg.split!r}, only {', '.join(sorted(task.splits))}"
+        elif not task.metric_objs:
+            why = "has no metrics"
+        else:
+            measured.append(task)
+            continue
+        if jax.process_index() == 0:
+            print(f"task {task.name!r} {why}, and is not decoded for evaluation.", flush=True)
+    return measured
 
 
 def check_keys(evaluator: seqio.Evaluator, task: seqio.Task) -> None:

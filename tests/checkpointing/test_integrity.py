@@ -199,13 +199,22 @@ def test_the_checksums_are_those_of_other_programs(run_dir):
 
 
 @pytest.mark.parametrize("text", ["", '{"training_eval/loss": 1', "\0\0\0\0"])
-def test_metrics_that_an_older_run_saved_in_a_checkpoint_are_not_read(a_copy, text):
+def test_metrics_of_a_checkpoint_that_cannot_be_read_do_not_stop_a_run(a_copy, text, capsys):
     item = a_copy / "checkpoint_2" / "metrics"
     item.mkdir()
     (item / "metrics").write_text(text)
     config = SaveCheckpointConfig(keep=1, keep_best_metric="training_eval/loss")
     Checkpointer(str(a_copy), config).close()
-    assert (item / "metrics").read_text() == text
+    assert f"{item}/metrics is not readable" in capsys.readouterr().out
+    assert (a_copy / "checkpoint_2" / "metrics.damaged" / "metrics").read_text() == text
+
+
+def test_readable_metrics_stay_as_they_are(a_copy):
+    item = a_copy / "checkpoint_2" / "metrics"
+    item.mkdir()
+    (item / "metrics").write_text('{"training_eval/loss": 1.5}')
+    Checkpointer(str(a_copy), SaveCheckpointConfig()).close()
+    assert (item / "metrics").read_text() == '{"training_eval/loss": 1.5}'
 
 
 def test_a_resumed_run_reads_each_file_for_its_checksum_once(a_copy, monkeypatch):
