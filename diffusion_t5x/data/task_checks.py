@@ -40,9 +40,9 @@ def check_source(task: seqio.Task | seqio.Mixture, use_cached: bool, mixes: bool
     """
     for subtask in seqio.get_subtasks(task):
         if use_cached and not subtask.cache_dir:
-            places = ", ".join(seqio.utils.get_global_cache_dirs())
+            places = ", ".join(seqio.utils.get_global_cache_dirs()) or "-"
             raise ValueError(
-                f"USE_CACHED_TASKS = True, but task {subtask.name!r} has no cache in {places or '-'}; "
+                f"USE_CACHED_TASKS = True, but task {subtask.name!r} has no cache in {places}; "
                 "expected --seqio_additional_cache_dirs=DIRECTORY of what seqio_cache_tasks wrote, "
                 "or USE_CACHED_TASKS = False."
             )
