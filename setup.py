@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 
 import setuptools
 
@@ -12,6 +13,7 @@ VERSION = re.search(
 # What reads and writes buckets of gs:// and s3://.
 GCS = ["gcsfs>=2026.9"]
 S3 = ["s3fs>=2026.9"]
+TASKS = setuptools.find_packages(include=["tasks*"])
 
 setuptools.setup(
     name="diffusion_t5x",
@@ -22,11 +24,14 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[
-        *setuptools.find_packages(include=["diffusion_t5x*", "tasks*"]),
+        *setuptools.find_packages(include=["diffusion_t5x*"]),
+        *(f"diffusion_t5x.{package}" for package in TASKS),
+        *(TASKS if "editable_wheel" in sys.argv else []),  # a checkout's second name for them
         "diffusion_t5x.gin",
     ],
-    # The gin files live at the top level of a checkout and inside the package once installed.
-    package_dir={"diffusion_t5x.gin": "gin"},
+    # The gin files and the tasks live at the top level of a checkout and inside the package once
+    # installed.
+    package_dir={"diffusion_t5x.gin": "gin", "diffusion_t5x.tasks": "tasks"},
     package_data={"diffusion_t5x.gin": ["**/*.gin"]},
     install_requires=[
         "absl-py>=2.1",

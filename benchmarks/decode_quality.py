@@ -42,6 +42,7 @@ from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 
 PAPERS, CACHED = "objectives/diffusion.gin", "objectives/diffusion_cached_prefix.gin"
 
+TASKS = "diffusion_t5x.tasks"
 FAST = "decoders/fast.gin"
 # name -> fields of the decoder, beside what the objective's file binds.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -116,7 +117,7 @@ def load(
     abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})
     params = restore_params(path, abstract, verify=False)
     lengths = {"inputs": task.inputs, "targets": task.targets}
-    cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, batch_size, module="tasks")
+    cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, batch_size, module=TASKS)
     num_batches = -(-num_examples // batch_size)
     batches = list(
         datasets.get_eval_batches(cfg, model.FEATURE_CONVERTER_CLS, num_batches=num_batches)
@@ -253,7 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.checkpoint and not args.task:
         parser.error("--checkpoint needs the --task that it was trained on.")
-    datasets.import_task_module("tasks")  # Before gin reads a file, after which none is known anew.
+    datasets.import_task_module(TASKS)  # Before gin reads a file, after which none is known anew.
     for role in [args.task] if args.task else trained_models.STEPS:
         size = args.examples, args.batch_size
         if not args.checkpoint:

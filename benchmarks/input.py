@@ -32,7 +32,7 @@ WORK = (
 def _batches(task: str, objective: str, lengths: dict[str, int], pack: bool) -> Iterator[Any]:
     """Training batches without end."""
     cfg = datasets.DatasetConfig(
-        task, lengths, "train", BATCH_SIZE, shuffle=True, pack=pack, module="tasks"
+        task, lengths, "train", BATCH_SIZE, shuffle=True, pack=pack, module="diffusion_t5x.tasks"
     )
     converter = feature_converters.CanvasFeatureConverter
     if objective == "autoregressive":

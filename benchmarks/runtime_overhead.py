@@ -55,7 +55,7 @@ def bare_window(
     model: Any = gin.get_configurable(models.Model)()
     batch_size = gin.query_parameter("BATCH_SIZE/macro.value")
     cfg = datasets.DatasetConfig(
-        task, lengths, "train", batch_size, shuffle=True, pack=pack, module="tasks"
+        task, lengths, "train", batch_size, shuffle=True, pack=pack, module="diffusion_t5x.tasks"
     )
     batch = next(datasets.get_training_iterator(cfg, model.FEATURE_CONVERTER_CLS))
     batch = jax.device_put(batch)

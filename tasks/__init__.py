@@ -17,16 +17,19 @@
 | `embedded_pretrain_prefix_lm` | prose 80 %, source 20 %, as prefix LM |
 | `embedded_pretrain_span_corruption` | the same as T5's span corruption |
 
+In a checkout the package is the folder `tasks/`, and `tasks` is another name of it.
+
 Nothing is read or downloaded until a task is read; the embedded tasks need no download.
 `docs/tasks.md` names the sources of the others, and how to read local files instead.
 
 Import it after gin is parsed, so that `vocabularies.get_vocabulary` is the configured one.
 """
 
-import seqio
+import sys
 
-from tasks import code, pretraining, question_answering, translation
-from tasks.translation import register_translation
+import seqio
+from diffusion_t5x.tasks import code, pretraining, question_answering, translation
+from diffusion_t5x.tasks.translation import register_translation
 
 if "embedded_all" not in seqio.MixtureRegistry.names():
     seqio.MixtureRegistry.add(
@@ -36,3 +39,6 @@ if "embedded_all" not in seqio.MixtureRegistry.names():
     )
 
 __all__ = ["code", "pretraining", "question_answering", "register_translation", "translation"]
+
+# In a checkout this file may have been imported as `tasks`, which is to be the same module.
+sys.modules[__name__] = sys.modules["diffusion_t5x.tasks"]

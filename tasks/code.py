@@ -13,8 +13,9 @@ from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
-from tasks import metrics, tfds_mbpp
-from tasks.features import register
+
+from . import metrics, tfds_mbpp
+from .features import register
 
 EMBEDDED = "embedded_code"
 MBPP = "mbpp"

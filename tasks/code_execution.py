@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tasks.sandbox.values import Encoder
+from .sandbox.values import Encoder
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sandbox import launch; launch.main()"
 # The time that a launcher needs to start and to stop, on a busy machine.
@@ -156,8 +156,9 @@ def _mode(allow_unprotected: bool) -> str:
         return mode
     raise SandboxError(
         "nothing here keeps generated code from your files: neither namespaces nor Landlock work "
-        f"({'; '.join(reasons)}). tasks.code_execution.configure(allow_unprotected=True) runs it "
-        "nevertheless; use it only on a machine that holds nothing valuable."
+        f"({'; '.join(reasons)}). diffusion_t5x.tasks.code_execution.configure("
+        "allow_unprotected=True) runs it nevertheless; use it only on a machine that holds "
+        "nothing valuable."
     )
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import sacrebleu
 
 from diffusion_t5x.data import programs
-from tasks import code_execution
+
+from . import code_execution
 
 
 def _check(targets: Sequence, predictions: Sequence, several: bool = False) -> None:

@@ -17,7 +17,8 @@ from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
-from tasks.features import register
+
+from .features import register
 
 OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
     "prefix_lm": preprocessors.prefix_lm,

@@ -14,8 +14,9 @@ from diffusion_t5x.data.embedded import sources
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
-from tasks import metrics
-from tasks.features import register
+
+from . import metrics
+from .features import register
 
 EMBEDDED = "embedded_qa"
 SQUAD = "squad_v1_1"

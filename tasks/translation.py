@@ -14,8 +14,9 @@ from diffusion_t5x.data.embedded.translation import parse_locale
 from diffusion_t5x.data.files import readers
 from diffusion_t5x.data.files.local_files import LocalFiles, LocalFilesDataSource
 from diffusion_t5x.data.tfds_source import TfdsDataSource
-from tasks import metrics
-from tasks.features import register
+
+from . import metrics
+from .features import register
 
 WMT14_TFDS = "wmt14_translate/fr-en:1.0.0"
 WMT14_LANGUAGES = ("en", "fr")

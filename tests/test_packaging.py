@@ -36,11 +36,34 @@ def _files(root, pattern):
     return {path.relative_to(root).as_posix() for path in root.rglob(pattern)}
 
 
-@pytest.mark.parametrize("package", ["diffusion_t5x", "tasks"])
-def test_every_module_is_installed(installed, package):
-    expected = _files(ROOT / package, "*.py")
+def _python(program, directory, *path):
+    """Runs a program with these directories on Python's path; returns what it prints, in words."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("folder", "place"), [("diffusion_t5x", "diffusion_t5x"), ("tasks", "diffusion_t5x/tasks")]
+)
+def test_every_module_is_installed(installed, folder, place):
+    expected = _files(ROOT / folder, "*.py")
     assert len(expected) > 3
-    assert _files(installed / package, "*.py") == expected
+    found = _files(installed / place, "*.py")
+    assert {name for name in found if folder == "tasks" or name[:6] != "tasks/"} == expected
 
 
 def test_every_gin_file_is_installed_inside_the_package(installed):
@@ -50,8 +73,8 @@ def test_every_gin_file_is_installed_inside_the_package(installed):
 
 
 def test_nothing_installed_takes_the_name_of_another_project(installed):
-    # A package `gin` of ours would hide gin-config's.
-    assert {path.name for path in installed.iterdir()} == {"diffusion_t5x", "tasks"}
+    # A package `gin` of ours would hide gin-config's, and `tasks` is what many call their own.
+    assert {path.name for path in installed.iterdir()} == {"diffusion_t5x"}
     assert not _files(ROOT / "gin", "*.py")
 
 
@@ -60,30 +83,53 @@ def test_the_gin_files_of_an_installed_package_are_found_and_parse(installed, tm
         "import sys, gin, diffusion_t5x\n"
         "from diffusion_t5x import gin_utils\n"
         "files = ['models/tiny.gin', 'objectives/diffusion.gin', 'runs/finetune.gin']\n"
-        "names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS',\n"
-        "         'INITIAL_CHECKPOINT_PATH']\n"
-        "gin_utils.parse_config(files, [f'{name}=x' for name in names])\n"
+        "names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', 'INITIAL_CHECKPOINT_PATH']\n"
+        "lengths = 'TASK_FEATURE_LENGTHS={}'\n"
+        "gin_utils.parse_config(files, [*(f'{name}=x' for name in names), lengths])\n"
         "print(gin_utils.config_dir(), gin.query_parameter('%NUM_STEPS'))\n"
         "ours = [m for name, m in sys.modules.items() if name.startswith('diffusion_t5x')]\n"
         "print(*{m.__file__ for m in ours if m.__file__})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(installed), "TF_CPP_MIN_LOG_LEVEL": "3"}
     # From another directory, so that the checkout is not on the path.
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    place, num_steps, *modules = done.stdout.split()
+    done = _python(program, tmp_path, installed)
+    place, num_steps, *modules = done
     assert (place, num_steps) == (str(installed / "diffusion_t5x" / "gin"), "10")
     # A checkout that is installed as well, editable, must not have filled a gap.
     assert len(modules) > 10
     assert not [module for module in modules if not module.startswith(str(installed))]
+
+
+@pytest.mark.parametrize("kind", ["checkout", "installed"])
+def test_a_projects_own_package_of_tasks_does_not_hide_ours(kind, installed, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").write_text("NAME = 'mine'\n")
+    (tmp_path / "tasks" / "metrics.py").write_text("NAME = 'my metrics'\n")
+    program = (
+        "import diffusion_t5x.tasks, seqio, tasks, tasks.metrics\n"
+        "from diffusion_t5x.data import datasets\n"
+        "datasets.import_task_module('diffusion_t5x.tasks')\n"
+        "assert 'embedded_all' in seqio.MixtureRegistry.names()\n"
+        "assert (tasks.NAME, tasks.metrics.NAME) == ('mine', 'my metrics')\n"
+        "print(diffusion_t5x.tasks.metrics.__file__)\n"
+    )
+    [file] = _python(program, tmp_path, tmp_path, installed if kind == "installed" else ROOT)
+    place = installed / "diffusion_t5x" if kind == "installed" else ROOT
+    assert file == str(place / "tasks" / "metrics.py")
+
+
+@pytest.mark.parametrize("first", ["tasks", "diffusion_t5x.tasks"])
+def test_the_tasks_of_a_checkout_are_the_same_under_both_names(first, tmp_path):
+    program = (
+        f"import {first}\n"
+        "import tasks, tasks.sandbox.values, diffusion_t5x.tasks.metrics\n"
+        "from tasks import metrics\n"
+        "assert tasks is diffusion_t5x.tasks and metrics is diffusion_t5x.tasks.metrics\n"
+        "from diffusion_t5x.tasks.sandbox import values\n"
+        "assert tasks.sandbox.values is values\n"
+        "print(tasks.__name__, metrics.__spec__.name, values.__name__)\n"
+    )
+    names = [f"diffusion_t5x.tasks{name}" for name in ("", ".metrics", ".sandbox.values")]
+    assert _python(program, tmp_path, ROOT) == names
 
 
 def test_a_checkouts_gin_files_are_those_beside_the_package():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import secrets
+import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +25,7 @@ from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
-from diffusion_t5x.checkpointing.reading import optimizer_item
+from diffusion_t5x.checkpointing.reading import optimizer_item, read_step
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.train_state import TrainState
@@ -90,28 +92,31 @@ class CheckpointConfig:
     restore: RestoreCheckpointConfig | None = None
 
 
-def _manager_options(config: SaveCheckpointConfig) -> ocp.CheckpointManagerOptions:
-    policies = checkpoint_managers.preservation_policy
-    metric, value = config.keep_best_metric, None
-    if config.keep is None:
-        policy = policies.PreserveAll()
-    elif metric is None:
-        policy = policies.LatestN(config.keep)
-    else:
-        # A checkpoint without the metric counts as the worst.
-        worst = float("inf") if config.best_mode == "min" else -float("inf")
-        value = lambda metrics: metrics.get(metric, worst)  # noqa: E731
-        best = policies.BestN(get_metric_fn=value, reverse=config.best_mode == "min", n=config.keep)
-        policy = policies.AnyPreservationPolicy([policies.LatestN(1), best])
-    # Only with a `best_fn` does Orbax save the metrics, and so still knows them after a restart.
-    # Of a directory that a thread cannot make, Orbax tells nobody, and all wait for it.
-    return ocp.CheckpointManagerOptions(
-        step_prefix=PREFIX,
-        preservation_policy=policy,
-        best_fn=value,
-        create=True,
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-    )
+@dataclasses.dataclass
+class _BestN:
+    """A policy of Orbax that preserves the best `n` checkpoints by the lines of a run's metrics.
+
+    Orbax's own takes metrics together with a checkpoint, before it can be evaluated. A checkpoint
+    without the metric, or with NaN, counts as the worst, and the later of equals as better.
+    """
+
+    n: int
+    metric: str
+    mode: str
+    metrics: Sequence[Mapping[str, Any]] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        split, _, name = self.metric.rpartition("/")
+        sign = 1.0 if self.mode == "max" else -1.0
+        values = {
+            line["step"]: sign * line[name]
+            for line in self.metrics
+            if line["split"] == split and isinstance(line.get(name), int | float)
+        }
+        known = {step: value for step, value in values.items() if not math.isnan(value)}
+        ranked = sorted((known.get(info.step, -math.inf), info.step) for info in checkpoints)
+        best = {step for _, step in ranked[-self.n :]}
+        return [info.step in best for info in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -155,7 +160,7 @@ class Checkpointer:
                 print(f"{checkpoint} is kept as {integrity.set_aside(checkpoint)}.")
             for _, checkpoint in find_checkpoints(str(path)):
                 orbax_buckets.mark_complete(epath.Path(checkpoint))
-            integrity.set_aside_unreadable_metrics(path)
+            integrity.set_aside_unreadable_metrics(path)  # of older versions, which Orbax reads
         multihost_utils.sync_global_devices("damage_set_aside")
         arrays = functools.partial(ArraysHandler, config.checksums)
         self._handlers: dict[str, ArraysHandler | DatasetHandler] = {
@@ -163,15 +168,30 @@ class Checkpointer:
             "optimizer": arrays(),
             "dataset": DatasetHandler(config.checksums),
         }
+        policies = checkpoint_managers.preservation_policy
+        policy: Any = policies.PreserveAll()
+        self._best: _BestN | None = None
+        if config.keep is not None:
+            policy = policies.LatestN(config.keep)
+        if config.keep is not None and config.keep_best_metric is not None:
+            self._best = _BestN(config.keep, config.keep_best_metric, config.best_mode)
+            policy = policies.AnyPreservationPolicy([policies.LatestN(1), self._best])
         self._manager = _Manager(
-            path, options=_manager_options(config), item_handlers=dict(self._handlers)
+            path,
+            options=ocp.CheckpointManagerOptions(
+                step_prefix=PREFIX,
+                preservation_policy=policy,
+                create=True,
+                # Of a directory that a thread cannot make, Orbax tells nobody, and all wait for it.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            ),
+            item_handlers=dict(self._handlers),
         )
 
     def save(
         self,
         state: TrainState,
         iterator: DatasetIterator | None = None,
-        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts writing `checkpoint_{state.step}`, unless it exists.
 
@@ -181,7 +201,6 @@ class Checkpointer:
         Args:
           state: The state to save.
           iterator: The iterator whose position to save; None for none.
-          metrics: Metrics by which the best checkpoints are kept.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -195,7 +214,23 @@ class Checkpointer:
         stamp = {"step": step, "items": list(items), "save": secrets.token_hex(8)}
         for handler in self._handlers.values():
             handler.stamp = stamp
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def keep_best_of(self, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the list of a run's lines of metrics, which grows, to choose the best from."""
+        if self._best is not None:
+            self._best.metrics = metrics
+
+    def prune(self) -> None:
+        """Waits for pending saves, and deletes what is neither the latest nor the best."""
+        self._manager.wait_until_finished()
+        if self._best is not None:
+            infos = [types.SimpleNamespace(step=step) for step in sorted(self._manager.all_steps())]
+            for info, best in zip(
+                infos[:-1], self._best.should_preserve(infos, context=None), strict=False
+            ):
+                if not best:
+                    self._manager.delete(info.step)
 
     def check(self) -> None:
         """Raises the error of a save that failed in the background; does not wait."""
@@ -212,7 +247,7 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     """Returns (step, path) of a checkpoint, or of all finished ones of a run, ascending.
 
     Args:
-      path: A checkpoint, ours or T5X's, or the directory of a run.
+      path: A checkpoint, ours or T5X's, whatever its name, or the directory of a run.
     """
     directory = paths.as_path(path, "CHECKPOINT_PATH")
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
@@ -221,6 +256,8 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     found = [(match, child) for child in children if (match := integrity.NAME.match(child.name))]
     if not found and (match := integrity.NAME.match(directory.name)) and directory.exists():
         found = [(match, directory)]
+    if not found and is_checkpoint(directory):  # a link to one, or a copy
+        return [(read_step(str(directory)), str(directory))]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a request each, in a bucket
         complete = list(pool.map(_is_complete, (child for _, child in found)))
     return sorted(
@@ -235,6 +272,11 @@ def _is_complete(checkpoint: epath.Path) -> bool:
     return orbax_buckets.is_complete(checkpoint) or t5x(str(checkpoint))
 
 
+def is_checkpoint(directory: epath.Path) -> bool:
+    """Returns whether a directory, of any name, holds parameters of ours or T5X's."""
+    return (directory / "params").is_dir() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
+
+
 def list_checkpoints(path: str) -> list[tuple[int, str]]:
     """Returns `find_checkpoints(path)`, which must not be empty.
 
@@ -243,10 +285,11 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
     """
     if found := find_checkpoints(path):
         return found
-    parent = epath.Path(path).parent
+    parent, name = epath.Path(path).parent, epath.Path(path).name
     listed = parent.is_dir() and str(parent) not in ("gs://", "s3://")
-    beside = [child.name for child in parent.iterdir() if child.is_dir()] if listed else []
-    nearest = names.did_you_mean(epath.Path(path).name, sorted(beside))
+    children = parent.iterdir() if listed else ()
+    beside = [child.name for child in children if child.is_dir() and child.name != name]
+    nearest = names.did_you_mean(name, sorted(beside))
     hint = f" In {parent}: {nearest}" if beside else ""
     raise FileNotFoundError(
         f"{path} is neither a checkpoint nor a run with one; expected a directory such as "

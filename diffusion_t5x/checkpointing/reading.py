@@ -8,6 +8,7 @@ from typing import Any
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -47,6 +48,18 @@ def optimizer_item(state: TrainState) -> dict[str, Any]:
 def has_optimizer_state(path: str) -> bool:
     """Returns whether a checkpoint holds an optimiser state that can be restored; T5X's do not."""
     return (epath.Path(path) / "optimizer").exists()
+
+
+def read_step(path: str) -> int:
+    """Reads the step of a checkpoint, ours or T5X's; 0 if it has none, as with parameters alone."""
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        return t5x_checkpoints.open_checkpoint(path).step
+    item = epath.Path(path).absolute() / "optimizer"
+    if not item.exists():
+        return 0
+    tree = {"step": ocp.RestoreArgs(restore_type=np.ndarray)}
+    args = ocp.args.PyTreeRestore(item={"step": 0}, restore_args=tree, partial_restore=True)
+    return int(ocp.PyTreeCheckpointer().restore(item, args)["step"])
 
 
 def check_params(path: str, abstract_params: Any) -> None:

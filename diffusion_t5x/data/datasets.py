@@ -15,8 +15,9 @@ import seqio
 import tensorflow as tf
 from etils import epath
 
+from diffusion_t5x.data import task_checks
 from diffusion_t5x.data.data_shards import DataLayout, with_shard_seed
-from diffusion_t5x.names import check_known, nearest
+from diffusion_t5x.names import nearest
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -92,7 +93,7 @@ def import_task_module(module: str | None) -> None:
             raise
         raise ModuleNotFoundError(
             f"MIXTURE_OR_TASK_MODULE = {module!r} cannot be imported; expected a module on the "
-            "Python path that registers SeqIO tasks, such as 'tasks'.",
+            "Python path that registers SeqIO tasks, such as 'diffusion_t5x.tasks'.",
             name=error.name,
         ) from error
 
@@ -106,7 +107,7 @@ def get_mixture_or_task(name: str) -> seqio.Task | seqio.Mixture:
     hint = f"did you mean {near!r}?" if near else f"known: {known}."
     raise ValueError(
         f"MIXTURE_OR_TASK_NAME = {name!r} is not a registered task or mixture; {hint} "
-        "MIXTURE_OR_TASK_MODULE names the module that registers it."
+        "MIXTURE_OR_TASK_MODULE names the module that registers it; ours is 'diffusion_t5x.tasks'."
     )
 
 
@@ -114,8 +115,8 @@ def find_task(cfg: DatasetConfig, converter: seqio.FeatureConverter) -> seqio.Ta
     """Returns the task or mixture of `cfg`, after checking its split and lengths.
 
     Raises:
-      ValueError: if the task or the split is unknown, or a feature that the converter reads has no
-        length.
+      ValueError: if the task or the split is unknown, a cache or a rate is missing, or a feature
+        that the converter reads has no length.
     """
     import_task_module(cfg.module)
     if not isinstance(cfg.mixture_or_task_name, str):
@@ -124,7 +125,8 @@ def find_task(cfg: DatasetConfig, converter: seqio.FeatureConverter) -> seqio.Ta
             "or of a mixture of several."
         )
     task = get_mixture_or_task(cfg.mixture_or_task_name)
-    check_known(cfg.split, sorted(task.splits), f"{task.name!r}: split")
+    task_checks.check_split(task, cfg.split)
+    task_checks.check_source(task, cfg.use_cached)
     given = set(cfg.task_feature_lengths or {})
     if missing := sorted(set(converter.TASK_FEATURES) - given):
         near = nearest(missing[0], given - set(converter.TASK_FEATURES))
@@ -174,6 +176,12 @@ def get_dataset(
         seed=cfg.seed if cfg.seed is not None else seed,
         verbose=False,
     )
+
+
+def check_not_empty(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) -> None:
+    """Reads the first example; a ValueError says that there is none."""
+    if not any(True for _ in get_dataset(cfg, feature_converter_cls, seed=0).take(1)):
+        raise task_checks.no_example(cfg.split, str(cfg.mixture_or_task_name))
 
 
 class DatasetIterator:

@@ -166,6 +166,6 @@ def check_task(
         raise ValueError(
             f"MIXTURE_OR_TASK_NAME = {task.name!r}: its {name} are tokens of {theirs}, but the "
             f"model's VOCABULARY is {fingerprint(ours)}. Register the task with the features of "
-            "tasks.features.output_features, which follow vocabularies.get_vocabulary as the model "
-            "does, or set VOCABULARY to the task's."
+            "diffusion_t5x.tasks.features.output_features, which follow "
+            "vocabularies.get_vocabulary as the model does, or set VOCABULARY to the task's."
         )

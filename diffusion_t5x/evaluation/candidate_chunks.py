@@ -66,14 +66,17 @@ class TaskJudges:
         examples = evaluator.cached_task_datasets[name].as_numpy_iterator()
         self._examples: list[Mapping[str, Any]] = list(examples) if self.metrics else []
         self._vocabulary = self._task.output_features["targets"].vocabulary
-        self.targets = [self._target(example) for example in self._examples]
+        self.targets = [self.target(example) for example in self._examples]
 
-    def _target(self, example: Mapping[str, Any]) -> Any:
+    def text(self, example: Mapping[str, Any]) -> str:
+        """Returns the text of an example's target."""
         if "targets_pretokenized" in example:
-            text = example["targets_pretokenized"].decode("utf-8")
-        else:
-            text = self._vocabulary.decode(list(example["targets"]))
-        return self._task.postprocess_fn(text, example=example, is_target=True)
+            return example["targets_pretokenized"].decode("utf-8")
+        return self._vocabulary.decode(list(example["targets"]))
+
+    def target(self, example: Mapping[str, Any]) -> Any:
+        """Returns an example's target as a metric gets it."""
+        return self._task.postprocess_fn(self.text(example), example=example, is_target=True)
 
     def predictions(self, outputs: Outputs) -> list[Any]:
         """Returns the candidates of each example as a metric gets them."""

@@ -16,9 +16,10 @@ from etils import epath
 import diffusion_t5x
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets, lengths, programs, vocabularies
+from diffusion_t5x.data import datasets, lengths, programs, task_checks
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results
+from diffusion_t5x.data.task_checks import MetricError
+from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results, task_metrics
 from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
@@ -35,32 +36,15 @@ from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress, print_table
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
 Predictions = list[tuple[int, np.ndarray]]  # (index of the example, tokens), as SeqIO asks for
-
-
-def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
-    """Returns the tasks that a configuration names, mixtures resolved.
-
-    Raises:
-      ValueError: if a task is unknown or of another vocabulary than the model.
-    """
-    names = dataset_cfg.mixture_or_task_name
-    tasks = [
-        task
-        for name in ([names] if isinstance(names, str) else names)
-        for task in seqio.get_subtasks(datasets.get_mixture_or_task(name))
-    ]
-    for task in tasks:
-        vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
-    return tasks
 
 
 class InferenceEvaluator:
     """Decodes tasks and computes their metrics through `seqio.Evaluator`.
 
     Attributes:
-      tasks: Names of the tasks with metrics.
+      tasks: Names of the tasks with metrics; there may be none.
       settings: All that decides the results besides the parameters.
     """
 
@@ -90,8 +74,8 @@ class InferenceEvaluator:
             a chunk has random keys of its own. Batches hold `batch_size` of them in any case.
 
         Raises:
-          ValueError: if a task is unknown or of another vocabulary than the model, none has metrics
-            on the split, or settings contradict each other.
+          ValueError: if a task is unknown, of another vocabulary than the model or without an
+            example, two of its metrics give the same key, or settings contradict each other.
         """
         if return_all_decodes and num_decodes > 1:
             raise ValueError(
@@ -99,7 +83,6 @@ class InferenceEvaluator:
                 "either all samples of one decoding, or the best sample of each of several."
             )
         self._chunk_sizes = candidate_chunks.chunk_sizes(num_decodes, decodes_per_chunk)
-        datasets.import_task_module(dataset_cfg.module)
         self._model, self._batch_size = model, dataset_cfg.batch_size
         self._output_dir = epath.Path(output_dir)
         common = model, partitioner, random_seed, dataset_cfg.batch_size
@@ -118,24 +101,20 @@ class InferenceEvaluator:
             "strip_markup": programs.strips_markup(),
             "version": diffusion_t5x.__version__,
         }
-        self._evaluators = {
-            task.name: seqio.Evaluator(
+        self._evaluators: dict[str, seqio.Evaluator] = {}
+        given = dataset_cfg.task_feature_lengths
+        for task in task_metrics.measured_tasks(model, dataset_cfg):
+            task_checks.check_not_empty(task, dataset_cfg.split, given, dataset_cfg.use_cached)
+            self._evaluators[task.name] = seqio.Evaluator(
                 task.name,
                 feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
                 eval_split=dataset_cfg.split,
                 use_cached=dataset_cfg.use_cached,
                 seed=dataset_cfg.seed,
-                sequence_length=dataset_cfg.task_feature_lengths,
+                sequence_length=given,
                 num_examples=num_examples,
             )
-            for task in find_tasks(model, dataset_cfg)
-            if dataset_cfg.split in task.splits and task.metric_fns
-        }
-        if not self._evaluators:
-            raise ValueError(
-                f"no task of {dataset_cfg.mixture_or_task_name!r} has metrics and a split "
-                f"{dataset_cfg.split!r}."
-            )
+            task_metrics.check_keys(self._evaluators[task.name], task)
         self.tasks = tuple(self._evaluators)
         self._cut = {
             name: lengths.cut_of_evaluated(name, evaluator, dataset_cfg, num_examples)
@@ -162,9 +141,13 @@ class InferenceEvaluator:
             kept until `forget` is called, and are not drawn again.
 
         Returns:
-          task -> metric -> value; besides the task's metrics 'examples' and
-          'decode_seconds_per_example' (all candidates of one), without compilation, and for a
-          feature that the lengths cut 'inputs_cut', of how many examples, and 'inputs_tokens_cut'.
+          task -> metric -> value, a float or, of what only TensorBoard shows, another JSON value;
+          besides the task's metrics 'examples' and 'decode_seconds_per_example' (all candidates
+          of one), without compilation, and for a feature that the lengths cut 'inputs_cut', of how
+          many examples, and 'inputs_tokens_cut'.
+
+        Raises:
+          MetricError: if a metric fails.
         """
         return {
             name: self._evaluate(name, params, step, resume_key) for name in tasks or self.tasks
@@ -203,17 +186,23 @@ class InferenceEvaluator:
         def score(dataset: tf.data.Dataset) -> list[tuple[int, float]]:
             return self._run(self._score, f"score {name}", params, dataset)[0]
 
-        future, _ = self._evaluators[name].evaluate(
-            compute_metrics=True,
-            step=step,
-            predict_fn=predict,
-            predict_with_aux_fn=predict_with_aux,
-            score_fn=score,
-        )
-        values = {
-            key: float(getattr(value, "value", value))
-            for key, value in future.result()[name].items()
-        }
+        evaluator = self._evaluators[name]
+        try:
+            future, _ = evaluator.evaluate(
+                compute_metrics=True,
+                step=step,
+                predict_fn=predict,
+                predict_with_aux_fn=predict_with_aux,
+                score_fn=score,
+            )
+            found = future.result()[name]
+            values = task_metrics.record(str(self._output_dir), name, step, found)
+        except (TypeError, ValueError) as error:
+            evaluator._metrics_future = None  # it would raise the error again next time
+            is_metrics = str(error).startswith("Failed to evaluate task")
+            if not is_metrics and not isinstance(error, TypeError):
+                raise
+            raise MetricError.of(name, error) from error
         for feature, cut in self._cut[name].items():
             values |= {f"{feature}_cut": cut.examples, f"{feature}_tokens_cut": cut.tokens}
         if decoded:
@@ -320,7 +309,9 @@ def evaluate(
       InUseError: if another evaluation writes to `output_dir`.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
-      ValueError: if a task or the metric is unknown.
+      MetricError: if a metric of a task fails; all other results are written before.
+      OSError: if `output_dir` cannot be written to.
+      ValueError: if a task or the metric is unknown, or no task has metrics and the split.
     """
     if best_mode not in ("max", "min"):
         raise ValueError(f"best_mode = {best_mode!r}; expected 'max' or 'min'.")
@@ -333,6 +324,11 @@ def evaluate(
         output_dir=str(directory),
         random_seed=random_seed,
     )
+    if not evaluator.tasks:
+        raise ValueError(
+            f"no task of {dataset_cfg.mixture_or_task_name!r} has metrics and a split "
+            f"{dataset_cfg.split!r} (datasets.DatasetConfig.split)."
+        )
     if dry_run:
         print(f"tasks: {', '.join(evaluator.tasks)}")
         print(f"checkpoints: {', '.join(path for _, path in checkpoints)}")
@@ -340,15 +336,17 @@ def evaluate(
     restore = restorer(model, partitioner, restore_checkpoint_cfg)
     rows: list[dict[str, Any]] = []
     complete: list[dict[str, Any]] = []
+    failed: list[MetricError] = []
     with (
         directory_lock.hold(str(directory), "EVAL_OUTPUT_DIR"),
         Progress(len(checkpoints), "evaluating", "checkpoints") as progress,
     ):
         queue = checkpoint_queue.until_empty(
-            restore_checkpoint_cfg, checkpoints, lambda: bool(rows)
+            restore_checkpoint_cfg, checkpoints, lambda: bool(rows or failed)
         )
         for step, path in queue:
-            found = _evaluate_checkpoint(evaluator, restore, directory, step, path)
+            into = directory / f"checkpoint_{step}"
+            found = _evaluate_checkpoint(evaluator, restore, into, step, path, failed)
             rows += found
             if len(found) == len(evaluator.tasks):
                 complete += found
@@ -366,26 +364,30 @@ def evaluate(
     if jax.process_index() == 0:
         results.write_results(directory, content)
         print_table(*results.tabulate(content))
+    if failed:
+        raise MetricError("\n".join(dict.fromkeys(map(str, failed)))) from failed[0]
     return content
 
 
 def _evaluate_checkpoint(
     evaluator: InferenceEvaluator,
     restore: Callable[[str], Any],
-    output_dir: epath.Path,
+    directory: epath.Path,
     step: int,
     path: str,
+    failed: list[MetricError],
 ) -> list[dict[str, Any]]:
     """Returns the rows of one checkpoint, from files where they are known already.
 
-    There are fewer rows than tasks if the checkpoint vanishes before all are evaluated.
+    There are fewer rows than tasks if the checkpoint vanishes before all are evaluated, or if
+    metrics fail, whose errors are added to `failed`.
     """
     settings = {**evaluator.settings, "checkpoint": path}
     key = resumable.digest(settings)
     rows: list[dict[str, Any]] = []
     params = None
     for task in evaluator.tasks:
-        file = output_dir / f"checkpoint_{step}" / f"{task}.json"
+        file = directory / f"{task}.json"
         if (row := resumable.load(file, key)) is None:
             if params is None:
                 params = checkpoint_queue.restore_or_none(restore, path)
@@ -395,7 +397,12 @@ def _evaluate_checkpoint(
                     f"{len(evaluator.tasks)} tasks are evaluated; it cannot be the best."
                 )
                 return rows
-            metrics = evaluator.evaluate(params, step, [task], key)[task]
+            try:
+                metrics = evaluator.evaluate(params, step, [task], key)[task]
+            except MetricError as error:
+                print(f"{path}: {error}", flush=True)
+                failed.append(error)
+                continue
             row = {"step": step, "task": task, "metrics": metrics, "settings": settings}
             resumable.save(file, key, row, indent=1)
             evaluator.forget(task, step)

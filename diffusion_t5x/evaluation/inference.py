@@ -17,7 +17,7 @@ from etils import epath
 
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.data import datasets, lengths
+from diffusion_t5x.data import datasets, lengths, task_checks
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Prediction,
@@ -26,7 +26,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     prediction_fields,
     restorer,
 )
-from diffusion_t5x.evaluation.evaluation import find_tasks
+from diffusion_t5x.evaluation.task_metrics import find_tasks
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import resumable
 from diffusion_t5x.runtime.files import writing
@@ -75,8 +75,9 @@ def infer(
       FileNotFoundError: if there is no checkpoint.
       DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if it does not fit the model.
-      ValueError: if settings are out of range, or a task is unknown or of another vocabulary than
-        the model.
+      OSError: if `output_dir` cannot be written to.
+      ValueError: if settings are out of range, or a task is unknown, without the split, or of
+        another vocabulary than the model.
     """
     if mode not in ("predict", "score"):
         raise ValueError(f"mode = {mode!r}; expected 'predict' or 'score'.")
@@ -91,6 +92,8 @@ def infer(
     datasets.import_task_module(dataset_cfg.module)
     _, path = select_checkpoints(restore_checkpoint_cfg)[-1]
     tasks = find_tasks(model, dataset_cfg)
+    for task in tasks:
+        task_checks.check_split(task, dataset_cfg.split)
     suffix = f"{mode}.jsonl-{shard_id:05}-of-{num_shards:05}"
     outputs = [directory / f"{task.name}-{suffix}" for task in tasks]
     if dry_run:

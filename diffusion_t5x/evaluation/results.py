@@ -33,7 +33,7 @@ def choose_best(rows: Sequence[ResultRow], metric: str, mode: str) -> dict[str, 
     values = {
         (row["step"], row["task"]): row["metrics"][name]
         for row in rows
-        if task_name in ("", row["task"]) and row["metrics"].get(name) is not None
+        if task_name in ("", row["task"]) and isinstance(row["metrics"].get(name), int | float)
     }
     if not values:
         known = sorted({f"{row['task']}/{name}" for row in rows for name in row["metrics"]})
@@ -56,7 +56,8 @@ def choose_best(rows: Sequence[ResultRow], metric: str, mode: str) -> dict[str, 
 def tabulate(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Returns header and body: a line per checkpoint and task, of which the best is marked."""
     rows, best = results["rows"], results["best"]
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    values = ((name, value) for row in rows for name, value in row["metrics"].items())
+    names = list(dict.fromkeys(name for name, value in values if isinstance(value, int | float)))
     body = []
     for row in rows:
         is_best = best and (row["step"], row["task"]) == (best["step"], best["task"])

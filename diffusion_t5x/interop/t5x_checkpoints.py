@@ -195,19 +195,27 @@ def write_checkpoint(directory: str, step: int, params: Mapping[str, StoredArray
     if temporary.exists():
         temporary.rmtree()  # of a writer that was killed
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, step, params)
+    except BaseException:
+        temporary.rmtree()
+        raise
+    if temporary != final:
+        temporary.rename(final)
+    return str(final)
+
+
+def _write(directory: epath.Path, step: int, params: Mapping[str, StoredArray]) -> None:
     specs = {
-        name: _write_array(temporary, f"target.{name.replace('/', '.')}", value)
-        for name, value in read_each(params, f"writing {final}")
+        name: _write_array(directory, f"target.{name.replace('/', '.')}", value)
+        for name, value in read_each(params, f"writing {directory.with_suffix('')}")
     }
     target = flax.traverse_util.unflatten_dict(specs, sep="/")
     index = {
         "version": VERSION,
         "optimizer": {"target": target, "state": {"step": np.int32(step)}},
     }
-    (temporary / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
-    if temporary != final:
-        temporary.rename(final)
-    return str(final)
+    (directory / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
 
 
 def _write_array(directory: epath.Path, name: str, array: np.ndarray) -> dict[str, Any]:

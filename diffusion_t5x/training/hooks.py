@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 
 from diffusion_t5x.checkpointing.checkpoints import Checkpointer
 from diffusion_t5x.data import datasets
+from diffusion_t5x.data.task_checks import MetricError, no_example
 from diffusion_t5x.runtime.guards import Watchdog
 from diffusion_t5x.runtime.train_state import TrainState
 from diffusion_t5x.training.early_stopping import EarlyStopping
@@ -30,7 +32,6 @@ class Run:
       metrics: Sums over the steps since the last line of the log, on the devices.
       preempted: True if training ends at this step because of SIGTERM or Ctrl-C.
       stopped_early: True if training ends at this step because evaluations no longer improve.
-      results: Metrics of this step's evaluations, 'split/metric' -> value.
       shown: Values that the progress display shows.
     """
 
@@ -40,7 +41,6 @@ class Run:
     metrics: Metrics
     preempted: bool = False
     stopped_early: bool = False
-    results: dict[str, float] = dataclasses.field(default_factory=dict)
     shown: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -55,8 +55,8 @@ class Run:
 
 # A hook runs when its period is due; the order of hooks is the order of a step's work.
 Hook = tuple[int, Callable[[Run], None]]
-# Metrics of some evaluations of a state: split -> metric -> value.
-Evaluate = Callable[[TrainState], Mapping[str, Mapping[str, float]]]
+# An evaluation of a state: metric -> value.
+Evaluate = Callable[[TrainState], Mapping[str, Any]]
 
 
 def logging(log: MetricLog, trainer: Trainer, nonfinite: NonFiniteSteps) -> Callable[[Run], None]:
@@ -76,43 +76,72 @@ def logging(log: MetricLog, trainer: Trainer, nonfinite: NonFiniteSteps) -> Call
 
 
 def evaluation(
-    evaluations: list[Evaluate], log: MetricLog, early_stopping: EarlyStopping, watchdog: Watchdog
+    evaluations: Mapping[str, Evaluate],
+    log: MetricLog,
+    early_stopping: EarlyStopping,
+    watchdog: Watchdog,
+    on_metric_error: str,
 ) -> Callable[[Run], None]:
-    """Returns a hook that evaluates, logs the results, and may stop training early.
+    """Returns a hook that evaluates, logs each result at once, and may stop training early.
 
-    A preempted run is not evaluated: the time it is given is for saving. The watchdog is suspended
-    meanwhile, since evaluations may take any time.
+    A preempted run is not evaluated: the time it is given is for saving. What the log has of this
+    step, from before a restart, is not evaluated again. The watchdog is suspended meanwhile, since
+    evaluations may take any time.
+
+    A metric that fails is reported. With `on_metric_error` 'stop' the error is raised once the
+    other evaluations are logged.
     """
 
     def hook(run: Run) -> None:
         if run.preempted:
             return
+        failed: list[MetricError] = []
+        known = {line["split"] for line in log.lines if line["step"] == run.step}
         with watchdog.suspended():
-            results = [evaluate(run.state) for evaluate in evaluations]
-        for split, values in ((s, v) for result in results for s, v in result.items()):
-            log.write(run.step, split, values)
-            run.results.update({f"{split}/{name}": value for name, value in values.items()})
-        run.stopped_early = early_stopping.should_stop(log.lines)
+            for split, evaluate in evaluations.items():
+                if split in known:
+                    continue
+                try:
+                    log.write(run.step, split, evaluate(run.state))
+                except MetricError as error:
+                    failed.append(error)
+                    print(f"step {run.step}: {error}", flush=True)
+        if failed and on_metric_error == "stop":
+            raise failed[0]
+        # A run without its metric cannot be judged.
+        run.stopped_early = not failed and early_stopping.should_stop(log.lines)
 
     return hook
 
 
 def saving(
-    checkpointer: Checkpointer, iterator: datasets.DatasetIterator, log: MetricLog
-) -> Callable[[Run], None]:
-    """Returns a hook that saves a checkpoint, after the log, which a resumed run continues."""
+    checkpointer: Checkpointer | None, iterator: datasets.DatasetIterator, log: MetricLog
+) -> tuple[list[Hook], list[Hook]]:
+    """Returns the hooks that save a step before evaluations, and what is left to do after them.
 
-    def hook(run: Run) -> None:
+    At the end that is to save the step at which they stop the run, and to keep the best
+    checkpoints. The log is written before a checkpoint, since a resumed run continues it.
+    """
+    if checkpointer is None:
+        return [], []
+    checkpointer.keep_best_of(log.lines)
+
+    def save(run: Run) -> None:
         log.flush()
-        checkpointer.save(run.state, iterator, run.results)
+        checkpointer.save(run.state, iterator)
 
-    return hook
+    def finish(run: Run) -> None:
+        save(run)
+        if not run.preempted:
+            checkpointer.prune()
+
+    return [(checkpointer.config.period, save)], [(sys.maxsize, finish)]
 
 
 def loss_evaluation(
     trainer: Trainer, cfg: datasets.DatasetConfig, num_batches: int | None, random_seed: int
 ) -> Evaluate:
-    """Returns an evaluation of the loss, as split 'training_eval'.
+    """Returns an evaluation of the loss.
 
     It takes `num_batches` batches, None for the whole split; `random_seed` is that of the data,
     unless `cfg` has its own.
@@ -121,7 +150,7 @@ def loss_evaluation(
     converter = trainer.model.FEATURE_CONVERTER_CLS
     shapes: Metrics | None = None
 
-    def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
+    def evaluate(state: TrainState) -> dict[str, float]:
         nonlocal shapes
         metrics: Metrics | None = None
         for rows in datasets.get_eval_batches(
@@ -133,22 +162,19 @@ def loss_evaluation(
                 metrics = trainer.empty_metrics(shapes)
             metrics = trainer.eval_step(state.params, metrics, batch)
         if metrics is None:
-            raise ValueError(
-                f"split {cfg.split!r} of {cfg.mixture_or_task_name!r} has no example to evaluate."
-            )
-        return {"training_eval": compute(metrics)}
+            raise no_example(cfg.split, str(cfg.mixture_or_task_name))
+        return compute(metrics)
 
     return evaluate
 
 
-def text_evaluation(evaluator: Any) -> Evaluate:
-    """Returns an evaluation of decoded text, with a split 'inference_eval/TASK' per task."""
+def text_evaluations(evaluator: Any) -> dict[str, Evaluate]:
+    """Returns the evaluations of decoded text, a split 'inference_eval/TASK' per task."""
 
-    def evaluate(state: TrainState) -> dict[str, dict[str, float]]:
-        results = evaluator.evaluate(state.params, int(state.step))
-        return {f"inference_eval/{task}": metrics for task, metrics in results.items()}
+    def of(task: str) -> Evaluate:
+        return lambda state: evaluator.evaluate(state.params, int(state.step), [task])[task]
 
-    return evaluate
+    return {f"inference_eval/{task}": of(task) for task in evaluator.tasks}
 
 
 def compute(metrics: Metrics) -> dict[str, float]:

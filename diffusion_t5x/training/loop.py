@@ -11,7 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.data import datasets, lengths, vocabularies
 from diffusion_t5x.interfaces import Model
+from diffusion_t5x.names import check_known
 from diffusion_t5x.runtime import directory_lock
 from diffusion_t5x.runtime.guards import Watchdog
 from diffusion_t5x.runtime.interrupts import stop_on_signals
@@ -59,6 +60,7 @@ def train(
     early_stopping: EarlyStopping = EarlyStopping(),  # noqa: B008 (frozen)
     random_seed: int = 0,
     inference_evaluator_cls: Callable[..., Any] | None = None,
+    on_metric_error: Literal["continue", "stop"] = "continue",
     log_period: int = 100,
     step_timeout_seconds: float | None = 1800.0,
     summarize_config_fn: Callable[[str], None] | None = None,
@@ -83,6 +85,9 @@ def train(
         saved.
       random_seed: Seed of parameters, data order, and all random draws in a step.
       inference_evaluator_cls: Factory of the evaluator of decoded text.
+      on_metric_error: Whether the run goes on if a task's metric fails. It is reported in any
+        case, and the step is saved; by default the run goes on, since `eval` can measure the
+        checkpoint later while hours of devices come back no more.
       log_period: Steps between lines of metrics.
       step_timeout_seconds: Longest time that a step may take, including its data and saving but
         not evaluations and compilation; beyond it the process ends with its stacks and exit code
@@ -97,13 +102,14 @@ def train(
       DamagedCheckpointError: If the initial checkpoint is damaged, or all of the run's own.
       FileNotFoundError: If the initial checkpoint does not exist.
       InUseError: If another process trains in `model_dir`.
+      MetricError: If a metric fails and `on_metric_error` is 'stop'.
       OtherRunError: If `model_dir` holds checkpoints of a run with other settings.
       Preempted, Interrupted: After SIGTERM or Ctrl-C, once everything is saved.
       DoesNotFit: In a dry run, if the step needs more memory than a device has.
       ValueError: If settings contradict each other.
     """
     # Set-up: the state to start from, and how far to go.
-    _check_periods(EVAL_PERIOD=eval_period, log_period=log_period)
+    _check_settings(on_metric_error, EVAL_PERIOD=eval_period, log_period=log_period)
     model_dir = str(paths.writable(model_dir, "MODEL_DIR"))
     if not dry_run:
         directory_lock.check(model_dir, "MODEL_DIR")
@@ -119,7 +125,9 @@ def train(
         layout=partitioner.data_layout(batch_size),
         seed=random_seed,
     )
-    _check_tasks(model, train_dataset_cfg, train_eval_dataset_cfg, random_seed)
+    train_eval_dataset_cfg = _check_tasks(
+        model, train_dataset_cfg, train_eval_dataset_cfg, random_seed
+    )
     record = run_record.describe(model, str(train_dataset_cfg.mixture_or_task_name))
     if start.is_own:
         run_record.check(model_dir, record)
@@ -134,20 +142,21 @@ def train(
     trainer.check_batch_size(batch_size)
 
     # Evaluations that training pauses for.
-    evaluations = []
+    evaluations: dict[str, hooks.Evaluate] = {}
     if train_eval_dataset_cfg is not None:
-        evaluations.append(
-            hooks.loss_evaluation(trainer, train_eval_dataset_cfg, eval_steps, random_seed)
+        evaluations["training_eval"] = hooks.loss_evaluation(
+            trainer, train_eval_dataset_cfg, eval_steps, random_seed
         )
     if infer_eval_dataset_cfg is not None and inference_evaluator_cls is not None:
-        evaluator = inference_evaluator_cls(
-            model=model,
-            dataset_cfg=infer_eval_dataset_cfg,
-            partitioner=partitioner,
-            output_dir=f"{model_dir}/inference_eval",
-            random_seed=random_seed,
+        evaluations |= hooks.text_evaluations(
+            inference_evaluator_cls(
+                model=model,
+                dataset_cfg=infer_eval_dataset_cfg,
+                partitioner=partitioner,
+                output_dir=f"{model_dir}/inference_eval",
+                random_seed=random_seed,
+            )
         )
-        evaluations.append(hooks.text_evaluation(evaluator))
 
     # By now every mistake in the settings has been found, and nothing has been written.
     if dry_run:
@@ -178,14 +187,16 @@ def train(
             model_dir, step, trainer.leaf_names, trainer.max_skipped_updates, random_seed
         )
 
-        # Hooks: the work between steps, in this order.
-        periodic: list[hooks.Hook] = [
-            (log_period, hooks.logging(log, trainer, nonfinite)),
-            (eval_period, hooks.evaluation(evaluations, log, early_stopping, watchdog)),
-        ]
-        if checkpointer is not None:
-            saving = hooks.saving(checkpointer, iterator, log)
-            periodic.append((checkpointer.config.period, saving))
+        # Hooks: the work between steps, in this order. Saved first, a step survives an evaluation
+        # that fails or is killed.
+        evaluate = hooks.evaluation(evaluations, log, early_stopping, watchdog, on_metric_error)
+        save, finish = hooks.saving(checkpointer, iterator, log)
+        logging = (log_period, hooks.logging(log, trainer, nonfinite))
+        periodic = [logging, *save, (eval_period, evaluate), *finish]
+
+        # An evaluation that was due when the run was interrupted.
+        if start.is_own and (step % eval_period == 0 or step >= last_step):
+            evaluate(hooks.Run(step, last_step, state, {}))
 
         # Loop.
         if step >= last_step or early_stopping.should_stop(log.lines):
@@ -237,7 +248,6 @@ def _run_steps(
                 nonfinite.look_at(*in_flight.popleft())
             if pauses:
                 log.count(time.monotonic() - started)
-                run.results = {}
                 for every, hook in periodic:
                     if run.is_due(every):
                         hook(run)
@@ -254,7 +264,8 @@ def _run_steps(
     return run.state
 
 
-def _check_periods(**periods: int) -> None:
+def _check_settings(on_metric_error: str, **periods: int) -> None:
+    check_known(on_metric_error, ("continue", "stop"), "trainer.train.on_metric_error")
     for name, period in periods.items():
         if not isinstance(period, int) or period < 1:
             raise ValueError(f"{name} = {period!r}; expected a positive whole number of steps.")
@@ -265,22 +276,30 @@ def _check_tasks(
     trained: datasets.DatasetConfig,
     evaluated: datasets.DatasetConfig | None,
     random_seed: int,
-) -> None:
+) -> datasets.DatasetConfig | None:
     """Checks that all tokens are the model's and, for data read later, that they exist.
 
-    Says how much of them is cut.
+    Says how much of them is cut. Returns `evaluated`, or None if its task has no such data.
     """
     tasks = [datasets.get_mixture_or_task(str(trained.mixture_or_task_name))]
+    if evaluated is not None and evaluated.split != "train":
+        datasets.import_task_module(evaluated.module)
+        task = datasets.get_mixture_or_task(str(evaluated.mixture_or_task_name))
+        if set(task.splits) == {"train"}:
+            _say(f"task {task.name!r} has only a training split: training goes without evaluation.")
+            evaluated = None
     if evaluated is not None:
         converter = model.FEATURE_CONVERTER_CLS(
             pack=evaluated.pack, use_custom_packing_ops=evaluated.use_custom_packing_ops
         )
         tasks.append(datasets.find_task(evaluated, converter))
+        datasets.check_not_empty(evaluated, model.FEATURE_CONVERTER_CLS)
     for task in tasks:
         vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
     if jax.process_index() == 0:
         for cfg in filter(None, (trained, evaluated)):
             lengths.report_cut(cfg, random_seed)
+    return evaluated
 
 
 def _say(text: str) -> None:

@@ -74,8 +74,8 @@ class MetricLog:
         rates = {"steps_per_second": rate, "examples_per_second": rate * self._batch_size}
         self.write(step, "train", {**metrics, "seconds": self._seconds, **rates})
 
-    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Writes a line of metrics, and those that are finite to TensorBoard."""
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """Writes a line of metrics, JSON values, and the finite numbers to TensorBoard."""
         self._log.append({"step": step, "split": split, **metrics})
         if split != "train":  # of which there are few
             self._log.flush()
@@ -85,7 +85,8 @@ class MetricLog:
             from clu import metric_writers
 
             self._writers[split] = metric_writers.SummaryWriter(str(self._events / split))
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._writers[split].write_scalars(step, finite)
 
     def flush(self) -> None:

@@ -93,7 +93,7 @@ def test_examples_fit_their_lengths_and_end_with_end_of_text(name, split):
 
 @pytest.mark.parametrize("name", MIXTURES)  # which together have every task
 def test_every_mixture_is_read_in_batches_for_training_and_evaluation(name):
-    cfg = DatasetConfig(name, LENGTHS, "train", 4, shuffle=False, module="tasks")
+    cfg = DatasetConfig(name, LENGTHS, "train", 4, shuffle=False, module="diffusion_t5x.tasks")
     batch = next(datasets.get_training_iterator(cfg, CanvasFeatureConverter))
     assert batch["encoder_input_tokens"].shape == (4, LENGTHS["inputs"])
     assert batch["decoder_target_tokens"].shape == (4, LENGTHS["targets"])

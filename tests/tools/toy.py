@@ -32,6 +32,7 @@ LENGTHS = {"inputs": 6, "targets": 6}
 
 def _examples(split, shuffle_files=False, seed=None):
     texts = [f"{split[0]}{number:03}" for number in range(NUM_EXAMPLES[split])]
+    texts = tf.constant(texts, tf.string)
     return tf.data.Dataset.from_tensor_slices({"inputs": texts, "targets": texts})
 
 

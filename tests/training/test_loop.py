@@ -1,13 +1,16 @@
 """Training as a whole: it goes on where it was, and stops when something is wrong."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+import seqio
 import toy
 
 from diffusion_t5x.checkpointing.checkpoints import (
@@ -17,6 +20,8 @@ from diffusion_t5x.checkpointing.checkpoints import (
 )
 from diffusion_t5x.checkpointing.reading import CheckpointMismatchError
 from diffusion_t5x.data import datasets
+from diffusion_t5x.data.task_checks import MetricError
+from diffusion_t5x.evaluation import InferenceEvaluator
 from diffusion_t5x.runtime.guards import Preempted
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.early_stopping import EarlyStopping
@@ -253,3 +258,133 @@ def test_settings_out_of_range_are_refused(tmp_path):
         toy.run(tmp_path, 1, restore=RestoreCheckpointConfig(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="needs pack = False"):
         datasets.get_dataset(toy.dataset_cfg(pack=True), toy.model().FEATURE_CONVERTER_CLS)
+
+
+def _metric_task(name, *metric_fns, splits=("train", "validation")):
+    """A task with these metrics."""
+    toy.register()
+    if name not in seqio.TaskRegistry.names():
+        source = seqio.TaskRegistry.get(toy.TASK)
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(toy._examples, splits=list(splits)),
+            preprocessors=source.preprocessors,
+            output_features=source.output_features,
+            metric_fns=list(metric_fns),
+        )
+    return name
+
+
+def _evaluated(directory, *tasks, steps=2, cfg=None, **kwargs):
+    """A run that decodes tasks at its end."""
+    return toy.run(
+        directory,
+        steps,
+        train_eval_dataset_cfg=toy.dataset_cfg("validation"),
+        infer_eval_dataset_cfg=cfg or toy.dataset_cfg("validation", mixture_or_task_name=tasks),
+        inference_evaluator_cls=functools.partial(InferenceEvaluator, num_examples=2),
+        eval_period=2,
+        **kwargs,
+    )
+
+
+def divides_by_zero(targets, predictions):
+    return {"x": 1 / (len(targets) - 2)}
+
+
+def _splits(directory, step=2):
+    return [line["split"] for line in read_metrics(str(directory)) if line["step"] == step]
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_metric_that_fails_is_named_and_costs_neither_the_step_nor_other_results(
+    tmp_path, policy, capsys
+):
+    failing = _metric_task("toy_fails", divides_by_zero)
+    if policy == "stop":
+        with pytest.raises(MetricError, match=r"'toy_fails'.*divides_by_zero.*ZeroDivisionError"):
+            _evaluated(tmp_path, failing, toy.TASK, on_metric_error="stop")
+    else:
+        assert int(_evaluated(tmp_path, failing, toy.TASK).step) == 2
+    assert re.search(r"step 2: task 'toy_fails'.*test_loop\.py:\d+", capsys.readouterr().out)
+    assert [step for step, _ in list_checkpoints(str(tmp_path))] == [2]
+    assert _splits(tmp_path) == ["train", "training_eval", f"inference_eval/{toy.TASK}"]
+
+
+def test_an_evaluation_that_is_killed_is_made_up_for_from_the_saved_step(tmp_path, monkeypatch):
+    _evaluated(tmp_path / "straight", toy.TASK, steps=4)
+    original = InferenceEvaluator.evaluate
+    killed = []
+
+    def evaluate(self, params, step, *args):
+        if not killed:
+            killed.append(step)
+            raise KeyboardInterrupt
+        return original(self, params, step, *args)
+
+    monkeypatch.setattr(InferenceEvaluator, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        _evaluated(tmp_path / "killed", toy.TASK, steps=4)
+    assert [step for step, _ in list_checkpoints(str(tmp_path / "killed"))] == [2]
+    assert _splits(tmp_path / "killed") == ["train", "training_eval"]
+    _evaluated(tmp_path / "killed", toy.TASK, steps=4)
+
+    def lines(run):
+        noise = ("seconds", "steps_per_second", "examples_per_second", "decode_seconds_per_example")
+        return [
+            {name: value for name, value in line.items() if name not in noise}
+            for line in read_metrics(str(tmp_path / run))
+        ]
+
+    assert lines("killed") == lines("straight")
+
+
+def test_a_finished_run_whose_last_evaluation_was_killed_makes_up_for_it(tmp_path):
+    _evaluated(tmp_path, toy.TASK)
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:-1]))
+    _evaluated(tmp_path, toy.TASK)
+    assert _splits(tmp_path) == ["train", "training_eval", f"inference_eval/{toy.TASK}"]
+    again = log.read_text()
+    _evaluated(tmp_path, toy.TASK)
+    assert log.read_text() == again
+
+
+@pytest.mark.parametrize(("name", "splits"), [("train_only", ["train"]), ("no_metric", None)])
+def test_a_task_that_cannot_be_evaluated_is_trained_with_a_line_that_says_so(
+    tmp_path, name, splits, capsys
+):
+    metrics = [divides_by_zero] * (splits is not None)
+    task = _metric_task(f"toy_{name}", *metrics, splits=splits or ("train", "validation"))
+    cfg = toy.dataset_cfg("validation", mixture_or_task_name=task)
+    toy.run(
+        tmp_path, 2, train_eval_dataset_cfg=cfg, infer_eval_dataset_cfg=cfg, eval_period=2,
+        inference_evaluator_cls=InferenceEvaluator,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert f"{task!r} has only a training split: training goes without" in printed or not splits
+    assert f"task {task!r} has no {'split' if splits else 'metrics'}" in printed
+    assert _splits(tmp_path) == ["train"] if splits else ["train", "training_eval"]
+
+
+def test_an_empty_split_is_named_before_anything_is_trained(tmp_path):
+    task = _metric_task("toy_empty", divides_by_zero)
+    cfg = toy.dataset_cfg("validation", mixture_or_task_name=task)
+    kinds = {"train_eval_dataset_cfg": cfg}, {
+        "infer_eval_dataset_cfg": cfg, "inference_evaluator_cls": InferenceEvaluator,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(toy.NUM_EXAMPLES, "validation", 0)
+        for kind in kinds:
+            with pytest.raises(ValueError, match=r"split 'validation' of 'toy_empty' has no exam"):
+                toy.run(tmp_path, 2, **kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_another_batch_size_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    toy.run(tmp_path, 2)
+    make = toy.dataset_cfg
+    monkeypatch.setattr(toy, "dataset_cfg", lambda **kwargs: make(**{"batch_size": 16, **kwargs}))
+    assert int(toy.run(tmp_path, 4).step) == 4
+    assert "BATCH_SIZE 8 is now 16; going on after the 16 examples" in capsys.readouterr().out
