@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -53,11 +51,6 @@ def _request(method: str, url: str, body: str = "") -> bool:
     return True
 
 
-def _end_with_parent() -> None:
-    """Has Linux end this process when the one that started it is killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def serving() -> Iterator[dict[str, str]]:
     """Starts both servers, each with an empty bucket `BUCKET`; yields their `environment`."""
@@ -71,12 +64,7 @@ def serving() -> Iterator[dict[str, str]]:
     with contextlib.ExitStack() as running:
         for command in commands:
             process = running.enter_context(
-                subprocess.Popen(
-                    command,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    preexec_fn=_end_with_parent,  # noqa: PLW1509 (it starts no thread)
-                )
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             )
             running.callback(process.terminate)
         deadline = time.monotonic() + 60
