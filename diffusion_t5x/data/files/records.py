@@ -20,6 +20,7 @@ import shutil
 import socket
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -254,7 +255,9 @@ def _each(function: Callable[..., Any], jobs: Iterable[tuple], parallel: bool) -
         return
     import loky  # whose processes do not import the main module, as those of Python itself do
 
-    pool = loky.get_reusable_executor(max_workers=workers, timeout=30)
+    pool = loky.get_reusable_executor(
+        max_workers=workers, timeout=30, initializer=_end_with, initargs=(os.getpid(),)
+    )
     waiting: collections.deque[Any] = collections.deque()
     try:
         for job in jobs:
@@ -266,6 +269,17 @@ def _each(function: Callable[..., Any], jobs: Iterable[tuple], parallel: bool) -
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, by whatever signal."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Parsed(NamedTuple):

@@ -8,6 +8,8 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -358,6 +360,27 @@ def _numbers(source, seed, epochs=1, shard_info=None):
     dataset = source.get_dataset("train", True, seed, shard_info).repeat(epochs)
     batches = dataset.shuffle(1000, seed).batch(1000).as_numpy_iterator()
     return np.concatenate([batch["text"] for batch in batches]).astype(int)
+
+
+def test_processes_that_parse_end_with_the_one_that_started_them(tmp_path):
+    code = """
+import os, time
+from diffusion_t5x.data.files import records
+os.sched_getaffinity = lambda pid: {0, 1}
+print(*{pid for pid in records._each(os.getpid, ((),) * 9, True)}, flush=True)
+time.sleep(60)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    started = [int(pid) for pid in starter.stdout.readline().split()]
+    assert started
+    starter.kill()
+    starter.communicate()
+    for _ in range(100):
+        states = [path for pid in started if (path := pathlib.Path(f"/proc/{pid}/stat")).exists()]
+        if all(") Z " in path.read_text() for path in states):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{started} outlive the process that started them")
 
 
 def test_the_first_shuffled_examples_span_the_corpus_and_proportions_hold(tmp_path):

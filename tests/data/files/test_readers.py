@@ -269,7 +269,6 @@ def test_lines_are_the_same_in_plain_and_in_gzip_files(data, tmp_path):
     for name, stored in (("plain", data), ("zipped", gzip.compress(data)), ("members", zipped)):
         with lines.Lines(_write(tmp_path, name, stored)) as read:
             assert [line.decode() for line in read] == ENDS[data]
-        assert [line.decode() for line in lines.Lines(f"file://{tmp_path}/{name}")] == ENDS[data]
 
 
 @pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
@@ -418,7 +417,7 @@ def test_json_lines_and_parquet_have_documents_in_a_field(tmp_path):
     lines = _write(tmp_path, "a.jsonl", "\n".join(json.dumps({"content": t}) for t in texts))
     parquet = str(tmp_path / "a.parquet")
     pa.parquet.write_table(pa.table({"content": texts, "size": [1, 2, 3, 4]}), parquet)
-    for path in (lines, parquet, f"file://{parquet}"):
+    for path in (lines, parquet):
         items = _read_files(Documents("content"), path)
         assert items[0] == {"text": texts[0]}
         assert items[3] == {"text": "é"}
