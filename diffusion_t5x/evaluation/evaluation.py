@@ -103,7 +103,8 @@ class InferenceEvaluator:
         self._evaluators: dict[str, seqio.Evaluator] = {}
         lengths = dataset_cfg.task_feature_lengths
         for task in task_metrics.measured_tasks(model, dataset_cfg):
-            task_checks.check_not_empty(task, dataset_cfg.split, lengths, dataset_cfg.use_cached)
+            if not dataset_cfg.use_cached:
+                task_checks.check_not_empty(task, dataset_cfg.split)
             self._evaluators[task.name] = seqio.Evaluator(
                 task.name,
                 feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),

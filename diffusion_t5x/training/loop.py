@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
-from diffusion_t5x.data import datasets, vocabularies
+from diffusion_t5x.data import datasets, task_checks, vocabularies
 from diffusion_t5x.interfaces import Model
 from diffusion_t5x.names import check_known
 from diffusion_t5x.runtime.guards import Preempted, Watchdog, stop_on_sigterm
@@ -281,7 +281,8 @@ def _check_tasks(
             pack=evaluated.pack, use_custom_packing_ops=evaluated.use_custom_packing_ops
         )
         tasks.append(datasets.find_task(evaluated, converter))
-        datasets.check_not_empty(evaluated, model.FEATURE_CONVERTER_CLS)
+        if not evaluated.use_cached:
+            task_checks.check_not_empty(tasks[-1], evaluated.split)
     for task in tasks:
         vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
 
