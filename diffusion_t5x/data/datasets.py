@@ -178,12 +178,6 @@ def get_dataset(
     )
 
 
-def check_not_empty(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) -> None:
-    """Reads the first example; a ValueError says that there is none."""
-    if not any(True for _ in get_dataset(cfg, feature_converter_cls, seed=0).take(1)):
-        raise task_checks.no_example(cfg.split, str(cfg.mixture_or_task_name))
-
-
 class DatasetIterator:
     """An endless iterator of numpy batches whose position can be saved and restored exactly.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Mapping
 
 import seqio
 
@@ -62,24 +61,18 @@ def check_source(task: seqio.Task | seqio.Mixture, use_cached: bool, mixes: bool
                 ) from error
 
 
-def check_not_empty(
-    task: seqio.Task, split: str, lengths: Mapping[str, int] | None, use_cached: bool
-) -> None:
-    """Reads the first example of a split.
+def check_not_empty(task: seqio.Task | seqio.Mixture, split: str) -> None:
+    """Reads the first example of a split from its source, before preprocessors.
 
     Raises:
       ValueError: if there is none.
     """
-    dataset = task.get_dataset(
-        sequence_length=lengths,
-        split=split,
-        shuffle=False,
-        use_cached=use_cached,
-        num_epochs=1,
-        seed=0,
-    )
-    if not any(True for _ in dataset.take(1)):
-        raise no_example(split, task.name)
+    for subtask in seqio.get_subtasks(task):
+        if split in subtask.splits:
+            dataset = subtask.source.get_dataset(split=split, shuffle=False)
+            if any(True for _ in dataset.take(1)):
+                return
+    raise no_example(split, task.name)
 
 
 def no_example(split: str, name: str) -> ValueError:

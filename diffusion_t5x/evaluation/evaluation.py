@@ -102,16 +102,16 @@ class InferenceEvaluator:
             "version": diffusion_t5x.__version__,
         }
         self._evaluators: dict[str, seqio.Evaluator] = {}
-        given = dataset_cfg.task_feature_lengths
         for task in task_metrics.measured_tasks(model, dataset_cfg):
-            task_checks.check_not_empty(task, dataset_cfg.split, given, dataset_cfg.use_cached)
+            if not dataset_cfg.use_cached:
+                task_checks.check_not_empty(task, dataset_cfg.split)
             self._evaluators[task.name] = seqio.Evaluator(
                 task.name,
                 feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
                 eval_split=dataset_cfg.split,
                 use_cached=dataset_cfg.use_cached,
                 seed=dataset_cfg.seed,
-                sequence_length=given,
+                sequence_length=dataset_cfg.task_feature_lengths,
                 num_examples=num_examples,
             )
             task_metrics.check_keys(self._evaluators[task.name], task)

@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
-from diffusion_t5x.data import datasets, lengths, vocabularies
+from diffusion_t5x.data import datasets, lengths, task_checks, vocabularies
 from diffusion_t5x.interfaces import Model
 from diffusion_t5x.names import check_known
 from diffusion_t5x.runtime import directory_lock
@@ -191,8 +191,12 @@ def train(
         # that fails or is killed.
         evaluate = hooks.evaluation(evaluations, log, early_stopping, watchdog, on_metric_error)
         save, finish = hooks.saving(checkpointer, iterator, log)
-        logging = (log_period, hooks.logging(log, trainer, nonfinite))
-        periodic = [logging, *save, (eval_period, evaluate), *finish]
+        periodic = [
+            (log_period, hooks.logging(log, trainer, nonfinite)),
+            *save,
+            (eval_period, evaluate),
+            *finish,
+        ]
 
         # An evaluation that was due when the run was interrupted.
         if start.is_own and (step % eval_period == 0 or step >= last_step):
@@ -293,7 +297,8 @@ def _check_tasks(
             pack=evaluated.pack, use_custom_packing_ops=evaluated.use_custom_packing_ops
         )
         tasks.append(datasets.find_task(evaluated, converter))
-        datasets.check_not_empty(evaluated, model.FEATURE_CONVERTER_CLS)
+        if not evaluated.use_cached:
+            task_checks.check_not_empty(tasks[-1], evaluated.split)
     for task in tasks:
         vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
     if jax.process_index() == 0:
