@@ -16,6 +16,7 @@ from etils import epath
 import diffusion_t5x
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
 from diffusion_t5x.data import datasets, lengths, programs, task_checks
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.data.task_checks import MetricError
@@ -88,7 +89,7 @@ class InferenceEvaluator:
         common = model, partitioner, random_seed, dataset_cfg.batch_size
         self._predict = Predictor(*common, return_all_decodes=return_all_decodes)
         self._score = Scorer(*common)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "split": dataset_cfg.split,
             "decoder": repr(getattr(model, "decoder", None)),
             "batch_size": dataset_cfg.batch_size,
@@ -116,6 +117,10 @@ class InferenceEvaluator:
             )
             task_metrics.check_keys(self._evaluators[task.name], task)
         self.tasks = tuple(self._evaluators)
+        self.settings["examples"] = {
+            name: task_metrics.digest_of_examples(evaluator, name)
+            for name, evaluator in self._evaluators.items()
+        }
         self._cut = {
             name: lengths.cut_of_evaluated(name, evaluator, dataset_cfg, num_examples)
             for name, evaluator in self._evaluators.items()
@@ -307,9 +312,9 @@ def evaluate(
     Raises:
       FileNotFoundError: if there is no checkpoint, or none is left that can be evaluated.
       InUseError: if another evaluation writes to `output_dir`.
-      DamagedCheckpointError: if a checkpoint is not as it was written.
       CheckpointMismatchError: if one does not fit the model.
-      MetricError: if a metric of a task fails; all other results are written before.
+      DamagedCheckpointError, MetricError: if a checkpoint is not as it was written, or a metric of
+        a task fails; all other results are written before.
       OSError: if `output_dir` cannot be written to.
       ValueError: if a task or the metric is unknown, or no task has metrics and the split.
     """
@@ -336,7 +341,7 @@ def evaluate(
     restore = restorer(model, partitioner, restore_checkpoint_cfg)
     rows: list[dict[str, Any]] = []
     complete: list[dict[str, Any]] = []
-    failed: list[MetricError] = []
+    failed: list[ValueError] = []
     with (
         directory_lock.hold(str(directory), "EVAL_OUTPUT_DIR"),
         Progress(len(checkpoints), "evaluating", "checkpoints") as progress,
@@ -346,12 +351,17 @@ def evaluate(
         )
         for step, path in queue:
             into = directory / f"checkpoint_{step}"
-            found = _evaluate_checkpoint(evaluator, restore, into, step, path, failed)
+            try:
+                found = _evaluate_checkpoint(evaluator, restore, into, step, path, failed)
+            except DamagedCheckpointError as error:
+                print(f"{error}\nIt is left out.", flush=True)
+                failed.append(error)
+                found = []
             rows += found
             if len(found) == len(evaluator.tasks):
                 complete += found
             progress.update()
-    if not rows:
+    if not rows and not failed:
         raise FileNotFoundError(
             "nothing was evaluated: the run deleted each checkpoint that CHECKPOINT_PATH = "
             f"{restore_checkpoint_cfg.path!r} selects before it could be read. Let it keep more "
@@ -365,7 +375,7 @@ def evaluate(
         results.write_results(directory, content)
         print_table(*results.tabulate(content))
     if failed:
-        raise MetricError("\n".join(dict.fromkeys(map(str, failed)))) from failed[0]
+        raise type(failed[0])("\n".join(dict.fromkeys(map(str, failed)))) from failed[0]
     return content
 
 
@@ -375,7 +385,7 @@ def _evaluate_checkpoint(
     directory: epath.Path,
     step: int,
     path: str,
-    failed: list[MetricError],
+    failed: list[ValueError],
 ) -> list[dict[str, Any]]:
     """Returns the rows of one checkpoint, from files where they are known already.
 

@@ -265,6 +265,20 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_gone_and_not_damaged(g
         evaluate()
 
 
+def test_a_damaged_checkpoint_is_left_out_and_named_again_at_the_end(going_on, tmp_path, capsys):
+    _, during, evaluate = going_on
+
+    def fail():
+        raise DamagedCheckpointError("checkpoint_2 is damaged: params/d is missing")
+
+    during["checkpoint_2"] = fail
+    with pytest.raises(DamagedCheckpointError, match="checkpoint_2 is damaged"):
+        evaluate()
+    assert "params/d is missing\nIt is left out." in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == [1, 3]
+
+
 def test_mistakes_are_refused_with_what_would_be_right(run_dir, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'toy_copy'"):
         cfg = toy.dataset_cfg("validation", mixture_or_task_name="toy_coppy")

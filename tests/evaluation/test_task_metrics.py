@@ -1,6 +1,7 @@
 """Metrics that are more than numbers are written, and those that cannot work are named."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import toy
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.data.task_checks import MetricError
-from diffusion_t5x.evaluation import evaluation, inference
+from diffusion_t5x.evaluation import evaluation, inference, task_metrics
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 values = seqio.metrics
@@ -155,3 +156,15 @@ def test_inference_on_a_split_that_is_not_there_is_refused_before_the_checkpoint
             partitioner=PjitPartitioner(),
             output_dir="/nowhere",
         )
+
+
+def test_results_are_for_the_examples_that_were_read():
+    def digest(**features):
+        dataset = tf.data.Dataset.from_tensor_slices(features)
+        evaluator = types.SimpleNamespace(cached_task_datasets={"a": dataset})
+        return task_metrics.digest_of_examples(evaluator, "a")
+
+    texts = {"inputs": [[1, 2]], "answers": [["one", "two"]]}
+    assert digest(**texts) == digest(**dict(reversed(texts.items())))
+    assert digest(**texts) != digest(**{**texts, "answers": [["one", "three"]]})
+    assert digest(**texts) != digest(**{**texts, "inputs": [[1, 3]]})
