@@ -166,16 +166,16 @@ def _take_logging_flags(argv: Sequence[str]) -> list[str]:
     flags.set_gnu_getopt(True)
     rest = list(flags(["", *argv], known_only=True)[1:])
     if len(rest) < len(argv):
-        absl.flags.FLAGS.mark_as_parsed()
-        absl.logging.use_absl_handler()
-        if flags["verbosity"].using_default_value:
-            absl.logging.set_verbosity(absl.logging.INFO)
         if directory := flags["log_dir"].value:
             path = paths.as_path(directory, "--log_dir")
             if paths.is_remote(path):
                 raise ValueError(f"--log_dir={directory}: absl logs to this machine alone.")
             path.mkdir(parents=True, exist_ok=True)
             absl.logging.get_absl_handler().use_absl_log_file("diffusion_t5x", str(path))
+        absl.flags.FLAGS.mark_as_parsed()
+        absl.logging.use_absl_handler()
+        if flags["verbosity"].using_default_value:
+            absl.logging.set_verbosity(absl.logging.INFO)
     return rest
 
 

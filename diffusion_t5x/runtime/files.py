@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
-import jax
 from etils import epath
 
 from diffusion_t5x import paths
@@ -76,6 +75,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def rewind_lines(path: str | os.PathLike[str], last_step: int) -> list[dict[str, Any]]:
     """Returns the lines up to `last_step`; the first process drops the others from the file."""
+    import jax
+
     lines = [line for line in read_lines(path) if line["step"] <= last_step]
     if epath.Path(path).exists() and jax.process_index() == 0:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -107,6 +108,8 @@ class LineLog:
 
     def flush(self) -> None:
         """Writes the lines that are not written yet."""
+        import jax
+
         new, self._written = self.lines[self._written :], len(self.lines)
         self._flushed = time.monotonic()
         if not new or jax.process_index() != 0:

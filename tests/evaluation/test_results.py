@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from etils import epath
 
 from diffusion_t5x.evaluation import results
 
@@ -38,7 +39,7 @@ def test_an_unknown_metric_is_refused_with_the_nearest_of_all_tasks():
 
 def test_results_are_written_for_programs_and_for_people(tmp_path):
     found = {"rows": _rows(1.0, 2.5), "best": None, "settings": {"split": "test"}}
-    results.write_results(str(tmp_path / "out"), found)
+    results.write_results(epath.Path(tmp_path) / "out", found)
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(stored.pop("checksum")) == 16
     assert stored == found

@@ -132,7 +132,7 @@ def test_a_metric_that_fails_is_named_and_other_tasks_results_are_written(
 
 def test_a_directory_that_cannot_be_written_to_is_named_before_decoding(run_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"EVAL_OUTPUT_DIR = .*/file/out cannot be written to"):
+    with pytest.raises(OSError, match=r"EVAL_OUTPUT_DIR = '.*/file/out' cannot be written to"):
         _evaluate(run_dir, tmp_path / "file" / "out", toy.TASK)
 
 

@@ -234,9 +234,10 @@ def test_mbpp_shows_all_assertions_and_runs_them_after_their_setup(split, mocked
         "exact_match": 0.5,
         "pass_at_1": pytest.approx(0.55),
         "pass_at_10": pytest.approx(1.0),
+        "invalid_programs": 0.0,
     }
     scores = _scores("mbpp", [add, one], [code, "one = 2"])
-    assert scores == {"exact_match": 0.5, "pass_at_1": 0.5}
+    assert scores == {"exact_match": 0.5, "pass_at_1": 0.5, "invalid_programs": 0.0}
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
