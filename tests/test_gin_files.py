@@ -251,7 +251,10 @@ def _count(name):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if "base" in name else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_parameters_at_the_papers_vocabulary_are_as_the_formula_counts(name):
     counted = _count(name)
     size = SIZES[name.rpartition("/")[2].removesuffix(".gin")]

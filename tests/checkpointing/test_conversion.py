@@ -122,7 +122,7 @@ def test_a_t5x_checkpoint_is_trained_further_as_a_diffusion_model(tmp_path, caps
     assert list_checkpoints(str(tmp_path / "run"))[-1][0] == parity.STEP + 3
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ours_goes_to_t5xs_layout_and_back(scan_layers, tmp_path, resized):
     model = _t5_like(scan_layers=scan_layers)
     first = conversion.convert(resized, f"{tmp_path}/a", model=model)

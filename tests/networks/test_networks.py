@@ -316,7 +316,9 @@ def test_attention_in_row_chunks_changes_no_number_and_keeps_no_weights(network_
     assert weights not in str(gradient.jaxpr)
 
 
-@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize(
+    "network_class", [DecoderOnly, pytest.param(EncoderDecoder, marks=pytest.mark.slow)]
+)
 def test_canvases_of_a_cached_prefix_stay_together_in_row_chunks(network_class):
     canvases = jnp.repeat(TARGET, 2, axis=0).at[1::2, 1].set(2)
     states = []

@@ -101,6 +101,7 @@ def test_a_negative_limit_is_refused(tmp_path):
         toy.run(tmp_path, 1, step_timeout_seconds=-1)
 
 
+@pytest.mark.slow  # the loop suspends the watchdog, which test_signs_of_life... tests, in a run
 def test_compilation_and_evaluations_take_what_they_take(ended, tmp_path, monkeypatch):
     from diffusion_t5x.training.train_step import Trainer
 

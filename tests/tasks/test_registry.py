@@ -73,7 +73,9 @@ def test_the_registry_is_what_the_module_says():
     )
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    "split", ["validation", *(pytest.param(s, marks=pytest.mark.slow) for s in ("train", "test"))]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_fit_their_lengths_and_end_with_end_of_text(name, split):
     examples = _examples(name, split)

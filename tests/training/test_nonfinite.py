@@ -122,7 +122,6 @@ def test_more_in_a_row_than_allowed_stop_the_run_also_over_a_restart(tmp_path):
     # Two were skipped before the last checkpoint; a restart does not allow two more.
     with pytest.raises(NonFiniteError, match=r"step 5: .* That is 3 in a row"):
         _run(tmp_path, 20, *bad)
-    assert int(_run(tmp_path, 10, *range(6, 10, 3)).step) == 10
 
 
 @dataclasses.dataclass

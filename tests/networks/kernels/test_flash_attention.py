@@ -114,7 +114,13 @@ def _reference(query, key_values, mask, bias, cotangent):
     return mixed, (d_query, gradients, d_bias)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if "share" in name else [pytest.mark.slow], id=name)
+        for name, case in CASES.items()
+    ],
+)
 def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
     query, key_values, mask, tables, bias = _arguments(case)
     cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
