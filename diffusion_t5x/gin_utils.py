@@ -209,6 +209,12 @@ def _errors_with_hints() -> Iterator[None]:
             raise
         raise FileNotFoundError(f"{error}\n{missing[1]}: {_file_hint(missing[1])}") from error
     except (AttributeError, NameError, ValueError) as error:
+        # gin puts the whole configuration after this.
+        if unset := re.match(r"No bindings specified for '(\S+)/gin.macro'", str(error)):
+            raise ValueError(
+                f"%{unset[1]} is read, but nothing sets it; give the gin file that does, or "
+                f"""--gin.{unset[1]}=VALUE. For a text that begins with %: "'%{unset[1]}'"."""
+            ) from error
         raise ValueError(f"{error}{_hint(str(error))}") from error
 
 
@@ -221,7 +227,10 @@ def _hint(message: str) -> str:
         function = registered.get_match(match[1]).wrapped
         known = list(inspect.signature(function).parameters)
         return f"\n{match[2]!r}: {did_you_mean(match[2], known)}"
-    if match := re.search(r"No configurable matching '(\S+)'|resolve selector (\S+);", message):
+    if match := re.search(
+        r"No configurable matching (?:reference )?'@?(?:\w+/)*([^\s'()]+)|resolve selector (\S+);",
+        message,
+    ):
         name = match[1] or match[2]
         if new := moved.GIN_NAMES.get(name):
             return f"\n{name} is now {new}."

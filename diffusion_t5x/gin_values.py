@@ -6,13 +6,15 @@ import ast
 import contextlib
 import inspect
 import numbers
+import pathlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
 
 import typeguard
+from etils import epath
 from gin.config import ConfigurableReference
 
 import gin
@@ -67,16 +69,18 @@ def _all_accept(annotations: list[Any], value: Any) -> bool:
 def accepts(annotation: Any, value: Any) -> bool:
     """Returns whether a value is of a type.
 
-    Lists and tuples count as each other, and a text is no sequence of texts.
+    Lists, tuples and sets count as each other, a text as a path and as the dtype that it names, and
+    a number as one of numpy's. A text is no sequence of texts.
     """
     if isinstance(value, str):
         members = get_args(annotation) if _is_union(annotation) else (annotation,)
-        kept = [m for m in members if not issubclass(str, _origin(m))]
+        of_texts = [
+            m for m in members if issubclass(str, _origin(m)) and issubclass(_origin(m), Iterable)
+        ]
+        kept = [m for m in members if m not in of_texts]
         if len(kept) < len(members):
             return any(accepts(member, value) for member in kept)
-    swapped: list[Any] = [tuple(value)] if isinstance(value, list) else []
-    swapped += [list(value)] if isinstance(value, tuple) else []
-    for candidate in (value, *swapped):
+    for candidate in (value, *_written_as(value)):
         try:
             typeguard.check_type(
                 candidate,
@@ -90,6 +94,23 @@ def accepts(annotation: Any, value: Any) -> bool:
             return True
         return not (isinstance(value, str) and _names_no_dtype(annotation, value))
     return False
+
+
+def _written_as(value: Any) -> Iterator[Any]:
+    """Yields the values of types that gin cannot write which a value stands for."""
+    import numpy as np
+
+    if isinstance(value, list | tuple):
+        with contextlib.suppress(TypeError):  # a member that no set can hold
+            yield from (set(value), frozenset(value))
+        yield from (tuple(value), list(value))
+    elif isinstance(value, str):
+        yield from (pathlib.Path(value), epath.Path(value))
+        with contextlib.suppress(Exception):  # no dtype's name
+            yield np.dtype(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield from (np.float32(), np.float64())
+        yield from (np.int32(), np.int64()) if isinstance(value, int) else ()
 
 
 def _is_union(annotation: Any) -> bool:
@@ -163,18 +184,19 @@ def _annotation(key: Key) -> Any:
     function = gin.config._REGISTRY[key[1]].wrapped
     is_class = inspect.isclass(function)
     called = inspect.unwrap(function.__init__ if is_class else function)
+    default: Any = _UNKNOWN
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        default = inspect.signature(function).parameters[key[2]].default
     # flax evaluates its classes' annotations nowhere, so that only the classes themselves can tell.
-    for owner in (called, *(function.__mro__ if is_class else ())):
-        raw = inspect.get_annotations(owner).get(key[2], _UNKNOWN)
-        names = getattr(owner, "__globals__", None) or vars(sys.modules[owner.__module__])
-        with contextlib.suppress(Exception):
+    for owner in (called, *((function.__new__, *function.__mro__) if is_class else ())):
+        with contextlib.suppress(Exception):  # not written in Python, or a type that is not there
+            raw = inspect.get_annotations(owner).get(key[2], _UNKNOWN)
+            names = getattr(owner, "__globals__", None) or vars(sys.modules[owner.__module__])
             found = eval(raw, dict(names)) if isinstance(raw, str) else raw
             if found not in (_UNKNOWN, Any, inspect.Parameter.empty):
-                return found
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        if isinstance(inspect.signature(function).parameters[key[2]].default, str):
-            return str
-    return _UNKNOWN
+                implied = default is None and not accepts(found, None)
+                return Union[found, None] if implied else found  # noqa: UP007
+    return str if isinstance(default, str) else _UNKNOWN
 
 
 def _resolve(value: Any) -> Any:
@@ -199,7 +221,8 @@ def _check(key: Key, value: Any) -> None:
         return
     probe: Any = resolved
     if _is_reference(resolved):
-        if resolved.evaluate or "type" in str(annotation):
+        members = get_args(annotation) if _is_union(annotation) else (annotation,)
+        if resolved.evaluate or any(type in (get_origin(m), m) for m in members):
             return
         probe = _a_function
     if not accepts(annotation, probe):

@@ -1,7 +1,8 @@
 """What is typed: values are of their parameters' types, texts stay as typed, others are refused."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+import pathlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -180,9 +181,48 @@ def test_every_macro_of_a_run_that_is_read_has_a_known_type(run):
         (Mapping[str, int], [{"a": 1}], [{"a": 1.5}, {1: 1}, "{}"]),
         (Callable[[int], int], [abs], ["abs", 3]),
         (str | np.dtype, ["float32"], ["bf61"]),
+        (np.dtype, ["float32", "bfloat16"], ["bf61", 3]),
+        (np.float32, [1, 0.5], [True, "0.5"]),
+        (np.int32, [1], [0.5, True]),
+        (pathlib.Path, ["/tmp/x", "2024"], [2024]),
+        (frozenset[str], [("a",), ["a"]], ["a", (1,)]),
+        (Hashable, ["a", 1], [{}]),
         (Any, [1, "x"], []),
     ],
 )
 def test_types_that_annotations_have(annotation, good, bad):
     assert all(gin_values.accepts(annotation, value) for value in good)
     assert not any(gin_values.accepts(annotation, value) for value in bad)
+
+
+class Row(NamedTuple):
+    """A user's class without an `__init__` of Python's."""
+
+    width: int = 3
+
+
+def users(name: str = None, kind: type[dict] | None = None, where: pathlib.Path = None):  # noqa: RUF013
+    """Stands for a user's function: defaults of None that the annotations leave out."""
+
+
+def test_functions_of_users_take_what_their_signatures_say():
+    gin.external_configurable(Row, module="mine")
+    gin.external_configurable(users, module="mine")
+    gin.external_configurable(dict, "made", module="mine")
+    assert _value("mine.Row.width=4") == 4
+    assert _value("mine.users.name=None") is None
+    assert _value("mine.users.name=7") == "7"
+    assert _value("mine.users.where=2024") == "2024"
+    assert str(_value("mine.users.kind=@mine.made")) == "@mine.made"
+    with pytest.raises(ValueError, match=r"mine.Row.width = 'x'; expected int"):
+        _parse("mine.Row.width=x")
+
+
+def test_names_that_nothing_holds_are_short_errors():
+    with pytest.raises(
+        ValueError, match=r"^%MINE is read, but nothing sets it; .*--gin.MINE=VALUE"
+    ) as error:
+        _parse("BATCH_SIZE=%MINE")
+    assert len(str(error.value)) < 200
+    with pytest.raises(ValueError, match=r"did you mean 'UniformCorruption'"):
+        _parse("CORRUPTION=@UniformCoruption()")

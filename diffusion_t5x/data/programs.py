@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ _TOKEN = (
 )
 _SPECIAL = re.compile(_TOKEN)
 _OPENING = re.compile(rf"\A\s*(?:{_TOKEN}(?:(?:assistant|model)[ \t]*\n)?)+")
+# MBPP's own marks around a program, which are valid Python too.
+_MARKS = re.compile(r"^\[(?:BEGIN|PYTHON)\][ \t\r]*\n|^\[(?:DONE|/PYTHON)\].*\Z", re.M | re.S)
 _IN_FIRST_COLUMN = re.compile(r"^(?=[^\s#])", re.MULTILINE)  # comments may stand there in a body
 _STATEMENT = re.compile(r"^(?:async def|def|class|import|from|@)\b", re.MULTILINE)
 
@@ -51,9 +54,11 @@ def complete(prompt: str, completion: str, strip_markup: bool = True) -> str:
     Args:
       prompt: The signature and docstring of a function, perhaps after imports and helpers; or ''.
       completion: The text that a model predicted.
-      strip_markup: Where that is no valid program, takes the program out of Markdown fences,
-        special tokens such as `<|endoftext|>` and the prose around them.
+      strip_markup: Leaves out lines `[BEGIN]` and what follows `[DONE]`. Where that is no valid
+        program, takes the program out of Markdown fences, special tokens such as `<|endoftext|>`
+        and the prose around them, and out of its common indentation.
     """
+    completion = _MARKS.sub("", completion) if strip_markup else completion
     program = _join(prompt, completion)
     if not strip_markup or is_program(program):
         return program
@@ -98,6 +103,8 @@ def _candidates(text: str) -> Iterator[str]:
     text = _SPECIAL.split(_OPENING.sub("", text), maxsplit=1)[0]
     yield text
     for part in [*_fenced(text), text]:
+        if is_program(whole := textwrap.dedent(part)) and _STATEMENT.match(whole):
+            yield whole  # of an indented block, in a list
         yield part
         if start := _STATEMENT.search(part):
             yield from _beginnings(part[start.start() :])

@@ -1,5 +1,7 @@
 """Completions become programs, whatever is around them; plain Python says what passes."""
 
+import textwrap
+
 import pytest
 
 from diffusion_t5x.data import programs
@@ -7,6 +9,12 @@ from diffusion_t5x.data import programs
 PROMPT = 'import math\n\n\ndef inc(xs: list) -> list:\n    """Add one to each.\n    """\n'
 BODY = "    return [x + 1 for x in xs]\n"
 WHOLE = "def inc(xs):\n    return [x + 1 for x in xs]\n"
+
+
+def _indented(text, blanks):
+    return textwrap.indent(text, " " * blanks)
+
+
 RIGHT = {
     "a body": BODY,
     "blank lines before": "\n\n" + BODY,
@@ -49,6 +57,11 @@ RIGHT = {
     "tokens around a fence": f"<|assistant|>\n```python\n{WHOLE}```<|end|>",
     "a turn around a body": f"<start_of_turn>model\n{BODY}<end_of_turn>",
     "prose after the whole function": f"{WHOLE}\nIt's an increment.\n",
+    "a fence in a list": f"1. So:\n\n    ```python\n{_indented(WHOLE, 4)}    ```\n",
+    "a fence in a list, with other indentation": f"- ```\n{_indented(WHOLE, 2)}  ```\n",
+    "a token and a blank": f"<s> {WHOLE}",
+    "MBPP's marks": f"[BEGIN]\n{WHOLE}[DONE]\nundefined",
+    "MBPP's last mark": f"{WHOLE}[DONE]",
     "prose before the whole function": f"Here's the function you want:\n\n{WHOLE}",
 }  # fmt: skip
 
@@ -86,6 +99,8 @@ def test_what_is_no_program_remains_what_it_is(text):
 def test_without_a_prompt_a_text_is_a_whole_program():
     assert programs.complete("", WHOLE) == WHOLE
     assert programs.complete("", f"So:\n```python\n{WHOLE}```\n") == WHOLE
+    assert programs.complete("", f"[BEGIN]\n{WHOLE}[DONE]") == WHOLE
+    assert programs.complete("", _indented(WHOLE, 4)) == WHOLE
     assert (
         programs.complete("", "def f():\n    pass\nprint(1)\n") == "def f():\n    pass\nprint(1)\n"
     )

@@ -111,6 +111,8 @@ class Lines(contextlib.AbstractContextManager):
 
     def _check_form(self, line: bytes) -> None:
         """Checks the first line for what would make a whole file another text, unseen."""
+        if line.startswith(b"\x1f\x8b"):
+            raise ValueError(f"{self._path} is compressed twice; expected plain or gzip.")
         if not line.endswith(b"\n") and line.count(b"\r") >= MANY_RETURNS:
             raise ValueError(
                 f"{self._path}: its lines end with carriage returns alone, expected line feeds; "

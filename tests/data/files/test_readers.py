@@ -105,6 +105,13 @@ def test_a_damaged_gzip_stream_is_an_error_and_no_shorter_file(tmp_path):
         list(readers.read(JsonLines(FIELDS), (str(path),)))
 
 
+def test_a_file_that_is_compressed_twice_is_named_so(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(gzip.compress(_lines(GOOD).encode())))
+    with pytest.raises(ValueError, match=rf"{path} is compressed twice"):
+        list(readers.read(JsonLines(FIELDS), (str(path),)))
+
+
 def test_one_file_may_hold_all_splits(tmp_path):
     reader = JsonLines({"text": TEXT}, "id", {"test": (11, 20), "train": (21, 30)})
     rows = [{"text": f"t{i}", "id": i} for i in (10, 11, 20, 21, 31)]
