@@ -130,7 +130,7 @@ def _find_misfits(path: epath.Path, needed: Sequence[str]) -> list[str]:
             if (path / item / STAMP).exists():
                 stamp = json.loads((path / item / STAMP).read_text())
                 stamps[item] = str(stamp["save"]), int(stamp["step"]), list(stamp["items"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, IsADirectoryError) as error:
             return [f"  {item}/{STAMP} is not readable: {error!r}"]
     recorded = {"params", *(item for _, _, saved in stamps.values() for item in saved)}
     if not stamps:
@@ -161,7 +161,7 @@ def _find_damage(item: epath.Path) -> list[str]:
         return []
     try:
         files = _listed_files(item)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IsADirectoryError) as error:
         return [f"  {item.name}/{CHECKSUMS} is not readable: {error!r}"]
     share = files[jax.process_index() :: jax.process_count()]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -182,7 +182,7 @@ def _listed_files(item: epath.Path) -> list[tuple[str, int, str]]:
 
 def _damage_of_file(item: epath.Path, name: str, size: int, crc: str) -> str | None:
     file = item / name
-    if not file.exists():
+    if not file.is_file():
         return "is missing"
     # A wrong length shows without reading the file.
     if (length := file.stat().length) != size:

@@ -176,7 +176,12 @@ class _Lease:
         self._since = _describe(token=self._token)
         self._over = threading.Event()
         if (found := self._read()) and not _is_gone_here(found):
-            deadline = time.monotonic() + 2.5 * RENEWAL_SECONDS
+            seconds = 2.5 * RENEWAL_SECONDS
+            print(
+                f"{path} is of {_held_by(found)}: waits {seconds:g} s to see if it lives.",
+                flush=True,
+            )
+            deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 time.sleep(RENEWAL_SECONDS / 10)
                 if (now := self._read()) != found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,8 +68,11 @@ def _watch(reader: int) -> None:
 def _end(number: signal.Signals) -> None:
     word, code = _ENDS[number]
     what = "ended without saving" if _saves.is_set() else "nothing new to save"
-    with suppress(Exception):
-        print(f"{word}: {what}; the same command goes on from what is there.", flush=True)
+    # `experiments` sends what its stages print to a file; whoever presses Ctrl-C is at the terminal.
+    for stream in {sys.stdout, sys.__stdout__}:
+        with suppress(Exception):
+            text = f"{word}: {what}; the same command goes on from what is there."
+            print(text, file=stream, flush=True)
     os._exit(code)
 
 

@@ -98,6 +98,14 @@ def test_damage_to_the_checksums_themselves_is_damage(a_copy):
             integrity.verify(a_copy / "checkpoint_4", ITEMS)
 
 
+@pytest.mark.parametrize("name", ["checksums.json", "checkpoint.json", "_METADATA"])
+def test_a_directory_where_a_file_should_be_is_damage(a_copy, name):
+    file = a_copy / "checkpoint_4" / "optimizer" / name
+    file.unlink()
+    file.mkdir()
+    assert newest_undamaged(str(a_copy), ("params", "optimizer"))[0] == 2
+
+
 def test_only_the_files_that_are_asked_for_are_compared(a_copy):
     _flip_a_bit(_array_file(a_copy / "checkpoint_4" / "optimizer"))
     integrity.verify(a_copy / "checkpoint_4", ("params",))

@@ -104,11 +104,12 @@ def test_a_lease_that_is_renewed_is_respected_and_its_end_frees_the_bucket(bucke
     assert not (bucket / FILE).exists()
 
 
-def test_a_lease_that_nobody_renews_is_taken_after_a_while(bucket):
+def test_a_lease_that_nobody_renews_is_taken_after_a_while(bucket, capsys):
     _lease(bucket)
     started = time.monotonic()
     with hold(str(bucket), "MODEL_DIR"):
         assert time.monotonic() - started > 0.4
+    assert "host elsewhere, process 7, since 2026-01-01: waits 0.5 s" in capsys.readouterr().out
     _lease(bucket, host=socket.gethostname(), process=2**22 + 1)  # greater than any
     started = time.monotonic()
     with hold(str(bucket), "MODEL_DIR"):

@@ -69,6 +69,16 @@ def test_a_start_is_ended_at_once_with_a_line_also_in_native_code(program, numbe
     assert _end(process) == (code, line)
 
 
+REDIRECTED = PYTHON.replace("    with", "    sys.stdout = open(os.devnull, 'w')\n    with", 1)
+
+
+def test_the_line_is_at_the_terminal_though_output_goes_to_a_file():
+    process = _start(REDIRECTED.replace('"ready"', '"ready", file=sys.__stdout__'))
+    process.send_signal(signal.SIGINT)
+    line = "interrupted: nothing new to save; the same command goes on from what is there.\n"
+    assert _end(process) == (INTERRUPTED, line)
+
+
 LOOP = """
     with interrupts.end_on_signals():
         with interrupts.stop_on_signals() as stop:
