@@ -68,7 +68,7 @@ def _watch(reader: int) -> None:
 def _end(number: signal.Signals) -> None:
     word, code = _ENDS[number]
     what = "ended without saving" if _saves.is_set() else "nothing new to save"
-    # `experiments` sends what its stages print to a file; whoever presses Ctrl-C is at the terminal.
+    # What stages of `experiments` print goes to a file; whoever presses Ctrl-C is at the terminal.
     for stream in {sys.stdout, sys.__stdout__}:
         with suppress(Exception):
             text = f"{word}: {what}; the same command goes on from what is there."
