@@ -29,6 +29,7 @@ from diffusion_t5x.checkpointing.reading import (
 )
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
+from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.terminal import print_table
 from diffusion_t5x.runtime.train_state import INIT_SHAPES, TrainState, named_leaves
@@ -96,7 +97,7 @@ def convert(
     directory = paths.writable(destination, "--to")
     step, path = list_checkpoints(str(origin))[-1]
     final = directory / f"{PREFIX}_{step}"
-    if final.exists():
+    if final.exists() and orbax_buckets.is_complete(final):
         raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")
     theirs = None
     notes: tuple[str, ...] = ()

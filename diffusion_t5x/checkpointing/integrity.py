@@ -77,6 +77,17 @@ def write_stamp(item: epath.Path, stamp: Mapping[str, Any]) -> None:
     (item / STAMP).write_text(json.dumps(dict(stamp)) + "\n")
 
 
+def save_number(path: str | epath.Path) -> str | None:
+    """Returns the number drawn when a checkpoint was saved: another at the same path has another.
+
+    It is None for one without stamps.
+    """
+    try:
+        return str(json.loads((epath.Path(path) / "params" / STAMP).read_text())["save"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def has_valid_name(path: str | epath.Path) -> bool:
     """Returns False for `checkpoint_{number}` where the number is no step, as in checkpoint_04."""
     name = epath.Path(path).name

@@ -15,6 +15,7 @@ from etils import epath
 
 import diffusion_t5x
 from diffusion_t5x import paths
+from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
 from diffusion_t5x.data import datasets, lengths, programs, task_checks
@@ -393,6 +394,8 @@ def _evaluate_checkpoint(
     metrics fail, whose errors are added to `failed`.
     """
     settings = {**evaluator.settings, "checkpoint": path}
+    if save := integrity.save_number(path):
+        settings["save"] = save
     key = resumable.digest(settings)
     rows: list[dict[str, Any]] = []
     params = None

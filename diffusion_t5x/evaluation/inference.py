@@ -16,6 +16,7 @@ import tensorflow as tf
 from etils import epath
 
 from diffusion_t5x import paths
+from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets, lengths, task_checks
 from diffusion_t5x.evaluation.compiled_model import (
@@ -106,7 +107,7 @@ def infer(
         [
             path, mode, random_seed, return_all_decodes, dataset_cfg.split, size,
             checkpoint_period, dict(dataset_cfg.task_feature_lengths),
-            repr(getattr(model, "decoder", None)),
+            repr(getattr(model, "decoder", None)), integrity.save_number(path),
         ]
     )  # fmt: skip
     params = restorer(model, partitioner, restore_checkpoint_cfg)(path)

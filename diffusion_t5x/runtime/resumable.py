@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,12 @@ def digest(settings: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def report(path: Path) -> None:
+    """Prints that a file is damaged."""
+    print(f"{os.fspath(path)} is damaged; its work is done once more.", flush=True)
+
+
+def read_object(path: Path, on_damage: Callable[[Path], None] = report) -> dict[str, Any] | None:
     """Returns what `save_object` wrote, or None if the file is absent or damaged."""
     if (text := _read(path)) is None:
         return None
@@ -35,7 +40,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         checksum = value.pop("checksum", None)  # which older versions did not write
         if checksum in (None, digest(value)):
             return value
-    report(path)
+    on_damage(path)
     return None
 
 
@@ -96,8 +101,3 @@ def _parse(text: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def report(path: Path) -> None:
-    """Prints that a file is damaged."""
-    print(f"{os.fspath(path)} is damaged; its work is done once more.", flush=True)

@@ -67,7 +67,7 @@ def read(model_dir: str) -> dict[str, Any]:
     path = epath.Path(model_dir) / FILE
     if not path.exists():
         return {}
-    if (record := resumable.read_object(path)) is None:
+    if (record := resumable.read_object(path, lambda path: None)) is None:
         raise OtherRunError(
             f"{path} is damaged: it says which settings the checkpoints beside it belong to, and "
             "cannot be compared with yours. If yours are the same, delete it; it is written again."

@@ -62,7 +62,10 @@ def _take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 4), (8, 16), (6, 10)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(6, 10), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 4), (8, 16)))],
+)
 def test_with_another_batch_size_a_run_goes_on_at_the_next_example(tmp_path, before, after, capsys):
     first = _iterator(batch_size=before)
     seen = _texts(_take(first, 3))
