@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import checkpoints, integrity
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, list_checkpoints
 from diffusion_t5x.checkpointing.integrity import DamagedCheckpointError
 from diffusion_t5x.evaluation import checkpoint_queue, compiled_model, evaluation, results
@@ -165,7 +165,8 @@ def test_a_checkpoint_that_vanishes_before_all_tasks_are_evaluated_cannot_be_the
     known = tmp_path / "checkpoint_3" / "a.json"
     path = str(run_dir / "checkpoint_3")
     row = {"step": 3, "task": "a", "metrics": {"score": 3.0}}
-    resumable.save(known, resumable.digest({"checkpoint": path}), row)
+    key = resumable.digest({"checkpoint": path, "save": integrity.save_number(path)})
+    resumable.save(known, key, row)
     found = _evaluate(run_dir, tmp_path, inference_evaluator_cls=TwoTasks, best_metric="a/score")
     assert [(row["step"], row["task"]) for row in found["rows"]] == [
         (1, "a"), (1, "b"), (2, "a"), (2, "b"), (3, "a"),
