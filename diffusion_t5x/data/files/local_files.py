@@ -100,6 +100,8 @@ def _matches(pattern: object, setting: str) -> list[str]:
         return sorted(found)
     directory, name = os.path.split(pattern)
     others = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
+    if name in others:
+        raise ValueError(f"{setting} = {pattern!r} matches no file; {pattern + '/*'!r} would.")
     near = nearest(name, others, cutoff=0.6)
     hint = f"; did you mean {os.path.join(directory, near)!r}?" if near else "."
     raise ValueError(f"{setting} = {pattern!r} matches no file{hint}")

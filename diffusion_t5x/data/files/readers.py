@@ -132,9 +132,13 @@ def _check_text(value: Any, name: str, kind: str = TEXT, file: int = 0) -> str:
 def _check_field(
     record: Mapping[str, Any], name: str, kind: str, names: Sequence[str] = ()
 ) -> str | list[str]:
-    """Returns the field of the first of `names`, `name` before them, that the record has."""
-    found = next((one for one in (name, *names) if one in record), None)
-    if found is None:
+    """Returns the field of the first of `names`, `name` before them, that has content.
+
+    Rows of several forms in one table have null for each other's fields.
+    """
+    present = [one for one in (name, *names) if one in record]
+    found = next((one for one in present if record[one]), present[0] if present else None)
+    if found is None or (record[found] is None and kind == OPTIONAL_TEXT):
         if kind == OPTIONAL_TEXT:
             return ""
         raise Malformed(f"lacks {name!r}; it has {sorted(record)}")

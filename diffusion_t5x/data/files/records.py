@@ -184,12 +184,15 @@ def _cached(
     """Returns a directory of the cache and its summary; `make` fills it unless it is whole."""
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     directory = file_cache.cache_dir() / "local_files" / digest
-    if directory.exists():
+    if os.path.lexists(directory):
         try:
             return directory, _verified(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{directory}, the records of {name}, is damaged ({error}); it is made again.")
-            shutil.rmtree(directory)
+            if directory.is_dir() and not directory.is_symlink():
+                shutil.rmtree(directory)
+            else:
+                directory.unlink()
     _remove_leftovers(directory.parent)
     temporary = directory.with_name(f"{digest}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

@@ -170,7 +170,7 @@ def test_a_split_whose_records_are_all_refused_stops_the_run(tmp_path):
          r"mean 'DATA/corpus.json'\?"),
         ({"train": "DATA/*.txt"}, r"'DATA/\*.txt' matches no file\."),
         ({"train": "/no/such/place"}, r"'/no/such/place' matches no file\."),
-        ({"train": "DATA"}, "matches no file"),
+        ({"train": "DATA"}, r"matches no file; '.*/\*' would"),
         ({"train": 3}, r"LOCAL_FILES\['test_source'\]\['train'\] = 3; expected a path, a glob"),
         ({"train": ()}, r"\['train'\] = \[\]; expected a path"),
         ({"train": (3,)}, r"\['train'\] = 3; expected a path"),
@@ -305,6 +305,18 @@ def test_damaged_records_are_named_and_made_again(damage, tmp_path, capsys):
         assert out.count("is damaged") == 1
         assert str(file.parent) in out
         assert {file: file.read_bytes() for file in _cache_files(tmp_path)} == whole
+
+
+@pytest.mark.parametrize("instead", ["a file", "a link to nothing"])
+def test_what_stands_in_the_place_of_cached_records_is_damage(instead, tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb\n")
+    expected = _check(Documents("text"), path)
+    directory = pathlib.Path(expected.path).parent
+    shutil.rmtree(directory)
+    directory.touch() if instead == "a file" else directory.symlink_to(tmp_path / "nowhere")
+    assert _check(Documents("text"), path) == expected
+    assert "is damaged" in capsys.readouterr().out
 
 
 def test_records_are_those_of_tensorflow_whatever_the_number_of_processes(tmp_path, monkeypatch):

@@ -112,6 +112,18 @@ def test_a_file_that_is_compressed_twice_is_named_so(tmp_path):
         list(readers.read(JsonLines(FIELDS), (str(path),)))
 
 
+def test_rows_of_two_forms_in_one_table_have_null_for_each_others_fields(tmp_path):
+    kinds = {"text": TEXT, "setup": readers.OPTIONAL_TEXT}
+    reader = JsonLines(kinds, other_names={"text": "prompt", "setup": "imports"})
+    rows = [
+        {"text": "a", "setup": "x", "prompt": None, "imports": None},
+        {"text": None, "setup": "", "prompt": "b", "imports": ["y", "z"]},
+        {"text": None, "setup": None, "prompt": "c", "imports": None},
+    ]
+    expected = [{"text": "a", "setup": "x"}, {"text": "b", "setup": "y\nz"}]
+    assert _read(tmp_path, _lines(*rows), reader) == [*expected, {"text": "c", "setup": ""}]
+
+
 def test_one_file_may_hold_all_splits(tmp_path):
     reader = JsonLines({"text": TEXT}, "id", {"test": (11, 20), "train": (21, 30)})
     rows = [{"text": f"t{i}", "id": i} for i in (10, 11, 20, 21, 31)]
