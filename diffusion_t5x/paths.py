@@ -16,7 +16,7 @@ import threading
 import urllib.parse
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -39,8 +39,6 @@ _EXPECTED = "expected a path on this machine, file:///PATH, gs://BUCKET/PATH or 
 # Libraries and tools take these for patterns, or for the version of an object.
 _SPECIAL = "*?[]#"
 SECONDS = 15.0  # that a bucket may take to answer
-
-T = TypeVar("T")
 
 
 class StorageError(OSError):

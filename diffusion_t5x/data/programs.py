@@ -69,7 +69,7 @@ def complete(prompt: str, completion: str, strip_markup: bool = True) -> str:
 
 def strips_markup() -> bool:
     """Returns what is set of `complete.strip_markup`."""
-    return complete("", "```\n0\n```") == "0\n"
+    return gin.get_bindings(complete).get("strip_markup", True)
 
 
 def _join(prompt: str, completion: str) -> str:

@@ -47,7 +47,6 @@ class InferenceEvaluator:
 
     Attributes:
       tasks: Names of the tasks with metrics; there may be none.
-      settings: All that decides the results besides the parameters.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class InferenceEvaluator:
         common = model, partitioner, random_seed, dataset_cfg.batch_size
         self._predict = Predictor(*common, return_all_decodes=return_all_decodes)
         self._score = Scorer(*common)
-        self.settings: dict[str, Any] = {
+        self._settings = {
             "split": dataset_cfg.split,
             "decoder": repr(getattr(model, "decoder", None)),
             "batch_size": dataset_cfg.batch_size,
@@ -118,10 +117,6 @@ class InferenceEvaluator:
             )
             task_metrics.check_keys(self._evaluators[task.name], task)
         self.tasks = tuple(self._evaluators)
-        self.settings["examples"] = {
-            name: task_metrics.digest_of_examples(evaluator, name)
-            for name, evaluator in self._evaluators.items()
-        }
         self._cut = {
             name: lengths.cut_of_evaluated(name, evaluator, dataset_cfg, num_examples)
             for name, evaluator in self._evaluators.items()
@@ -129,6 +124,15 @@ class InferenceEvaluator:
         if jax.process_index() == 0:
             for name, cut in self._cut.items():
                 lengths.say(f"{name}:{dataset_cfg.split}", cut, dataset_cfg)
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the results besides the parameters."""
+        digests = {
+            name: task_metrics.digest_of_examples(evaluator, name)
+            for name, evaluator in self._evaluators.items()
+        }
+        return {**self._settings, "examples": digests}
 
     def evaluate(
         self,

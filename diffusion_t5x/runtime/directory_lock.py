@@ -24,6 +24,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from diffusion_t5x import paths
+
 FILE = ".lock"
 RENEWAL_SECONDS = 10.0
 # Systems that cannot lock files say one of these.
@@ -63,7 +65,7 @@ def hold(directory: str, setting: str) -> Iterator[None]:
     error: Exception | None = None
     if jax.process_index() == 0:
         try:
-            lock = (_Lease if _is_remote(path) else _Flock)(path)
+            lock = (_Lease if paths.is_remote(path) else _Flock)(path)
         except Exception as failed:
             error = failed
     try:
@@ -80,18 +82,12 @@ def check(directory: str, setting: str) -> None:
     A lease is looked at only by `hold`, since that may take `RENEWAL_SECONDS`.
     """
     path, error = epath.Path(directory) / FILE, None
-    if jax.process_index() == 0 and not _is_remote(path) and path.exists():
+    if jax.process_index() == 0 and not paths.is_remote(path) and path.exists():
         try:
             _Flock(path, create=False).release()
-        except BlockingIOError as held:
-            error = held
-        except OSError:
-            pass  # `hold` says what is wrong
+        except OSError as failed:  # of any other, `hold` says what is wrong
+            error = failed if isinstance(failed, BlockingIOError) else None
     _raise_on_all(error, directory, setting)
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
 
 
 def _raise_on_all(error: Exception | None, directory: str, setting: str) -> None:

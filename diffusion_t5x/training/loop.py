@@ -283,7 +283,10 @@ def _check_tasks(
 ) -> datasets.DatasetConfig | None:
     """Checks that all tokens are the model's and, for data read later, that they exist.
 
-    Says how much of them is cut. Returns `evaluated`, or None if its task has no such data.
+    Says how much of the training data is cut.
+
+    Returns:
+      `evaluated`, or None if its task has a training split alone.
     """
     tasks = [datasets.get_mixture_or_task(str(trained.mixture_or_task_name))]
     if evaluated is not None and evaluated.split != "train":
@@ -302,8 +305,7 @@ def _check_tasks(
     for task in tasks:
         vocabularies.check_task(task, model.input_vocabulary, model.output_vocabulary)
     if jax.process_index() == 0:
-        for cfg in filter(None, (trained, evaluated)):
-            lengths.report_cut(cfg, random_seed)
+        lengths.report_cut(trained, random_seed)
     return evaluated
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from diffusion_t5x.data import vocabularies
@@ -84,6 +85,11 @@ def check(model_dir: str, ours: Mapping[str, str]) -> None:
       OtherRunError: If a setting differs, or the record is damaged.
     """
     theirs = read(model_dir)
+    if not theirs and jax.process_index() == 0:
+        print(
+            f"{epath.Path(model_dir) / FILE} is missing: the settings of its checkpoints cannot be "
+            "compared with yours."
+        )
     lines = [
         f"  {SETTINGS.get(name, name)}: {theirs[name]} there, {ours[name]} here"
         for name in sorted(theirs.keys() & ours.keys())

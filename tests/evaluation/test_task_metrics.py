@@ -51,18 +51,9 @@ def duplicated_later(targets, predictions):
     return {"accuracy": 1.0} if len(targets) > 1 else {}
 
 
-def _task(*metric_fns, splits=("train", "validation")):
+def _task(*metric_fns, **kwargs):
     name = "toy_" + "_".join(function.__name__ for function in metric_fns)
-    if name not in seqio.TaskRegistry.names():
-        source = seqio.TaskRegistry.get(toy.register())
-        seqio.TaskRegistry.add(
-            name,
-            source=seqio.FunctionDataSource(toy._examples, splits=list(splits)),
-            preprocessors=source.preprocessors,
-            output_features=source.output_features,
-            metric_fns=list(metric_fns),
-        )
-    return name
+    return toy.register_with(name, *metric_fns, **kwargs)
 
 
 @pytest.fixture(scope="module")

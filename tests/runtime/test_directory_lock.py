@@ -86,7 +86,7 @@ def test_a_directory_that_cannot_be_written_to_is_an_error_of_the_system(tmp_pat
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """A directory that counts as one in a bucket, with short times."""
-    monkeypatch.setattr(directory_lock, "_is_remote", lambda path: True)
+    monkeypatch.setattr(directory_lock.paths, "is_remote", lambda path: True)
     monkeypatch.setattr(directory_lock, "RENEWAL_SECONDS", 0.2)
     return tmp_path
 

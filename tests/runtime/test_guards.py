@@ -301,6 +301,7 @@ def test_a_command_that_cannot_write_its_metrics_ends_with_the_code_and_names_th
     assert 0 < len(lines) <= 20_000
 
 
+@pytest.mark.slow  # what writes them is tested here for a run, and parts in test_inference
 def test_predictions_that_cannot_be_written_stop_and_resume_once_they_can(tmp_path):
     run, output = tmp_path / "run", tmp_path / "output"
     toy.run(run, 1, save=SaveCheckpointConfig(period=1))

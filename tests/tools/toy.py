@@ -52,6 +52,20 @@ def register():
     return TASK
 
 
+def register_with(name, *metric_fns, splits=("train", "validation")):
+    """Registers the same task under another name with other metrics, once."""
+    if name not in seqio.TaskRegistry.names():
+        task = seqio.TaskRegistry.get(register())
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(_examples, splits=list(splits)),
+            preprocessors=task.preprocessors,
+            output_features=task.output_features,
+            metric_fns=list(metric_fns),
+        )
+    return name
+
+
 def dataset_cfg(split="train", batch_size=8, **kwargs):
     register()
     return DatasetConfig(

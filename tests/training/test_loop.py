@@ -10,7 +10,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-import seqio
 import toy
 
 from diffusion_t5x.checkpointing.checkpoints import (
@@ -260,21 +259,6 @@ def test_settings_out_of_range_are_refused(tmp_path):
         datasets.get_dataset(toy.dataset_cfg(pack=True), toy.model().FEATURE_CONVERTER_CLS)
 
 
-def _metric_task(name, *metric_fns, splits=("train", "validation")):
-    """A task with these metrics."""
-    toy.register()
-    if name not in seqio.TaskRegistry.names():
-        source = seqio.TaskRegistry.get(toy.TASK)
-        seqio.TaskRegistry.add(
-            name,
-            source=seqio.FunctionDataSource(toy._examples, splits=list(splits)),
-            preprocessors=source.preprocessors,
-            output_features=source.output_features,
-            metric_fns=list(metric_fns),
-        )
-    return name
-
-
 def _evaluated(directory, *tasks, steps=2, cfg=None, **kwargs):
     """A run that decodes tasks at its end."""
     return toy.run(
@@ -300,7 +284,7 @@ def _splits(directory, step=2):
 def test_a_metric_that_fails_is_named_and_costs_neither_the_step_nor_other_results(
     tmp_path, policy, capsys
 ):
-    failing = _metric_task("toy_fails", divides_by_zero)
+    failing = toy.register_with("toy_fails", divides_by_zero)
     if policy == "stop":
         with pytest.raises(MetricError, match=r"'toy_fails'.*divides_by_zero.*ZeroDivisionError"):
             _evaluated(tmp_path, failing, toy.TASK, on_metric_error="stop")
@@ -356,7 +340,7 @@ def test_a_task_that_cannot_be_evaluated_is_trained_with_a_line_that_says_so(
     tmp_path, name, splits, capsys
 ):
     metrics = [divides_by_zero] * (splits is not None)
-    task = _metric_task(f"toy_{name}", *metrics, splits=splits or ("train", "validation"))
+    task = toy.register_with(f"toy_{name}", *metrics, splits=splits or ("train", "validation"))
     cfg = toy.dataset_cfg("validation", mixture_or_task_name=task)
     toy.run(
         tmp_path, 2, train_eval_dataset_cfg=cfg, infer_eval_dataset_cfg=cfg, eval_period=2,
@@ -369,7 +353,7 @@ def test_a_task_that_cannot_be_evaluated_is_trained_with_a_line_that_says_so(
 
 
 def test_an_empty_split_is_named_before_anything_is_trained(tmp_path):
-    task = _metric_task("toy_empty", divides_by_zero)
+    task = toy.register_with("toy_empty", divides_by_zero)
     cfg = toy.dataset_cfg("validation", mixture_or_task_name=task)
     kinds = {"train_eval_dataset_cfg": cfg}, {
         "infer_eval_dataset_cfg": cfg, "inference_evaluator_cls": InferenceEvaluator,

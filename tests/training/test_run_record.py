@@ -33,7 +33,7 @@ def test_a_record_of_an_older_version_is_compared(tmp_path):
         lambda text: text.replace("DecoderOnly", "T5"), lambda text: "\ufffd" + text,
     ],
 )  # fmt: skip
-def test_a_damaged_record_is_refused_with_its_path_and_the_way_out(tmp_path, damage):
+def test_a_damaged_record_is_refused_with_its_path_and_the_way_out(tmp_path, damage, capsys):
     run_record.write(str(tmp_path), SETTINGS, 25)
     path = tmp_path / "run.json"
     path.write_text(damage(path.read_text()))
@@ -41,3 +41,4 @@ def test_a_damaged_record_is_refused_with_its_path_and_the_way_out(tmp_path, dam
         run_record.check(str(tmp_path), SETTINGS)
     path.unlink()
     run_record.check(str(tmp_path), SETTINGS)
+    assert f"{path} is missing" in capsys.readouterr().out

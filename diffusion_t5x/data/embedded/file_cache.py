@@ -33,19 +33,17 @@ def _note(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.checksum")
 
 
-def _checksum(path: pathlib.Path) -> dict[str, Any]:
+def checksum(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal digits."""
     with open(path, "rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole(path: pathlib.Path) -> bool:
     """Returns whether a file is as it was generated; says so if it is damaged."""
     if not path.exists() or not _note(path).exists():  # an older version wrote no note
         return False
-    if _note(path).read_bytes() == json.dumps(_checksum(path)).encode():
+    if _note(path).read_bytes() == checksum(path).encode():
         return True
     print(f"{path} is damaged; it is made again.", flush=True)
     return False
@@ -56,7 +54,7 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
 
     Generated files depend on the versions of Python, of CLDR and of the generator, so the directory
     is named after these. A file appears whole or not at all: `write` is called with another path.
-    A note beside it has its size and checksum. The name may be one in directories.
+    A note beside it has its checksum. The name may be one in directories.
     """
     version = f"{platform.python_version()}/{babel.__version__}/{GENERATOR_VERSION}"
     digest = hashlib.blake2b(version.encode(), digest_size=6).hexdigest()
@@ -68,7 +66,7 @@ def cached_file(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Pat
         temporary = pathlib.Path(directory) / path.name
         write(temporary)
         note = _note(temporary)
-        note.write_text(json.dumps(_checksum(temporary)))
+        note.write_text(checksum(temporary))
         os.replace(note, _note(path))
         os.replace(temporary, path)
     return path

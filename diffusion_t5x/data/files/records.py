@@ -199,7 +199,7 @@ def _cached(
     try:
         content = make(temporary)
         content["files"] = {
-            file.name: [file.stat().st_size, _checksum(file)]
+            file.name: [file.stat().st_size, file_cache.checksum(file)]
             for file in sorted(temporary.iterdir())
         }
         text = json.dumps(content, sort_keys=True)
@@ -222,17 +222,9 @@ def _verified(directory: pathlib.Path) -> Mapping[str, Any]:
     for name, (size, checksum) in content["files"].items():
         if (found := (directory / name).stat().st_size) != size:
             raise ValueError(f"{name} has {found:,} bytes, expected {size:,}")
-        if total <= VERIFIED_BYTES and _checksum(directory / name) != checksum:
+        if total <= VERIFIED_BYTES and file_cache.checksum(directory / name) != checksum:
             raise ValueError(f"{name} has another checksum")
     return content
-
-
-def _checksum(path: pathlib.Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _remove_leftovers(parent: pathlib.Path) -> None:
