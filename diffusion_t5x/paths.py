@@ -38,7 +38,7 @@ for _protocol in ("gs", "gcs", "s3"):
 _EXPECTED = "expected a path on this machine, file:///PATH, gs://BUCKET/PATH or s3://BUCKET/PATH"
 # Libraries and tools take these for patterns, or for the version of an object.
 _SPECIAL = "*?[]#"
-SECONDS = 15.0  # that a bucket may take to answer
+SECONDS = 20.0  # that a bucket may take to answer, once its library is loaded
 
 
 class StorageError(OSError):
@@ -150,11 +150,20 @@ def file_system(path: str | os.PathLike[str]) -> Any:
     """Returns fsspec's file system of a path in a bucket.
 
     Raises:
-      ImportError: if its library is not installed; the message has pip's command.
+      ImportError: as `_load_library` does.
+    """
+    return _load_library(path)()
+
+
+def _load_library(path: str | os.PathLike[str]) -> type[fsspec.AbstractFileSystem]:
+    """Imports the library that reads a bucket.
+
+    Raises:
+      ImportError: if it is not installed; the message has pip's command.
     """
     scheme = split(path)[0]
     try:
-        return fsspec.filesystem(scheme)
+        return fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         library, extra = LIBRARIES[scheme]
         raise ImportError(
@@ -232,6 +241,10 @@ def writable(text: str | os.PathLike[str], setting: str) -> epath.Path:
 
 def _within_seconds(work: Callable[[], None], path: epath.Path, problem: str) -> None:
     """Does `work` in a thread that is left behind if a library tries again for minutes."""
+    try:
+        _load_library(path)  # which may itself take seconds on a busy machine
+    except ImportError as error:
+        raise StorageError(f"{problem}: {error}.") from error
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -248,8 +261,6 @@ def _within_seconds(work: Callable[[], None], path: epath.Path, problem: str) ->
         cause = f"no answer within {SECONDS:g} seconds. Check network and credentials"
     elif not failures:
         return
-    elif isinstance(failures[0], ImportError):
-        cause = str(failures[0])
     elif isinstance(failures[0], FileNotFoundError):
         cause = f"there is no bucket {bucket!r}, or it is not yours"
     else:

@@ -41,7 +41,9 @@ model = functools.partial(toy.model, "autoregressive", dropout_rate=0.1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _servers():
-    with buckets.serving_here():
+    # These servers share the cores with other tests.
+    with pytest.MonkeyPatch.context() as patch, buckets.serving_here():
+        patch.setattr(paths, "SECONDS", 120.0)
         yield
 
 
@@ -392,7 +394,7 @@ def test_buckets_that_cannot_be_used_are_refused_before_anything_else(
     def missing_library(*args, **kwargs):
         raise ImportError("no gcsfs")
 
-    monkeypatch.setattr(fsspec, "filesystem", missing_library)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing_library)
     assert "pip install 'diffusion_t5x[gcs]'" in _refusal(lambda: _train(f"{GS}/x"))
 
 
