@@ -99,7 +99,7 @@ def test_the_gin_files_of_an_installed_package_are_found_and_parse(installed, tm
     assert not [module for module in modules if not module.startswith(str(installed))]
 
 
-@pytest.mark.parametrize("kind", ["checkout", "installed"])
+@pytest.mark.parametrize("kind", [pytest.param("checkout", marks=pytest.mark.slow), "installed"])
 def test_a_projects_own_package_of_tasks_does_not_hide_ours(kind, installed, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "__init__.py").write_text("NAME = 'mine'\n")
@@ -117,7 +117,9 @@ def test_a_projects_own_package_of_tasks_does_not_hide_ours(kind, installed, tmp
     assert file == str(place / "tasks" / "metrics.py")
 
 
-@pytest.mark.parametrize("first", ["tasks", "diffusion_t5x.tasks"])
+@pytest.mark.parametrize(
+    "first", ["tasks", pytest.param("diffusion_t5x.tasks", marks=pytest.mark.slow)]
+)
 def test_the_tasks_of_a_checkout_are_the_same_under_both_names(first, tmp_path):
     program = (
         f"import {first}\n"

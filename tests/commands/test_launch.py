@@ -168,7 +168,8 @@ def test_ctrl_c_ends_the_processes_without_a_restart_and_a_second_one_at_once(
     assert (tmp_path / "saved").exists() == saved
 
 
-@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
 def test_sigterm_on_one_of_two_processes_saves_one_step_on_both_and_a_restart_goes_on(
     tmp_path, restarts
 ):

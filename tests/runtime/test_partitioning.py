@@ -146,6 +146,7 @@ def test_shardings_give_the_same_for_an_encoder_and_a_decoder():
     _check_shardings(*_on_eight_devices("sharded_encoder_decoder"))
 
 
+@pytest.mark.slow
 def test_chunks_of_attention_rows_move_no_row_to_another_device():
     (whole, no_loops, _), (chunked, loops, gathers), chunks_of_two_axes = _on_eight_devices(
         "chunked"
