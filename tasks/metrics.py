@@ -19,6 +19,7 @@ import numpy as np
 import sacrebleu
 
 from diffusion_t5x.data import programs
+from diffusion_t5x.runtime.terminal import Progress
 
 from . import code_execution
 
@@ -141,7 +142,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 class CodeMetric:
-    """pass@k by running each program with its assertions in the sandbox.
+    """pass@k by running each program with its tests in a jail.
 
     Programs may be judged ahead of the call, while others are still being decoded
     (`diffusion_t5x.evaluation.candidate_chunks.JudgingMetric`).
@@ -154,8 +155,8 @@ class CodeMetric:
           ks: Values of k; those above the number of samples are left out.
         """
         self._ks = ks
-        # (program, its assertions, the limits it ran under) -> whether it passed.
-        self._verdicts: dict[tuple[str, tuple[str, ...], str], bool] = {}
+        # (program, its tests, the limits it ran under) -> why it did not pass, '' if it did.
+        self._verdicts: dict[tuple[str, tuple[str, ...], str], str] = {}
 
     def __call__(
         self,
@@ -167,17 +168,20 @@ class CodeMetric:
         'invalid_programs' is the fraction of samples that are no Python at all, which says that
         texts are cut, have markup, or lost their indentation, rather than that they are wrong.
 
+        Prints what ended the programs that do not pass.
+
         Args:
           targets: For each problem `{'tests': assertions, 'code': reference}`.
           predictions: For each problem one program, or several samples of it.
 
         Raises:
           ValueError: if there are no targets, or not as many predictions.
-          SandboxError: if programs cannot be confined on this machine.
+          SandboxError: if programs cannot be kept in on this machine, or tests lack a module.
         """
         _check(targets, predictions, several=True)
-        passed = self.judge(targets, predictions)["passed"]
+        judged = self.judge(targets, predictions)
         self._verdicts.clear()
+        passed = judged["passed"]
         samples = _as_lists(predictions)
         same = [
             texts[-1].strip() == target["code"].strip()
@@ -188,12 +192,55 @@ class CodeMetric:
         invalid = [not valid[text] for texts in samples for text in texts]
         if any(invalid):
             print(f"{sum(invalid):,} of {len(invalid):,} candidates are no valid Python program")
+        if failed := [_kind(why) for row in judged["why"] for why in row if why]:
+            counts = ", ".join(
+                f"{count:,} {kind}" for kind, count in collections.Counter(failed).most_common(8)
+            )
+            print(f"{len(failed):,} of {len(invalid):,} candidates do not pass: {counts}")
         first = {"exact_match": float(np.mean(same)), "invalid_programs": float(np.mean(invalid))}
         return first | {
             f"pass_at_{k}": float(np.mean([pass_at_k(len(row), sum(row), k) for row in passed]))
             for k in self._ks
             if k <= fewest
         }
+
+    def check(self, targets: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses tests that cannot be run here.
+
+        Raises:
+          SandboxError: if programs cannot be kept in on this machine, or tests lack a module.
+        """
+        code_execution.check({test for target in targets for test in target["tests"]})
+
+    def prepare(
+        self, targets: Sequence[Mapping[str, Any]], known: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """Runs the reference solutions, and prints how many fail, which, and why.
+
+        Args:
+          targets: For each problem `{'tests': assertions, 'code': reference}`; no reference is ''.
+          known: What this method returned for the same targets; it holds under the same limits.
+
+        Returns:
+          The 'limits', the number of 'references', and of each that fails 'number' and 'why'.
+
+        Raises:
+          SandboxError: if programs cannot be kept in on this machine, or tests lack a module.
+        """
+        if known is None or known["limits"] != _limits():
+            numbers = [n for n, target in enumerate(targets) if target["code"].strip()]
+            failing = _run_references(targets, numbers) if numbers else []
+            known = {"limits": _limits(), "references": len(numbers), "failing": failing}
+        total, failing = known["references"], known["failing"]
+        which = "; ".join(
+            f"problem {one['number']} ({_name(targets[one['number']]['code'])}{one['why'][:80]})"
+            for one in failing
+        )
+        if failing:
+            print(f"{len(failing):,} of {total:,} reference solutions do not pass: {which}")
+        elif total:
+            print(f"all {total:,} reference solutions pass")
+        return known
 
     def judge(
         self,
@@ -210,23 +257,53 @@ class CodeMetric:
             whose verdicts hold if the limits are still the same.
 
         Returns:
-          'passed', for each problem a bool per program, and the 'limits' they ran under.
+          'passed', for each problem a bool per program, 'why' it did not, and the 'limits' they
+          ran under.
 
         Raises:
-          SandboxError: if programs cannot be confined on this machine.
+          SandboxError: if programs cannot be kept in on this machine, or tests lack a module.
         """
-        limits = json.dumps(dataclasses.asdict(code_execution.configure()), sort_keys=True)
+        limits = _limits()
         keys = [
             [(program, tuple(target["tests"]), limits) for program in programs]
             for target, programs in zip(targets, _as_lists(predictions), strict=True)
         ]
         if known is not None and known["limits"] == limits:
-            for row, passed in zip(keys, known["passed"], strict=True):
-                self._verdicts.update(zip(row, passed, strict=True))
+            for row, whys in zip(keys, known["why"], strict=True):
+                self._verdicts.update(zip(row, whys, strict=True))
         new = dict.fromkeys(key for row in keys for key in row if key not in self._verdicts)
         jobs = [(program, tests) for program, tests, _ in new]
-        self._verdicts.update(zip(new, code_execution.run_all(jobs), strict=True))
-        return {"limits": limits, "passed": [[self._verdicts[key] for key in row] for row in keys]}
+        for key, verdict in zip(new, code_execution.judge_all(jobs), strict=True):
+            self._verdicts[key] = verdict.why
+        whys = [[self._verdicts[key] for key in row] for row in keys]
+        passed = [[not why for why in row] for row in whys]
+        return {"limits": limits, "passed": passed, "why": whys}
+
+
+def _run_references(
+    targets: Sequence[Mapping[str, Any]], numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Returns number and reason of the reference solutions that fail."""
+    jobs = [(targets[number]["code"], targets[number]["tests"]) for number in numbers]
+    with Progress(len(jobs), "running reference solutions", "programs") as progress:
+        verdicts = code_execution.judge_all(jobs, on_verdict=progress.update)
+    pairs = zip(numbers, verdicts, strict=True)
+    return [{"number": number, "why": verdict.why} for number, verdict in pairs if not verdict]
+
+
+def _limits() -> str:
+    return json.dumps(dataclasses.asdict(code_execution.configure()), sort_keys=True)
+
+
+def _kind(why: str) -> str:
+    """Returns the name of the error, where a program raised one."""
+    return why.partition(":")[0]
+
+
+def _name(code: str) -> str:
+    """Returns the name of a program's last function, for messages."""
+    names = re.findall(r"^def (\w+)", code, re.MULTILINE)
+    return f"{names[-1]}: " if names else ""
 
 
 def _as_lists(predictions: Sequence[str | Sequence[str]]) -> list[list[str]]:

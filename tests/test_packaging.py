@@ -123,14 +123,14 @@ def test_a_projects_own_package_of_tasks_does_not_hide_ours(kind, installed, tmp
 def test_the_tasks_of_a_checkout_are_the_same_under_both_names(first, tmp_path):
     program = (
         f"import {first}\n"
-        "import tasks, tasks.sandbox.values, diffusion_t5x.tasks.metrics\n"
+        "import tasks, tasks.sandbox.judge, diffusion_t5x.tasks.metrics\n"
         "from tasks import metrics\n"
         "assert tasks is diffusion_t5x.tasks and metrics is diffusion_t5x.tasks.metrics\n"
-        "from diffusion_t5x.tasks.sandbox import values\n"
-        "assert tasks.sandbox.values is values\n"
-        "print(tasks.__name__, metrics.__spec__.name, values.__name__)\n"
+        "from diffusion_t5x.tasks.sandbox import judge\n"
+        "assert tasks.sandbox.judge is judge\n"
+        "print(tasks.__name__, metrics.__spec__.name, judge.__name__)\n"
     )
-    names = [f"diffusion_t5x.tasks{name}" for name in ("", ".metrics", ".sandbox.values")]
+    names = [f"diffusion_t5x.tasks{name}" for name in ("", ".metrics", ".sandbox.judge")]
     assert _python(program, tmp_path, ROOT) == names
 
 

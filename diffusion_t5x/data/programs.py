@@ -1,13 +1,14 @@
-"""Python programs from what a model writes, which may have markup and prose around them."""
+"""Python programs from what a model writes, and what they may use while they run."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import gin
 
@@ -40,6 +41,47 @@ def _error_of(text: str) -> BaseException | None:
 def is_program(text: str) -> bool:
     """Returns True if a text is valid Python, and not empty."""
     return bool(text.strip()) and _error_of(text) is None
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a generated program may use while it runs with its tests: see docs/sandbox.md.
+
+    Attributes:
+      wall_seconds: Time of the program and its tests together.
+      cpu_seconds: Processor time of one process.
+      memory_bytes: Address space of one process.
+      total_memory_bytes: Memory of all processes of the program, with its files in memory.
+      file_bytes: Size of one file.
+      scratch_bytes: Size of all files.
+      processes: Processes and threads at once.
+      open_files: Open files of one process.
+      modules: What may be imported besides the standard library; each brings what its package
+        requires.
+      allow_unprotected: Run programs even if nothing protects the user's files from them.
+
+    Raises:
+      ValueError: if a limit is not positive.
+    """
+
+    wall_seconds: float = 5.0
+    cpu_seconds: int = 3
+    memory_bytes: int = 2**30
+    total_memory_bytes: int = 2**30
+    file_bytes: int = 2**20
+    scratch_bytes: int = 16 * 2**20
+    processes: int = 64
+    open_files: int = 64
+    modules: Sequence[str] = ("numpy",)
+    allow_unprotected: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(self.modules))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("modules", "allow_unprotected") and not value > 0:
+                raise ValueError(f"{field.name} = {value}; expected more than 0.")
 
 
 @gin.configurable

@@ -26,6 +26,19 @@ class JudgingMetric(Protocol):
         """Returns the metric; candidates that `judge` has seen are not judged again."""
         ...
 
+    def check(self, targets: Sequence[Any]) -> None:
+        """Refuses, within seconds, targets that cannot be judged here."""
+        ...
+
+    def prepare(
+        self, targets: Sequence[Any], known: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """Judges what the targets hold themselves, says so, and returns a JSON object.
+
+        `known` is what this method returned for the same targets before.
+        """
+        ...
+
     def judge(
         self,
         targets: Sequence[Any],
@@ -77,6 +90,21 @@ class TaskJudges:
     def target(self, example: Mapping[str, Any]) -> Any:
         """Returns an example's target as a metric gets it."""
         return self._task.postprocess_fn(self.text(example), example=example, is_target=True)
+
+    def check(self) -> None:
+        """Refuses targets that cannot be judged here."""
+        for metric in self.metrics:
+            metric.check(self.targets)
+
+    def prepare(self, directory: epath.Path) -> None:
+        """Has every metric prepare, once for the same targets and directory."""
+        key = resumable.digest(repr(self.targets))
+        for index, metric in enumerate(self.metrics):
+            file = directory / f"prepared-{index}.json"
+            known = resumable.load(file, key)
+            prepared = metric.prepare(self.targets, known)
+            if prepared != known:
+                resumable.save(file, key, prepared)
 
     def predictions(self, outputs: Outputs) -> list[Any]:
         """Returns the candidates of each example as a metric gets them."""

@@ -77,6 +77,7 @@ class InferenceEvaluator:
         Raises:
           ValueError: if a task is unknown, of another vocabulary than the model or without an
             example, two of its metrics give the same key, or settings contradict each other.
+          Exception: of a metric that cannot judge the targets here.
         """
         if return_all_decodes and num_decodes > 1:
             raise ValueError(
@@ -103,6 +104,7 @@ class InferenceEvaluator:
             "version": diffusion_t5x.__version__,
         }
         self._evaluators: dict[str, seqio.Evaluator] = {}
+        self._prepared: set[str] = set()  # tasks whose targets were judged themselves
         for task in task_metrics.measured_tasks(model, dataset_cfg):
             if not dataset_cfg.use_cached:
                 task_checks.check_not_empty(task, dataset_cfg.split)
@@ -116,6 +118,7 @@ class InferenceEvaluator:
                 num_examples=num_examples,
             )
             task_metrics.check_keys(self._evaluators[task.name], task)
+            candidate_chunks.TaskJudges(self._evaluators[task.name], task.name).check()
         self.tasks = tuple(self._evaluators)
         self._cut = {
             name: lengths.cut_of_evaluated(name, evaluator, dataset_cfg, num_examples)
@@ -175,6 +178,10 @@ class InferenceEvaluator:
         """Decodes and measures one task; SeqIO calls back for what its metrics need."""
         decoded: Outputs = {}
         seconds = 0.0
+        if name not in self._prepared:
+            judges = candidate_chunks.TaskJudges(self._evaluators[name], name)
+            judges.prepare(self._output_dir / name)
+            self._prepared.add(name)
 
         def predict(dataset: tf.data.Dataset) -> Predictions:
             nonlocal decoded, seconds

@@ -1,6 +1,7 @@
-"""The processes in which generated programs run; standard library only.
+"""Where generated code runs: a jail, and in it a harness that runs a program and its tests.
 
-`launch` makes them, `jail` takes their powers away, `examiner` runs the assertions, `program` the
-generated text, and `wire` carries plain values between the last two. `tasks.code_execution` is the
-way in from outside.
+`judge` starts jobs and watches them. `jails` are the ways to keep a job in, for which `interpreter`
+tells what may be read and `system_calls` what may be asked of the kernel. `harness` is the only
+module that is in the same process as the program. Nothing here knows of tasks or models, and only
+`tasks/code_execution.py` imports it.
 """

@@ -126,16 +126,21 @@ def _expected(run_dir):
 
 
 def test_a_killed_evaluation_draws_no_chunk_twice_and_gives_what_the_seed_says(
-    run_dir, tmp_path, chunks_drawn
+    run_dir, tmp_path, chunks_drawn, capsys, monkeypatch
 ):
     drawn, fail_at = chunks_drawn
     fail_at.append(1)
     with pytest.raises(KeyboardInterrupt):
         _evaluate(run_dir, tmp_path)
     assert drawn == [0]
+    # Reference solutions, of which this task has none that runs, are judged once and spoken of.
+    said = "5 of 5 reference solutions do not pass: problem 0 (NameError: name 't000' is not"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr(metrics, "_run_references", lambda *_: 1 / 0)
     fail_at.clear()
     results = _evaluate(run_dir, tmp_path)
     assert drawn == [0, 1]
+    assert said in capsys.readouterr().out
     samples = _samples(tmp_path)
     assert samples == _expected(run_dir)
     assert any(len(set(texts)) > 1 for texts in samples)

@@ -188,14 +188,15 @@ def test_a_metric_of_one_text_refuses_several(metric):
 
 def test_programs_judged_ahead_are_not_run_again_and_equal_ones_once(monkeypatch):
     ran, metric = [], metrics.CodeMetric()
-    original = code_execution.run_all
+    original = code_execution.judge_all
     monkeypatch.setattr(
-        code_execution, "run_all", lambda jobs: ran.extend(p for p, _ in jobs) or original(jobs)
+        code_execution, "judge_all", lambda jobs: ran.extend(p for p, _ in jobs) or original(jobs)
     )
     targets = [{"tests": ["assert x == 1"], "code": ""}, {"tests": ["assert x == 2"], "code": ""}]
     some = [["x = 1", "x = 2"], ["x = 1", "x = 1"]]
     first = metric.judge(targets, some)
     assert first["passed"] == [[True, False], [False, False]]
+    assert first["why"] == [["", "AssertionError"], ["AssertionError"] * 2]
     assert sorted(ran) == ["x = 1", "x = 1", "x = 2"]  # the same text under other assertions
     scores = metric(targets, [[*some[0], "x = 3"], [*some[1], "x = 2"]])
     assert sorted(ran[3:]) == ["x = 2", "x = 3"]
@@ -234,7 +235,34 @@ def test_candidates_that_are_no_programs_are_counted(capsys):
     scores = metrics.CodeMetric((1,))([target] * 2, samples)
     assert scores["invalid_programs"] == 5 / 8
     assert scores["pass_at_1"] == 1 / 8
-    assert capsys.readouterr().out == "5 of 8 candidates are no valid Python program\n"
+    assert capsys.readouterr().out == (
+        "5 of 8 candidates are no valid Python program\n"
+        "7 of 8 candidates do not pass: 3 SyntaxError, 2 AssertionError, 1 NameError, "
+        "1 IndentationError\n"
+    )
+
+
+def test_reference_solutions_run_once_and_which_fail_is_said(capsys):
+    right = {"tests": ["assert f() == 1"], "code": "def f():\n    return 1"}
+    wrong = {"tests": ["assert g() == 1"], "code": "def g():\n    return 2"}
+    none = {"tests": ["assert g() == 1"], "code": ""}
+    metric = metrics.CodeMetric()
+    metric.check([right, wrong, none])
+    found = metric.prepare([right, none, wrong])
+    line = "1 of 2 reference solutions do not pass: problem 2 (g: AssertionError)\n"
+    assert capsys.readouterr().out == line
+    known = {**found, "references": 7}  # not run again
+    assert metric.prepare([right, none, wrong], known) == known
+    assert capsys.readouterr().out == line.replace("of 2", "of 7")
+    assert metric.prepare([right, none, wrong], {**known, "limits": "{}"}) == found
+    assert metric.prepare([right], None)["failing"] == []
+    assert capsys.readouterr().out.endswith("\nall 1 reference solutions pass\n")
+
+
+def test_tests_that_need_a_module_are_refused_before_anything_is_decoded():
+    target = {"tests": ["import no_such_module\nassert True"], "code": "x = 1"}
+    with pytest.raises(code_execution.SandboxError, match=r"import no_such_module.*modules="):
+        metrics.CodeMetric().check([target])
 
 
 def test_the_code_tasks_metrics_judge_ahead_and_the_old_name_gives_the_new_one():
