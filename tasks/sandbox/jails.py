@@ -175,7 +175,11 @@ class Namespaces:
         else:
             options += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
         above = {str(parent) for path, _ in readable for parent in pathlib.Path(path).parents}
-        for path in sorted({*above, "/dev"} - {"/"}):
+        options += ["--perms", "0755", "--dir", "/dev"]
+        # Before what may be read, some of which may lie in /tmp.
+        for path, size in (("/tmp", bounds.scratch_bytes), ("/dev/shm", _FILES_IN_MEMORY)):
+            options += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
+        for path in sorted(above - {"/", "/tmp"}):
             options += ["--perms", "0755", "--dir", path]
         for path, hidden in readable:
             options += ["--ro-bind", path, path]
@@ -186,8 +190,6 @@ class Namespaces:
             options += ["--symlink", target, f"/{name}"]
         for device in _DEVICES:
             options += ["--dev-bind", own_device(device) if self._root else device, device]
-        for path, size in (("/tmp", bounds.scratch_bytes), ("/dev/shm", _FILES_IN_MEMORY)):
-            options += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
         return [self._bubblewrap, *options, "--remount-ro", "/", "--chdir", "/tmp"]
 
 

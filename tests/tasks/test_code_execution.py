@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -675,3 +676,15 @@ def test_a_jail_that_does_not_come_up_is_an_error_of_the_sandbox(monkeypatch):
     monkeypatch.setattr(judge, "judge", judge_it)
     with pytest.raises(SandboxError, match="no more processes"):
         code_execution.run(ADD, TESTS)
+
+
+def test_a_module_that_lies_in_the_directory_for_temporary_files_is_found(only, monkeypatch):
+    only("namespaces")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        pathlib.Path(folder, "lies_in_tmp.py").write_text("VALUE = 3\n")
+        monkeypatch.syspath_prepend(folder)
+        code_execution.configure(modules=("lies_in_tmp",))
+        [verdict] = code_execution.judge_all(
+            [("import lies_in_tmp\nopen('mine', 'w').close()", ["assert lies_in_tmp.VALUE == 3"])]
+        )
+        assert verdict, verdict.why
