@@ -14,6 +14,7 @@ import gin
 
 # Attempts to find a program in a text, and to find its end, each of which compiles it.
 MOST_CUTS = 20
+MOST_WEIGHT = 500_000  # of a program that is compiled here, by `_weight`
 _FENCE = re.compile(r"```([\w.+-]*)[ \t]*\r?$|^~~~([\w.+-]*)[ \t]*\r?$", re.MULTILINE)
 _TOKEN = (
     r"(?:<\|[^<>|\n]{1,40}\|>|<\uff5c[^<>\n]{1,40}\uff5c>|</?s>|\[/?INST\]"
@@ -32,10 +33,27 @@ def _error_of(text: str) -> BaseException | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Nested `finally` would take all memory.
+            if "finally" in text and _weight(ast.parse(text)) > MOST_WEIGHT:
+                return OverflowError("too much code in nested `finally`")
             compile(text, "<program>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+    except (
+        *(SyntaxError, ValueError, OverflowError),
+        *(RecursionError, MemoryError, SystemError),
+    ) as error:
         return error
     return None
+
+
+def _weight(node: ast.AST) -> int:
+    """Counts what a compiler makes of a tree: `finally` is written for each way out of `try`."""
+    weights = {child: _weight(child) for child in ast.iter_child_nodes(node)}
+    weight = 1 + sum(weights.values())
+    if isinstance(node, ast.Try | ast.TryStar) and node.finalbody:
+        inside = (n for part in (*node.body, *node.handlers, *node.orelse) for n in ast.walk(part))
+        exits = 1 + sum(isinstance(n, ast.Return | ast.Break | ast.Continue) for n in inside)
+        weight += exits * sum(weights[child] for child in node.finalbody)
+    return weight
 
 
 def is_program(text: str) -> bool:

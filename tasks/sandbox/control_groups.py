@@ -15,6 +15,8 @@ import time
 from typing import NamedTuple
 
 _PREFIX = "generated-code"
+# The processor is optional: with it, many processes get as much of it as one.
+_CONTROLLERS, _OPTIONAL = ("memory", "pids", "cpu"), "cpu"
 _numbers = itertools.count()
 
 
@@ -96,19 +98,23 @@ def find_parents(process: pathlib.Path = pathlib.Path("/proc/self")) -> tuple[pa
     own = dict(line.split(":", 2)[1:] for line in _read(process / "cgroup").splitlines())
     mounts = _mounts(process)
     found = []
-    for controller in ("memory", "pids"):
+    for controller in _CONTROLLERS:
+        needed = controller != _OPTIONAL
         [kind, *_] = [kind for kind in own if controller in kind.split(",")] or [""]
         version_1 = bool(kind)
         root, place = mounts.get(controller if version_1 else "", (None, None))
+        if not (needed or version_1):
+            continue  # in version 2 it comes with the others, or not at all
         if root is None or place is None or kind not in own:
             return ()
         start = place / os.path.relpath(own[kind], root)
         if ".." in start.parts:  # this process is outside what is mounted
             return ()
         parent = start if version_1 else _delegating(start, place, controller)
-        if parent is None or not os.access(parent, os.W_OK):
+        if parent is not None and os.access(parent, os.W_OK):
+            found.append(parent)
+        elif needed:
             return ()
-        found.append(parent)
     return tuple(found)
 
 
@@ -132,9 +138,9 @@ def _mounts(process: pathlib.Path) -> dict[str, tuple[str, pathlib.Path]]:
         if kind == "cgroup2":
             found[""] = root, pathlib.Path(place)
         elif kind == "cgroup":
-            for controllers in ("memory", "pids"):
-                if controllers in options.split(","):
-                    found[controllers] = root, pathlib.Path(place)
+            for controller in _CONTROLLERS:
+                if controller in options.split(","):
+                    found[controller] = root, pathlib.Path(place)
     return found
 
 

@@ -39,6 +39,9 @@ def main(job: dict[str, Any], verdict: int) -> NoReturn:
         _become(job["uid"], job["reads_all"])
     if job["landlock"] is not None:
         _die_with(job["judge"])
+    null = os.open(
+        os.devnull, os.O_RDWR
+    )  # Landlock would forbid to ask it whether it is a terminal
     _limit(job["limits"])
     if job["landlock"] is not None:
         _landlock(job["landlock"], ".")
@@ -46,7 +49,6 @@ def main(job: dict[str, Any], verdict: int) -> NoReturn:
     # Not before: a thread that a module starts would not be confined.
     for name in job["imports"]:
         __import__(name)
-    null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)

@@ -209,22 +209,22 @@ class Landlocked:
         self._interpreter, self._confined = interpreter, confined
         self._root = os.geteuid() == 0
         ScratchDirectory.clear_leftovers()
-        self._modules = link_all(interpreter.modules)
 
     @contextlib.contextmanager
     def start(self, job: Job, bounds: Bounds) -> Iterator[Running]:
         interpreter = self._interpreter
+        modules = link_all(interpreter.modules)
         uid = _private_uid() if self._root else None
         settings: dict[str, Any] = {"uid": uid}
         paths = [path for readable in interpreter.readable for path in readable.entries()]
         settings["reads_all"] = self._root and not all(map(_others_may_read, paths))
         if self._confined:
             listed = [readable.path for readable in interpreter.readable if readable.hidden]
-            readable = [(path, True) for path in (*paths, self._modules)]
+            readable = [(path, True) for path in (*paths, modules)]
             readable += [(path, False) for path in listed]
             code = system_calls.compile_filter(namespaces=False, processes=False)
             settings |= {"landlock": readable, "filter": code, "judge": os.getpid()}
-        payload = _payload(job, bounds, [self._modules], private=self._root, **settings)
+        payload = _payload(job, bounds, [modules], private=self._root, **settings)
         with (
             ScratchDirectory.create(uid) as scratch,
             _descriptors(payload) as (files, reader, writer, token),
@@ -257,7 +257,7 @@ def _payload(
         "NOFILE": (bounds.open_files,) * 2,
         "NPROC": (others + bounds.processes + _OTHER_PROCESSES,) * 2,
         "SIGPENDING": (bounds.processes,) * 2,
-        "CORE": (0, 0),
+        "CORE": (1, 1),  # nor does the machine's handler of crashes start, as it would for 0
     }
     none = {"uid": None, "reads_all": False, "landlock": None, "filter": None, "judge": None}
     own = {"parts": job.parts, "imports": job.imports, "paths": paths}
@@ -277,8 +277,10 @@ def _descriptors(
             file.write(content)
             file.seek(0)
             files.append(file.fileno())
-        # Sockets, which no program can open once more by their names in /proc.
-        reader, writer = (end.detach() for end in socket.socketpair())
+        # Sockets, which no program can open once more by their names in /proc. They are of packets,
+        # among which there are none out of band.
+        ends = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        reader, writer = (end.detach() for end in ends)
         opened.callback(os.close, reader)
         os.set_blocking(reader, False)
         yield files, reader, writer, token

@@ -18,6 +18,7 @@ _START_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _TRIES = 3
 _MOST_CHANGES = 5  # of directories, in a row, while they are counted
+_NO_ANSWER = b"?"
 _MOST_ANSWER = 4096  # bytes, far above what the harness writes
 
 
@@ -85,8 +86,8 @@ def _watch(running: Running, bounds: Bounds, wall_seconds: float, stop: int) -> 
             if running.verdict in ready:
                 try:
                     part = os.read(running.verdict, _MOST_ANSWER)
-                except BlockingIOError:  # out of band
-                    part = running.token
+                except BlockingIOError:  # something else than what can be read
+                    part = _NO_ANSWER
                 if not answer:
                     deadline = time.monotonic() + wall_seconds
                 if not part:

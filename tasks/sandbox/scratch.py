@@ -33,7 +33,7 @@ class ScratchDirectory(NamedTuple):
     @contextlib.contextmanager
     def create(cls, uid: int | None) -> Iterator[ScratchDirectory]:
         """Creates a directory that a user owns, None for oneself, and removes it afterwards."""
-        path = _own().joinpath(str(next(_numbers)))
+        path = own().joinpath(str(next(_numbers)))
         path.mkdir(mode=0o700)
         try:
             if uid is not None:
@@ -46,9 +46,16 @@ class ScratchDirectory(NamedTuple):
     def clear_leftovers() -> None:
         """Removes the directories of processes that were killed."""
         for directory in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            with contextlib.suppress(OSError), open(directory / _LOCK, "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(directory)
+            with contextlib.suppress(OSError):
+                found = directory.lstat()
+                if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                    continue  # others may write to the same place
+                lock = os.open(directory / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(directory)
+                finally:
+                    os.close(lock)
 
     def usage(self, pid: int, file_bytes: int) -> tuple[int, int, bool]:
         """Counts the bytes and the files of a process, also those that it removed and still holds.
@@ -121,9 +128,13 @@ def _walk(directory: int, depth: int = 0) -> Iterator[os.stat_result | bool]:
                 os.close(child)
 
 
-@functools.cache
-def _own() -> pathlib.Path:
+def own() -> pathlib.Path:
     """Returns this process's directory, which others may enter and not list."""
+    return _of_process(os.getpid())
+
+
+@functools.cache
+def _of_process(pid: int) -> pathlib.Path:
     # It gets the name that others look for once it is locked.
     new = tempfile.mkdtemp(prefix=f".{_PREFIX}")
     os.chmod(new, 0o711)
@@ -132,27 +143,36 @@ def _own() -> pathlib.Path:
     _locks.append(lock)
     path = pathlib.Path(new).with_name(os.path.basename(new)[1:])
     os.rename(new, path)
-    atexit.register(_remove, path)
+    # A child of this process has one of its own.
+    atexit.register(lambda: _remove(path) if os.getpid() == pid else None)
     return path
 
 
-@functools.cache
 def link_all(paths: tuple[str, ...]) -> str:
     """Returns a directory with symbolic links to paths of different names, and nothing else."""
-    directory = tempfile.mkdtemp(prefix="links-", dir=_own())
+    return _linked(own(), paths)
+
+
+@functools.cache
+def _linked(place: pathlib.Path, paths: tuple[str, ...]) -> str:
+    directory = tempfile.mkdtemp(prefix="links-", dir=place)
     os.chmod(directory, 0o755)
     for path in paths:
         os.symlink(path, os.path.join(directory, os.path.basename(path)))
     return directory
 
 
-@functools.cache
 def own_device(path: str) -> str:
     """Returns a device like that at `path`, so that a program that touches it touches no other.
 
     Where root may not make one it is `path`.
     """
-    new = _own() / "devices" / os.path.basename(path)
+    return _device(own(), path)
+
+
+@functools.cache
+def _device(place: pathlib.Path, path: str) -> str:
+    new = place / "devices" / os.path.basename(path)
     try:
         new.parent.mkdir(exist_ok=True)
         os.mknod(new, stat.S_IFCHR | 0o666, os.stat(path).st_rdev)

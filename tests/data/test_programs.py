@@ -1,6 +1,7 @@
 """Completions become programs, whatever is around them; plain Python says what passes."""
 
 import textwrap
+import time
 
 import pytest
 
@@ -123,3 +124,15 @@ def test_a_long_text_that_is_no_program_takes_few_attempts(monkeypatch):
     programs.complete(PROMPT, "    return (\n" + "x y\n" * 5000)
     programs.complete(PROMPT, "x y\n```\n" * 2000)
     assert len(compiled) < 20 * programs.MOST_CUTS
+
+
+@pytest.mark.parametrize("levels", [8, 10, 40])
+def test_nested_finally_which_a_compiler_writes_out_each_time_takes_no_memory(levels):
+    lines = ["while 1:"]
+    for level in range(levels):
+        space = " " * (level + 1)
+        lines += [f"{space}try:", f"{space} break", f"{space} continue", f"{space}finally:"]
+    text = "\n".join([*lines, " " * (levels + 1) + "x = 1"])
+    started = time.process_time()
+    assert programs.is_program(text) == (levels == 8)
+    assert time.process_time() - started < 5

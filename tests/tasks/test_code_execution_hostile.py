@@ -223,7 +223,7 @@ def test_nothing_outside_changes_nothing_is_left_and_each_gets_its_verdict(
     after = outside.state()
     assert {name for name in before | after if before.get(name) != after.get(name)} == set()
     assert _soon(lambda: _left(os.getpid(), MARK) == ([], []), 1), _left(os.getpid(), MARK)
-    assert [name for name in os.listdir(scratch._own()) if name.isdigit()] == []
+    assert [name for name in os.listdir(scratch.own()) if name.isdigit()] == []
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 2**17  # in kilobytes
 
 
@@ -262,6 +262,27 @@ time.sleep(0.3)
         assert _judge(make(), attack(program, modules=(name,)), outside.names)
     except judge.JailError as error:  # such a module is refused
         assert "thread" in str(error) and "No module" not in str(error)
+
+
+def test_a_child_of_the_judge_that_ends_leaves_the_judges_directory(tmp_path):
+    program = f"""
+import os, sys, tempfile
+sys.path.insert(0, {str(REPOSITORY)!r})
+sys.modules["tasks"] = package = type(sys)("tasks")
+package.__path__ = [{os.path.dirname(code_execution.__file__)!r}]
+tempfile.tempdir = {str(tmp_path)!r}
+from tasks.sandbox import scratch
+here = scratch.own()
+if (child := os.fork()) == 0:
+    assert scratch.own() != here
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(here.exists(), len(list(here.parent.iterdir())))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True 1\n", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 JUDGE = """
