@@ -33,6 +33,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "input": (),
     "startup": (),
     "runtime_overhead": (),
+    "code_execution": (),
     "decode_quality": (
         "--examples=256",
         "--settings",
