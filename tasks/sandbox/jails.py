@@ -179,6 +179,9 @@ class Namespaces:
         # Before what may be read, some of which may lie in /tmp.
         for path, size in (("/tmp", bounds.scratch_bytes), ("/dev/shm", _FILES_IN_MEMORY)):
             options += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
+        # Where nothing else is.
+        directory = "/tmp/program" if "/tmp" in above else "/tmp"
+        options += ["--perms", "1777", "--dir", directory] * (directory != "/tmp")
         for path in sorted(above - {"/", "/tmp"}):
             options += ["--perms", "0755", "--dir", path]
         for path, hidden in readable:
@@ -190,7 +193,7 @@ class Namespaces:
             options += ["--symlink", target, f"/{name}"]
         for device in _DEVICES:
             options += ["--dev-bind", own_device(device) if self._root else device, device]
-        return [self._bubblewrap, *options, "--remount-ro", "/", "--chdir", "/tmp"]
+        return [self._bubblewrap, *options, "--remount-ro", "/", "--chdir", directory]
 
 
 class Landlocked:
