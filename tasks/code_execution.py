@@ -185,10 +185,10 @@ def _imports(text: str) -> frozenset[str]:
 def _ways(modules: tuple[str, ...], allow_unprotected: bool) -> Iterable[tuple[str, Any]]:
     """Yields the ways to keep programs in, the best first: what it lacks, and its maker."""
     found = interpreter.find_interpreter(modules)
-    bundled = _bundled_bubblewrap()
-    for path in dict.fromkeys(filter(None, (shutil.which("bwrap"), bundled))):
+    programs = dict.fromkeys(filter(None, (shutil.which("bwrap"), _bundled_bubblewrap())))
+    for path in programs:
         yield "", functools.partial(jails.Namespaces, path, found)
-    if not (shutil.which("bwrap") or bundled):
+    if not programs:
         yield "", _no_bubblewrap
     yield (
         "namespaces: a program sees names and sizes of files and may use one process; files, "

@@ -104,6 +104,7 @@ class InferenceEvaluator:
             "version": diffusion_t5x.__version__,
         }
         self._evaluators: dict[str, seqio.Evaluator] = {}
+        self._judges: dict[str, candidate_chunks.TaskJudges] = {}
         self._prepared: set[str] = set()  # tasks whose targets were judged themselves
         for task in task_metrics.measured_tasks(model, dataset_cfg):
             if not dataset_cfg.use_cached:
@@ -118,7 +119,9 @@ class InferenceEvaluator:
                 num_examples=num_examples,
             )
             task_metrics.check_keys(self._evaluators[task.name], task)
-            candidate_chunks.TaskJudges(self._evaluators[task.name], task.name).check()
+            judges = candidate_chunks.TaskJudges(self._evaluators[task.name], task.name)
+            judges.check()
+            self._judges[task.name] = judges
         self.tasks = tuple(self._evaluators)
         self._cut = {
             name: lengths.cut_of_evaluated(name, evaluator, dataset_cfg, num_examples)
@@ -179,8 +182,7 @@ class InferenceEvaluator:
         decoded: Outputs = {}
         seconds = 0.0
         if name not in self._prepared:
-            judges = candidate_chunks.TaskJudges(self._evaluators[name], name)
-            judges.prepare(self._output_dir / name)
+            self._judges[name].prepare(self._output_dir / name)
             self._prepared.add(name)
 
         def predict(dataset: tf.data.Dataset) -> Predictions:
@@ -192,7 +194,7 @@ class InferenceEvaluator:
                 decoded, seconds = candidate_chunks.draw(
                     functools.partial(self._predict_chunk, name, params, dataset),
                     self._chunk_sizes,
-                    candidate_chunks.TaskJudges(self._evaluators[name], name),
+                    self._judges[name],
                     ChunkFiles(self._chunk_dir(name, step), resume_key) if resume_key else None,
                 )
             return [(index, tokens) for index, (tokens, _) in decoded.items()]

@@ -53,7 +53,7 @@ _numbers = itertools.count()
 
 
 class Bounds(NamedTuple):
-    """What a program may use; see `code_execution.Limits`."""
+    """What a program may use; see `diffusion_t5x.data.programs.Limits`."""
 
     cpu_seconds: int
     memory_bytes: int
@@ -212,18 +212,18 @@ class Landlocked:
         self._interpreter, self._confined = interpreter, confined
         self._root = os.geteuid() == 0
         ScratchDirectory.clear_leftovers()
+        self._readable = [path for one in interpreter.readable for path in one.entries()]
+        self._reads_all = self._root and not all(map(_others_may_read, self._readable))
 
     @contextlib.contextmanager
     def start(self, job: Job, bounds: Bounds) -> Iterator[Running]:
         interpreter = self._interpreter
         modules = link_all(interpreter.modules)
         uid = _private_uid() if self._root else None
-        settings: dict[str, Any] = {"uid": uid}
-        paths = [path for readable in interpreter.readable for path in readable.entries()]
-        settings["reads_all"] = self._root and not all(map(_others_may_read, paths))
+        settings: dict[str, Any] = {"uid": uid, "reads_all": self._reads_all}
         if self._confined:
             listed = [readable.path for readable in interpreter.readable if readable.hidden]
-            readable = [(path, True) for path in (*paths, modules)]
+            readable = [(path, True) for path in (*self._readable, modules)]
             readable += [(path, False) for path in listed]
             code = system_calls.compile_filter(namespaces=False, processes=False)
             settings |= {"landlock": readable, "filter": code, "judge": os.getpid()}
