@@ -156,11 +156,9 @@ class MultiHeadAttention(nn.Module):
         if config.dropout_rate and not deterministic:
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         chunks = _num_chunks(rows, config, query.shape[0], *mask.shape[-2:])
-        attend = functools.partial(
-            _attend_in_chunks, chunks, rows, dropout, config.attention_softcap
-        )
-        fused = config.attention_kernel == "fused" and config.attention_softcap is None
-        if fused and dropout is None:
+        cap = config.attention_softcap
+        attend = functools.partial(_attend_in_chunks, chunks, rows, dropout, cap=cap)
+        if config.attention_kernel == "fused" and dropout is None and cap is None:
             attend = functools.partial(flash_attention.attend, attend, tables)
         mixed = attend(query, key_values, mask, bias)
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
@@ -205,11 +203,11 @@ def _attend_in_chunks(
     chunks: int,
     rows: int,
     dropout: Dropout | None,
-    cap: float | None,
     query: Array,
     key_values: Sequence[KeyValues],
     mask: Array,
     bias: Array | None,
+    cap: float | None = None,
 ) -> Array:
     """Runs `_attend` over row chunks, one after the other, and recomputes weights for gradients.
 

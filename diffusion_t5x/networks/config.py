@@ -87,7 +87,7 @@ class TransformerConfig:
     attention_kernel: str = "xla"
     """'xla', or 'fused' for an experimental Pallas kernel for TPU v5 and later, which keeps no
     attention logits in main memory. 'fused' falls back to 'xla' for gradients, with dropout, and
-    wherever `flash_attention.applies` is False."""
+    wherever `flash_attention.applies` is False, as with grouped queries, or with a soft cap."""
     scan_layers: bool = False
     """Compile one layer and scan over it; parameters get a leading `layers` axis."""
     relative_buckets: int = 32
