@@ -54,6 +54,10 @@ class _Settings:
             )
         return value
 
+    def has(self, name: str) -> bool:
+        """Returns whether a setting is there, null or not."""
+        return name in self._left
+
     def finish(self) -> None:
         """Refuses settings that nothing has read, unless they are off or change no number."""
         for name, value in self._left.items():
@@ -172,7 +176,7 @@ def _softcap(settings: _Settings, name: str, family: str, default: float) -> flo
     """Returns a bound of logits: Gemma 2's default is that of `transformers`, and null is none."""
     if not family.startswith("gemma"):
         return None
-    absent = family == "gemma2" and name not in settings._left
+    absent = family == "gemma2" and not settings.has(name)
     return default if absent else settings.take(name, float, None)
 
 
@@ -256,7 +260,10 @@ def _rope(family: str, settings: _Settings, *, sliding: bool) -> dict[str, Any]:
 
 
 def _scaling(inner: _Settings) -> RopeScaling | None:
-    kind = inner.take("rope_type", str, inner.take("type", str, "default"))
+    older = inner.take("type", str, None)
+    kind = inner.take("rope_type", str, older or "default")
+    if older not in (None, kind):
+        raise ValueError(f"config.json: rope_type = {kind!r} beside type = {older!r}.")
     check_known(kind, ("default", "linear", "llama3"), "config.json: rope_type")
     if inner.take("partial_rotary_factor", float, 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor; expected 1.0.")
