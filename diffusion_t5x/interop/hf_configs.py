@@ -6,14 +6,24 @@ is an error unless it is off.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from diffusion_t5x.names import check_known
-from diffusion_t5x.networks.config import RopeScaling
+from diffusion_t5x.networks.config import RopeScaling, TransformerConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2")
+# model_type -> the class that `transformers` reads it with
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -30,6 +40,11 @@ _IGNORED = re.compile(
     r"torch_dtype|transformers\.js_config|transformers_version|unsloth_\w+|use_cache|_\w+"
 )
 _REQUIRED = object()
+# What a `config.json` does not say, since it changes no number or nothing reads it.
+_FREE = re.compile(
+    "dtype|remat|scan_layers|dropout_rate|attention_block_logits|attention_kernel|num_encoder_layers|"
+    "(decoder_)?relative_(buckets|max_distance)"
+)
 
 
 class _Settings:
@@ -279,3 +294,120 @@ def _scaling(inner: _Settings) -> RopeScaling | None:
         inner.take("high_freq_factor", float),
         inner.take("original_max_position_embeddings", int),
     )
+
+
+def hf_config_of(config: TransformerConfig, longest: int) -> dict[str, Any]:
+    """Returns the `config.json` of a network, in the form that all versions of the library read.
+
+    Args:
+      config: Any configuration that `config_of` might have returned.
+      longest: Tokens of the longest text, of which rotary positions keep no record.
+
+    Raises:
+      ValueError: If no family has such networks; the message names what is in the way.
+    """
+    if config.positions == "learned":
+        written = _write_gpt2(config)
+    else:
+        written = {**_write_rotary(config), "max_position_embeddings": longest}
+    written |= {
+        "architectures": [FAMILIES[written["model_type"]]],
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied_logits,
+    }
+    back = TransformerConfig(**config_of(written))
+    names = [x.name for x in dataclasses.fields(config) if not _FREE.fullmatch(x.name)]
+    names[names.index("num_kv_heads")] = "kv_heads"
+    wrong = [
+        f"{name} = {getattr(config, name)!r} (expected {getattr(back, name)!r})"
+        for name in names
+        if getattr(back, name) != getattr(config, name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"config.json: {written['model_type']}, the nearest family, has no networks with "
+            f"{', '.join(wrong)}."
+        )
+    return written
+
+
+def _write_activation(config: TransformerConfig, tanh: str) -> str:
+    names = {**{ours: theirs for theirs, ours in ACTIVATIONS.items()}, "gelu": tanh, "silu": "silu"}
+    check_known(config.mlp_activations[0], names, "config.json: mlp_activations")
+    return names[config.mlp_activations[0]]
+
+
+def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_embd": config.embed_dim,
+        "n_head": config.num_heads,
+        "n_layer": config.num_layers,
+        "n_inner": config.mlp_dim,
+        "n_positions": config.max_positions,
+        "activation_function": _write_activation(config, "gelu_new"),
+        "layer_norm_epsilon": config.norm_epsilon,
+        "scale_attn_weights": config.attention_scale != 1.0,
+    }
+
+
+def _write_rotary(config: TransformerConfig) -> dict[str, Any]:
+    gemma = config.norm == "rms_plus_one"
+    if gemma:
+        family = "gemma3_text" if config.qk_norm else "gemma2"
+    elif config.qk_norm:
+        family = "qwen3"
+    elif config.qkv_bias and not config.out_bias:
+        family = "qwen2"
+    else:
+        family = "llama" if config.sliding_window is None else "mistral"
+    written: dict[str, Any] = {
+        "model_type": family,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _write_scaling(config.rope_scaling),
+        "hidden_activation" if gemma else "hidden_act": _write_activation(
+            config, "gelu_pytorch_tanh"
+        ),
+    }
+    if family not in ("mistral", "qwen2"):
+        written["attention_bias"] = config.out_bias
+    if family == "llama":
+        written["mlp_bias"] = config.mlp_bias
+    elif family == "mistral":
+        written["sliding_window"] = config.sliding_window
+    elif not gemma:
+        used = config.sliding_window is not None
+        written |= {"use_sliding_window": used, "sliding_window": config.sliding_window}
+        written["max_window_layers"] = 0 if used else config.num_layers
+    if gemma:
+        scale = config.attention_scale or 1.0
+        written |= {
+            "query_pre_attn_scalar": round(scale**-2),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.logits_softcap,
+            "sliding_window": config.sliding_window,
+        }
+    if family == "gemma3_text":
+        written["sliding_window_pattern"] = config.sliding_period or config.num_layers + 1
+        written["rope_local_base_freq"] = config.rope_local_theta
+    return written
+
+
+def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    written: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        written |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return written

@@ -1,12 +1,13 @@
 """`config.json` as published models have it, and what cannot be read of it."""
 
+import dataclasses
 import json
 
 import pytest
 from hf_side import CASES, read_golden
 
 from diffusion_t5x.interop import hf_names
-from diffusion_t5x.interop.hf_configs import config_of
+from diffusion_t5x.interop.hf_configs import config_of, hf_config_of
 from diffusion_t5x.networks.config import RopeScaling, TransformerConfig
 
 SMOLLM2 = {
@@ -112,6 +113,37 @@ def test_files_written_by_another_version_of_the_library_mean_the_same(published
     assert config_of(json.loads(config.to_json_string())) == config_of(published)
 
 
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda x: x["model_type"])
+def test_what_is_written_of_a_network_is_read_as_the_same_here_and_by_the_library(published):
+    config = TransformerConfig(**config_of(published), remat="full", scan_layers=True)
+    written = hf_config_of(config, 512)
+    assert config_of(written) == config_of(published)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**written)
+    assert theirs.max_position_embeddings == (1024 if published is GPT2 else 512)
+    assert config_of(json.loads(theirs.to_json_string())) == config_of(published)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (LLAMA3, {"embedding_scale": 2.0}, r"llama, .*embedding_scale = 2.0 \(expected 1.0\)"),
+        (LLAMA3, {"start_token": True}, "start_token = True"),
+        (LLAMA3, {"qk_norm": True, "norm": "layer"}, "qwen3, .*norm = 'layer'"),
+        (LLAMA3, {"mlp_activations": ("relu", "silu")}, "mlp_activations = "),
+        (LLAMA3, {"mlp_activations": ("tanh", "linear")}, "mlp_activations = 'tanh'"),
+        (GEMMA2, {"sliding_period": 3}, "sliding_period = 3"),
+        (GPT2, {"attention_scale": 0.3}, "attention_scale = 0.3"),
+        (QWEN2, {"positions": "relative_bias"}, "positions = 'relative_bias'"),
+    ],
+    ids=str,
+)
+def test_a_network_that_no_family_has_is_refused_by_what_is_in_the_way(base, changes, message):
+    config = dataclasses.replace(TransformerConfig(**config_of(base)), **changes)
+    with pytest.raises(ValueError, match=message):
+        hf_config_of(config, 512)
+
+
 def test_smollm2_has_as_many_parameters_as_its_card_says():
     width, layers, mlp, kv = 576, 30, 1536, 3 * 64
     per_layer = 2 * width * width + 2 * width * kv + 3 * width * mlp + 2 * width
@@ -180,6 +212,7 @@ def test_names_without_that_of_the_base_model_and_buffers_are_known(name):
     fields = config_of(json.loads(str(read_golden(name)["config"])))
     tensors = hf_names.tensors_of(fields)
     names = [name for x in tensors for name in x.theirs]
+    assert len(names) == len(set(names))
     base = names[0].partition(".")[0] + "."
     short = [name.removeprefix(base) for name in names]
     assert [name for x in hf_names.tensors_of(fields, short) for name in x.theirs] == short

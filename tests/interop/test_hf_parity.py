@@ -8,6 +8,8 @@ import pytest
 from hf_side import CASES, batch, compute_theirs, make, prompts, read_golden, tokens
 from small_networks import QUICK
 
+from diffusion_t5x.interop import hf_configs, hf_names
+
 NEW = 12
 
 
@@ -27,6 +29,22 @@ def test_logits_and_greedy_texts_are_those_of_the_original_library(name):
     logits, greedy = jax.jit(compute, compiler_options=QUICK)(params)
     np.testing.assert_allclose(logits, theirs["logits"][:, :-1], atol=3e-5)
     np.testing.assert_array_equal(greedy, theirs["greedy"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_come_back_bit_for_bit(name):
+    written = json.loads(str(read_golden(name)["config"]))
+    model, _, theirs = make(written)
+    back = {}
+    for tensors in hf_names.tensors_of(hf_configs.config_of(written)):
+        ours = tensors.to_ours(*(jax.numpy.asarray(theirs[n]) for n in tensors.theirs))
+        back |= zip(tensors.theirs, tensors.to_theirs(*ours), strict=True)
+    assert back.keys() == theirs.keys()
+    for tensor, array in theirs.items():
+        np.testing.assert_array_equal(back[tensor], array, err_msg=tensor)
+    assert hf_configs.config_of(hf_configs.hf_config_of(model.module.config, 64)) == (
+        hf_configs.config_of(written)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
