@@ -400,7 +400,7 @@ def _write_rotary(config: TransformerConfig) -> dict[str, Any]:
     return written
 
 
-def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def _write_scaling(scaling: Any) -> dict[str, Any] | None:
     if scaling is None:
         return None
     written: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

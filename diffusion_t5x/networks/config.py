@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +116,8 @@ class TransformerConfig:
     """Base of the wavelengths of 'rotary' positions."""
     rope_local_theta: float | None = None
     """Base for layers with a sliding window, not scaled; None to treat all layers alike."""
-    rope_scaling: RopeScaling | None = None
-    """Lowers the frequencies of 'rotary' positions."""
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None
+    """Lowers the frequencies of 'rotary' positions; in gin {'kind': 'linear', 'factor': 4.0}."""
     num_kv_heads: int | None = None
     """Heads of keys and values, each of which serves equally many neighbouring heads of queries
     (grouped queries, Ainslie et al. 2023); None for `num_heads`. Caches hold these heads alone."""
@@ -157,6 +158,13 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        if isinstance(scaling := self.rope_scaling, Mapping):
+            known = [field.name for field in dataclasses.fields(RopeScaling)]
+            for name in scaling:
+                check_known(name, known, "rope_scaling")
+            if not {"kind", "factor"} <= set(scaling):
+                raise ValueError(f"rope_scaling = {dict(scaling)}; expected a kind and a factor.")
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         for name in (
             "vocab_size",
             "embed_dim",

@@ -45,6 +45,7 @@ def frequencies(config: TransformerConfig, *, sliding: bool) -> np.ndarray:
     powers = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     plain = (1.0 / np.float32(theta) ** powers).astype(np.float32)
     scaling = None if local else config.rope_scaling
+    assert scaling is None or isinstance(scaling, RopeScaling)
     return plain if scaling is None else _scale(plain, scaling).astype(np.float32)
 
 

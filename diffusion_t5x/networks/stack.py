@@ -44,7 +44,7 @@ class LayerKind(flax.struct.PyTreeNode):
     """In what layers differ besides their parameters; with a leading `layers` axis, of all."""
 
     frequencies: Array | np.ndarray | None  # [head_dim / 2] float32, of rotary positions
-    window: Array | np.ndarray | None  # scalar int32; keys at this distance are not seen
+    window: Array | np.ndarray | None  # scalar int32; keys as far or farther are not seen
 
 
 def layer_kinds(config: TransformerConfig, num_layers: int) -> LayerKind:
