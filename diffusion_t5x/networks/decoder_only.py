@@ -14,6 +14,7 @@ from diffusion_t5x.networks.row_layout import (
     read_prefix,
     start_texts,
     take_targets,
+    text_index,
 )
 from diffusion_t5x.networks.stack import Attended
 from diffusion_t5x.objectives.attention_patterns import (
@@ -65,7 +66,7 @@ class DecoderOnly(Network):
         positions = jnp.arange(row.tokens.shape[1])
         mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix)
         hidden, _, _ = self.decoder(
-            self.token_embedder(row.tokens, deterministic),
+            self.token_embedder(row.tokens, deterministic, text_index(row.segment_ids)),
             Attended(mask, positions, positions),
             deterministic=deterministic,
         )
@@ -79,7 +80,7 @@ class DecoderOnly(Network):
         is_prefix = jnp.ones_like(prefix.tokens, bool)
         mask = make_mask(attention_pattern, prefix.segment_ids, is_prefix)
         hidden, key_values, _ = self.decoder(
-            self.token_embedder(prefix.tokens, True),
+            self.token_embedder(prefix.tokens, True, text_index(prefix.segment_ids)),
             Attended(mask, positions, positions),
             deterministic=True,
             keep_key_values=True,

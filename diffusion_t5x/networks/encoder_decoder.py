@@ -27,6 +27,21 @@ class EncodedPrefix(flax.struct.PyTreeNode):
 class EncoderDecoder(Network):
     """A bidirectional encoder over the prefix, and a decoder over the target that attends to it."""
 
+    def __post_init__(self) -> None:
+        """Refuses settings that only decoder-only networks have."""
+        config = self.config
+        for name, setting in (
+            ("positions", config.positions != "relative_bias"),
+            ("sliding_window", config.sliding_window is not None),
+            ("post_norms", config.post_norms),
+        ):
+            if setting:
+                raise ValueError(
+                    f"TransformerConfig.{name} = {getattr(config, name)!r}: an encoder-decoder has "
+                    "T5's positions, windows and norms alone; use DecoderOnly."
+                )
+        super().__post_init__()
+
     def setup(self) -> None:
         super().setup()
         config = self.config

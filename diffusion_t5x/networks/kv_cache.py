@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 class KeyValues(flax.struct.PyTreeNode):
     """Keys and values of attention in one layer, or in all layers with a leading `layers` axis."""
 
-    keys: Array  # [batch, length, heads, head_dim]
+    keys: Array  # [batch, length, kv_heads, head_dim]
     values: Array  # of the same shape
 
 

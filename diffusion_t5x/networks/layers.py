@@ -1,4 +1,4 @@
-"""The layers of T5 1.1 that look at one position at a time."""
+"""The layers that look at one position at a time."""
 
 from __future__ import annotations
 
@@ -16,30 +16,53 @@ Array = jax.Array
 HIDDEN_AXES = ("batch", "length", "embed")
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a scale and no bias (Zhang and Sennrich 2019)."""
+def softcap(logits: Array, cap: float | None) -> Array:
+    """Bounds logits to (-cap, cap), as Gemma 2 does; None leaves them."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class Norm(nn.Module):
+    """Normalisation of the last axis, over all of `TransformerConfig.norm`.
+
+    Root-mean-square with a scale and no bias (Zhang and Sennrich 2019), or of the variance, with
+    both (Ba et al. 2016).
+    """
 
     config: TransformerConfig
-    epsilon: float = 1e-6
+    axis: str = "embed"  # logical axis of the parameters
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = nn_partitioning.param_with_axes(
-            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
-        )
+        kind, shape, axes = self.config.norm, (x.shape[-1],), (self.axis,)
+        begin = nn.initializers.zeros if kind == "rms_plus_one" else nn.initializers.ones
+        scale = nn_partitioning.param_with_axes("scale", begin, shape, jnp.float32, axes=axes)
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.config.dtype)
+        if kind == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(variance + self.config.norm_epsilon)
+        x = x * (1 + scale if kind == "rms_plus_one" else scale)
+        if kind == "layer":
+            x = x + _bias(self.axis, shape[0])
+        return x.astype(self.config.dtype)
+
+
+def _bias(axis: str, features: int) -> Array:
+    """Returns the bias `[features]` of the module that is being called."""
+    return nn_partitioning.param_with_axes(
+        "bias", nn.initializers.zeros, (features,), jnp.float32, axes=(axis,)
+    )
 
 
 class Dense(nn.Module):
-    """A linear map without bias, `[batch, length, in] -> [batch, length, features]`."""
+    """A linear map, `[batch, length, in] -> [batch, length, features]`."""
 
     config: TransformerConfig
     features: int
     axes: tuple[str, str]  # logical axes of the kernel
     distribution: Literal["truncated_normal", "normal"] = "truncated_normal"  # initially
     scale: float = 1.0  # variance of the initial kernel times its input width
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -52,6 +75,8 @@ class Dense(nn.Module):
         )
         # As a product of two matrices: its gradient takes a CPU half the time of a batched one's.
         y = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)
+        if self.use_bias:
+            y = y + _bias(self.axes[1], self.features).astype(y.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -65,12 +90,20 @@ class GatedMlp(nn.Module):
         config = self.config
         product = None
         for index, name in enumerate(config.mlp_activations):
-            y = Dense(config, config.mlp_dim, ("embed", "mlp"), name=f"wi_{index}")(x)
-            y = y if name == "linear" else getattr(jax.nn, name)(y)
+            dense = Dense(config, config.mlp_dim, ("embed", "mlp"), use_bias=config.mlp_bias,
+                          name=f"wi_{index}")  # fmt: skip
+            y = _activate(name, dense(x))
             product = y if product is None else product * y
         product = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(product, deterministic)
         product = nn_partitioning.with_sharding_constraint(product, ("batch", "length", "mlp"))
-        return Dense(config, config.embed_dim, ("mlp", "embed"), name="wo")(product)
+        out = Dense(config, config.embed_dim, ("mlp", "embed"), use_bias=config.mlp_bias, name="wo")
+        return out(product)
+
+
+def _activate(name: str, x: Array) -> Array:
+    if name == "linear":
+        return x
+    return jax.nn.gelu(x, approximate=False) if name == "gelu_exact" else getattr(jax.nn, name)(x)
 
 
 class TokenEmbedding(nn.Module):
@@ -81,9 +114,20 @@ class TokenEmbedding(nn.Module):
     def setup(self) -> None:
         config = self.config
         shape = (config.vocab_size, config.embed_dim)
+        std = 1.0  # With T5's scale of logits, and without it such that logits begin as large.
+        if config.tied_logits and config.logits_scale is not None:
+            std = 1.0 / (config.logits_scale * config.embed_dim**0.5)
         self.embedding = nn_partitioning.param_with_axes(
-            "embedding", nn.initializers.normal(1.0), shape, jnp.float32, axes=("vocab", "embed")
+            "embedding", nn.initializers.normal(std), shape, jnp.float32, axes=("vocab", "embed")
         )
+        if config.positions == "learned":
+            self.position_embedding = nn_partitioning.param_with_axes(
+                "position_embedding",
+                nn.initializers.normal(std),
+                (config.max_positions, config.embed_dim),
+                jnp.float32,
+                axes=("abspos_buckets", "embed"),
+            )
         if not config.tied_logits:
             self.logits_kernel = nn_partitioning.param_with_axes(
                 "logits_kernel",
@@ -94,9 +138,22 @@ class TokenEmbedding(nn.Module):
             )
         self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
-    def __call__(self, tokens: Array, deterministic: bool) -> Array:
-        """Embeds `tokens [batch, length]` as `[batch, length, embed]`."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+    def __call__(
+        self, tokens: Array, deterministic: bool, text_index: Array | None = None
+    ) -> Array:
+        """Embeds `tokens [batch, length]` as `[batch, length, embed]`.
+
+        `text_index`, of the shape of `tokens`, is their place in their own text, which 'learned'
+        positions need. Only places that are cut off later are beyond the table (`bind` checks it).
+        """
+        config = self.config
+        x = jnp.take(self.embedding, tokens, axis=0).astype(config.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * config.embedding_scale
+        if config.positions == "learned":
+            assert text_index is not None
+            positions = jnp.take(self.position_embedding, text_index, axis=0, mode="clip")
+            x = x + positions.astype(config.dtype)
         x = self.dropout(x, deterministic=deterministic)
         return nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
 
@@ -116,10 +173,14 @@ class TokenEmbedding(nn.Module):
         """
         if weights is None:
             weights = self.output_weights(hidden.shape[0])
-        tied = self.config.tied_logits
+        config = self.config
+        tied, scale = config.tied_logits, config.logits_scale
         shards = weights.shape[0]
         flat = hidden.astype(jnp.float32).reshape(shards, -1, hidden.shape[-1])  # [p, n, e]
-        if tied:
-            flat = flat / jnp.sqrt(self.config.embed_dim)
+        if tied and scale is None:
+            flat = flat / jnp.sqrt(config.embed_dim)
+        elif scale is not None and scale != 1.0:
+            flat = flat * scale
         logits = jnp.einsum("pne,pve->pnv" if tied else "pne,pev->pnv", flat, weights)
+        logits = softcap(logits, config.logits_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)

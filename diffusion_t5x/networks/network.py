@@ -108,7 +108,7 @@ class Network(nn.Module):
             encoded_mask=cache.encoded_mask,
         )
         hidden, key_values, _ = self.decoder(
-            self.token_embedder(tokens, True),
+            self.token_embedder(tokens, True, _text_index(cache, queries)),
             attended,
             deterministic=True,
             cache=cache,
@@ -132,7 +132,8 @@ class Network(nn.Module):
             key_positions=jnp.concatenate([prefix_index, canvas_index]),
             encoded_mask=repeat_rows(cache.encoded_mask, repeats),
         )
-        embedded = self.token_embedder(canvas, True)
+        index = repeat_rows(_text_index(cache, canvas_index), repeats)
+        embedded = self.token_embedder(canvas, True, index)
         hidden, _, _ = self.decoder(embedded, attended, deterministic=True, cache=cache)
         return hidden
 
@@ -141,3 +142,9 @@ class Network(nn.Module):
 
     def logits(self, hidden: Array, weights: Array | None = None) -> Array:
         return self.token_embedder.logits(hidden, weights)
+
+
+def _text_index(cache: KVCache, row_index: Array) -> Array:
+    """Returns the place in its text of each `row_index [length]`: int32 `[batch, length]`."""
+    padding = jnp.sum(~cache.visible, axis=1, dtype=jnp.int32)  # [batch], before the prefix
+    return row_index - padding[:, None]

@@ -109,6 +109,17 @@ def shift_texts(x: Array, segment_ids: Array, first: int | bool) -> Array:
     return jnp.where(segment_ids == before, jnp.roll(x, 1, axis=1), first)
 
 
+def text_index(segment_ids: Array) -> Array:
+    """Returns the place of each token in its own text, int32 of the shape of `segment_ids`.
+
+    Texts are contiguous in `segment_ids [batch, length]`.
+    """
+    index = jnp.arange(segment_ids.shape[1])
+    before = jnp.pad(segment_ids, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
+    starts = jnp.where(segment_ids != before, index, 0)
+    return index - jax.lax.cummax(starts, axis=1)
+
+
 def start_texts(row: Row) -> Row:
     """Begins each text of a packed row with a 0 and shifts its tokens right; drops the last one.
 

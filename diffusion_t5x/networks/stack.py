@@ -8,12 +8,14 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.attention import MultiHeadAttention, RelativePositionBias
 from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
 from diffusion_t5x.networks.kv_cache import KeyValues, KVCache, PerLayer
-from diffusion_t5x.networks.layers import HIDDEN_AXES, GatedMlp, RMSNorm
+from diffusion_t5x.networks.layers import HIDDEN_AXES, GatedMlp, Norm
+from diffusion_t5x.networks.rotary import frequencies, rotation
 
 Array = jax.Array
 
@@ -32,9 +34,29 @@ class Attended(flax.struct.PyTreeNode):
     encoded: Array | None = None
     encoded_mask: Array | None = None  # [batch, 1 or queries, encoder_length] bool, likewise
     # [groups, heads, queries, keys], the position bias that all layers share, and the same bias by
-    # distance (see `_position_bias`); None if each layer has its own. The stack fills them in.
+    # distance (see `_position_bias`); None if each layer has its own, or there is none. The stack
+    # fills them in.
     bias: Array | None = None
     tables: list[Array] | None = None
+
+
+class LayerKind(flax.struct.PyTreeNode):
+    """In what layers differ besides their parameters; with a leading `layers` axis, of all."""
+
+    frequencies: Array | np.ndarray | None  # [head_dim / 2] float32, of rotary positions
+    window: Array | np.ndarray | None  # scalar int32; keys as far or farther are not seen
+
+
+def layer_kinds(config: TransformerConfig, num_layers: int) -> LayerKind:
+    """Returns the kinds of layers that `sliding_window` and `sliding_period` make of a stack."""
+    period = config.sliding_period or num_layers + 1
+    sliding = [(number + 1) % period != 0 for number in range(num_layers)]
+    turned = window = None
+    if config.positions == "rotary":
+        turned = np.stack([frequencies(config, sliding=x) for x in sliding])
+    if config.sliding_window is not None:
+        window = np.where(sliding, config.sliding_window, np.iinfo(np.int32).max).astype(np.int32)
+    return LayerKind(turned, window)
 
 
 class TransformerLayer(nn.Module):
@@ -51,6 +73,7 @@ class TransformerLayer(nn.Module):
         x: Array,
         cached: KeyValues | None,
         encoded: KeyValues | None,
+        kind: LayerKind,
         attended: Attended,
     ) -> tuple[Array, tuple[KeyValues | None, KeyValues | None]]:
         """Applies the layer to `x [batch, length, embed]`.
@@ -58,6 +81,7 @@ class TransformerLayer(nn.Module):
         Args:
           cached: Cached keys and values of earlier tokens, to attend to; None for `x` alone.
           encoded: Cached keys and values of the encoder's output; None to compute them.
+          kind: Which keys this layer sees, and how it turns them.
 
         Returns:
           Hidden states of the shape of `x`; and if they are kept, the keys and values with those of
@@ -65,25 +89,35 @@ class TransformerLayer(nn.Module):
         """
         config, deterministic = self.config, self.deterministic
         dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+        queries, keys = attended.query_positions, attended.key_positions
+        turn = None if kind.frequencies is None else rotation(queries, kind.frequencies)
+        mask = attended.mask
+        if kind.window is not None:
+            mask = mask & (jnp.abs(queries[:, None] - keys) < kind.window)
         attention = MultiHeadAttention(config, name="self_attention")
-        y = RMSNorm(config, name="pre_self_attention_layer_norm")(x)
-        key_values = _write(attention.keys_values(y), cached, attended.index)
+        y = Norm(config, name="pre_self_attention_layer_norm")(x)
+        key_values = _write(attention.keys_values(y, turn), cached, attended.index)
         bias, tables = attended.bias, attended.tables
-        if bias is None:
+        if config.relative_bias_per_layer:
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
             bias, tables = _position_bias(bias_of, attended, x.shape[0])
-        y = attention(y, key_values, attended.mask, bias, tables, deterministic=deterministic)
+        y = attention(y, key_values, mask, bias, tables, turn, deterministic=deterministic)
+        if config.post_norms:
+            y = Norm(config, name="post_self_attention_layer_norm")(y)
         x = x + dropout(y, deterministic=deterministic)
         if attended.encoded_mask is not None:
             cross = MultiHeadAttention(config, name="encoder_decoder_attention")
-            y = RMSNorm(config, name="pre_cross_attention_layer_norm")(x)
+            y = Norm(config, name="pre_cross_attention_layer_norm")(x)
             if encoded is None:
                 assert attended.encoded is not None
-                encoded = cross.keys_values(attended.encoded)
-            y = cross(y, [encoded], attended.encoded_mask, None, None, deterministic=deterministic)
+                encoded = cross.keys_values(attended.encoded, None)
+            others = [encoded], attended.encoded_mask, None, None, None
+            y = cross(y, *others, deterministic=deterministic)
             x = x + dropout(y, deterministic=deterministic)
-        y = RMSNorm(config, name="pre_mlp_layer_norm")(x)
+        y = Norm(config, name="pre_mlp_layer_norm")(x)
         y = GatedMlp(config, name="mlp")(y, deterministic)
+        if config.post_norms:
+            y = Norm(config, name="post_mlp_layer_norm")(y)
         x = x + dropout(y, deterministic=deterministic)
         x = nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
         return x, (key_values[-1], encoded) if self.keep_key_values else (None, None)
@@ -122,7 +156,7 @@ def _position_bias(
 
 
 class Stack(nn.Module):
-    """Transformer layers, their relative position bias, and a final norm."""
+    """Transformer layers, the position bias that they may share, and a final norm."""
 
     config: TransformerConfig
     num_layers: int
@@ -145,7 +179,7 @@ class Stack(nn.Module):
           with those of `x` among them, and those of the encoder's output.
         """
         config = self.config
-        if not config.relative_bias_per_layer:
+        if config.positions == "relative_bias" and not config.relative_bias_per_layer:
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
             bias, tables = _position_bias(bias_of, attended, x.shape[0])
             attended = attended.replace(bias=bias, tables=tables)
@@ -161,26 +195,29 @@ class Stack(nn.Module):
             deterministic=deterministic,
             keep_key_values=keep_key_values,
         )
+        kinds = layer_kinds(config, self.num_layers)
         past = (None, None) if cache is None else (cache.key_values, cache.encoded)
         if config.scan_layers:
             scanned = nn_partitioning.scan_with_axes(
-                lambda layer, x, past, attended: layer(x, *past, attended),
+                lambda layer, x, past, kind, attended: layer(x, *past, kind, attended),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast),
                 length=self.num_layers,
                 axis_name="layers",
             )
-            x, (key_values, encoded) = scanned(make(name="layers"), x, past, attended)
+            x, (key_values, encoded) = scanned(make(name="layers"), x, past, kinds, attended)
         else:
             kept = []
             for number in range(self.num_layers):
                 own, own_encoded = (
                     part[number] if isinstance(part, list) else None for part in past
                 )
-                x, new = make(name=f"layers_{number}")(x, own, own_encoded, attended)
+                kind = jax.tree.map(lambda of_layers, n=number: of_layers[n], kinds)
+                layer_of = make(name=f"layers_{number}")
+                x, new = layer_of(x, own, own_encoded, kind, attended)
                 kept.append(new)
             key_values, encoded = map(list, zip(*kept, strict=True))
-        x = RMSNorm(config, name="final_layer_norm")(x)
+        x = Norm(config, name="final_layer_norm")(x)
         x = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(x, deterministic)
         return x, key_values, encoded

@@ -1,14 +1,17 @@
 """Conversion between the names and shapes of T5X's networks and ours is lossless."""
 
+import flax
 import jax
 import numpy as np
 import parity
 import pytest
+from small_networks import make
 
 from diffusion_t5x.interop import t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray
 from diffusion_t5x.interop.t5x_checkpoints import open_checkpoint
 from diffusion_t5x.networks.attention import relative_position_bucket
+from diffusion_t5x.networks.decoder_only import DecoderOnly
 
 
 def _read(params):
@@ -82,3 +85,25 @@ def test_parameters_that_a_network_cannot_hold_are_refused(tmp_path):
         t5x_networks.to_ours({"a/b": t5[name]})
     with pytest.raises(ValueError, match="'t6' is unknown"):
         t5x_networks.from_ours(t5, "t6")
+    t5x_networks.check_is_t5(t5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positions": "rotary"}, "without relpos_bias"),
+        ({"positions": "learned", "max_positions": 9}, "position_embedding"),
+        ({"num_kv_heads": 1}, "layers_0/self_attention/key/kernel"),
+        ({"qkv_bias": True}, "self_attention/key/bias"),
+        ({"qk_norm": True}, "self_attention/key_norm"),
+        ({"norm": "layer"}, "final_layer_norm/bias"),
+        ({"post_norms": True}, "post_mlp_layer_norm"),
+    ],
+    ids=str,
+)
+def test_a_network_of_another_family_is_refused_before_anything_is_written(settings, message):
+    _, params = make(DecoderOnly, **settings)
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    stored = {name: StoredArray(name, x.shape, x.dtype, x.copy) for name, x in flat.items()}
+    with pytest.raises(ValueError, match=message):
+        t5x_networks.check_is_t5(stored)

@@ -43,14 +43,14 @@ def _batch(rows: int) -> dict[str, np.ndarray]:
 
 
 def sharded_steps(
-    objective: str, architecture: str, scan: bool, layouts: Sequence[tuple[int, int]]
+    objective: str, architecture: str, layouts: Sequence[tuple[int, int]], **config: Any
 ) -> list[dict[str, Any]]:
     """A training step and a decoded batch for each number of partitions and of split dimensions."""
     batch = _batch(8)
     shapes = {name: value.shape for name, value in batch.items()}
     model = toy.model(
         objective, architecture, optimizers.adafactor(min_dim_size_to_factor=4),
-        scan_layers=scan, num_layers=2,
+        num_layers=2, **config,
     )  # fmt: skip
     out = []
     for partitions, dims in layouts:
@@ -131,9 +131,16 @@ def restored_elsewhere() -> list[dict[str, Any]]:
 
 
 COMPUTATIONS = {
-    "sharded": lambda: sharded_steps("diffusion", "decoder_only", True, ((1, 1), (2, 2))),
+    "sharded": lambda: sharded_steps(
+        "diffusion", "decoder_only", ((1, 1), (2, 2)), scan_layers=True
+    ),
+    "sharded_grouped": lambda: sharded_steps(
+        "diffusion", "decoder_only", ((1, 1), (4, 2)), scan_layers=True, positions="rotary",
+        num_kv_heads=2, qkv_bias=True, qk_norm=True, attention_scale=0.5, logits_scale=1.0,
+        sliding_window=3, sliding_period=2,
+    ),
     "sharded_encoder_decoder": lambda: sharded_steps(
-        "autoregressive", "encoder_decoder", False, ((1, 1), (2, 2), (4, 1))
+        "autoregressive", "encoder_decoder", ((1, 1), (2, 2), (4, 1))
     ),
     "chunked": attention_in_chunks,
     "restored": restored_elsewhere,

@@ -56,10 +56,11 @@ class Partial(NamedTuple):
 def applies(query: Array, key_values: Sequence[KeyValues]) -> bool:
     """Returns True if the kernel supports these shapes on these devices.
 
-    It needs more than one query, since a single one reads its keys only once anyway. The heads of a
-    device must fill registers: several share 128 lanes, or one takes a multiple of them. Rows and
-    heads must be split evenly among devices. TPUs before v5 are not supported, since they cannot
-    shift each row of a register by a different number of places.
+    It needs more than one query, since a single one reads its keys only once anyway, and as many
+    heads of keys as of queries. The heads of a device must fill registers: several share 128 lanes,
+    or one takes a multiple of them. Rows and heads must be split evenly among devices. TPUs before
+    v5 are not supported, since they cannot shift each row of a register by a different number of
+    places.
     """
     if device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
         return False
@@ -68,7 +69,8 @@ def applies(query: Array, key_values: Sequence[KeyValues]) -> bool:
     if queries == 1 or shards is None or head_shards is None:
         return False
     rows = min(part.keys.shape[0] for part in key_values)
-    if rows % shards or num_heads % head_shards:
+    grouped = key_values[0].keys.shape[2] != num_heads
+    if grouped or rows % shards or num_heads % head_shards:
         return False
     heads = num_heads // head_shards
     whole = LANES % head_dim == 0 or head_dim % LANES == 0

@@ -176,10 +176,19 @@ def _networks(network_class, **overrides):
     return params, network, fused
 
 
-def test_a_network_and_its_gradient_are_as_without_the_kernel(interpreted):
-    params, *networks = _networks(
-        DecoderOnly, relative_bias_per_layer=True, scan_layers=True, remat="full"
-    )
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"relative_bias_per_layer": True},
+        pytest.param(
+            {"positions": "rotary", "sliding_window": 4, "attention_scale": 0.1},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_a_network_and_its_gradient_are_as_without_the_kernel(interpreted, config):
+    params, *networks = _networks(DecoderOnly, scan_layers=True, remat="full", **config)
 
     def loss(network, params):
         logits = network.apply({"params": params}, PREFIX, CANVASES[:3], "causal")
@@ -215,6 +224,14 @@ def test_canvases_that_share_a_cached_prefix_are_as_without_the_kernel(interpret
 
     plain, fused = (run(network, params, denoise) for network in networks)
     np.testing.assert_allclose(fused, plain, atol=2e-4)
+
+
+@pytest.mark.parametrize("config", [{"num_kv_heads": 1}, {"attention_softcap": 2.0}], ids=str)
+def test_grouped_queries_and_soft_caps_are_left_to_xla(interpreted, config):
+    params, *networks = _networks(DecoderOnly, **config)
+    states = [hidden(network, params, PREFIX, CANVASES[:3], "causal") for network in networks]
+    np.testing.assert_array_equal(*states)
+    assert not interpreted
 
 
 def test_elsewhere_it_is_attention_by_xla():
