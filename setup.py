@@ -14,7 +14,7 @@ VERSION = re.search(
 GCS = ["gcsfs>=2026.9"]
 S3 = ["s3fs>=2026.9"]
 # Language models of others: their weights, tokenizers and chat templates.
-LLM = ["gguf>=0.17", "jinja2>=3.1", "safetensors>=0.5", "tokenizers>=0.21"]
+LLM = ["gguf>=0.17", "jinja2>=3.1.6", "safetensors>=0.5", "tokenizers>=0.21"]
 TASKS = setuptools.find_packages(include=["tasks*"])
 
 setuptools.setup(

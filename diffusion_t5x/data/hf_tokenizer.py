@@ -36,6 +36,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
       id_map: What exchanges token 0 with the one that is padding here.
       files: The tokenizer's files.
       sentinels: The tokens that span corruption may use, none of which texts have.
+      role_texts: What stands in texts for 'bos', 'eos', 'unk' and 'pad', as far as there are such.
+      special_ids: The tokens that no text has unless a template writes them.
       adds_bos: Whether texts begin with `bos_id`, as the tokenizer's files have it.
     """
 
@@ -58,8 +60,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
         )
         self.id_map = IdMap(choose_padding(rows, special, files.roles, files.free, not whole))
         self._size = max(rows, self.id_map.padding + 1)
-        self._roles = {role: int(self.id_map.exchange(n)) for role, n in files.roles.items()}
+        self._roles = {role: self._ours([token])[0] for role, token in files.roles.items()}
         self._special = {text: number for number, text in special.items()}
+        contents = {number: text for text, number in ids.items()}
+        self.role_texts = {role: contents.get(n, "") for role, n in files.roles.items()}
+        self.special_ids = frozenset(self._ours(list(special)))
         self._tokenizer = _make(_renamed(files.spec, self._special), files.path)
         bare = _make(files.spec, files.path).encode("")
         self.adds_bos = files.roles.get("bos") in bare.ids
@@ -72,13 +77,13 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     def _find_sentinels(self, ids: Mapping[str, int]) -> tuple[int, ...]:
         """Returns `<extra_id_0>` and so on, else reserved tokens, else rows without tokens."""
-        numbered = []
+        numbered: list[int] = []
         while (name := f"<extra_id_{len(numbered)}>") in ids:
             numbered.append(ids[name])
         taken = {self.id_map.padding, *self.files.roles.values()}
         reserved = [n for text, n in self._special.items() if re.search("reserved|unused", text)]
         spare = [n for n in [*sorted(reserved), *self.files.free] if n not in taken]
-        return tuple(int(n) for n in self.id_map.exchange(np.array(numbered or spare, int)))
+        return tuple(self._ours(numbered or spare))
 
     @property
     def bos_id(self) -> int | None:
@@ -175,18 +180,19 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 def _renamed(spec: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
     """Returns a tokenizer whose special tokens no text contains."""
-    spec = copy.deepcopy({**spec, "post_processor": None, "truncation": None, "padding": None})
+    absent = {"post_processor": None, "truncation": None, "padding": None}
+    changed: dict[str, Any] = copy.deepcopy({**spec, **absent})
     names = {content: f"[{_SECRET}:{number}]" for content, number in special.items()}
-    for token in spec["added_tokens"]:
+    for token in changed["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
-    model = spec["model"]
+    model = changed["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(text, text): n for text, n in model["vocab"].items()}
     else:
         model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    return spec
+    return changed
 
 
 def _make(spec: Mapping[str, Any], name: str) -> Any:

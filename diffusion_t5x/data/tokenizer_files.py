@@ -284,7 +284,7 @@ def _sentencepiece_parts(
     roles: Mapping[str, int],
 ) -> dict[str, Any]:
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    normalizers = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    normalizers: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
     normalizers += [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
