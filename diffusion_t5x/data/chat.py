@@ -81,6 +81,7 @@ def tokenize_turns(
             inputs, targets = _completion(value, vocabulary)
             before, text = value["prompt"], value["completion"]
         else:
+            assert template is not None  # else messages are refused when files are checked
             messages = value["messages"][: int(turn) + 1]
             inputs, targets, before = _fitting(
                 messages, value["tools"], template, vocabulary, limit
@@ -118,7 +119,25 @@ def _completion(value: Example, vocabulary: seqio.Vocabulary) -> tuple[list[int]
     inputs, targets = vocabulary.encode_rendered(
         before + vocabulary.protect(completion), len(before)
     )
-    return ([vocabulary.bos_id] if vocabulary.adds_bos else []) + inputs, targets
+    bos = vocabulary.bos_id if vocabulary.adds_bos else None
+    return inputs if bos is None else [bos, *inputs], targets
+
+
+def message_tokens(text: str, vocabulary: seqio.Vocabulary) -> list[int]:
+    """Returns the tokens of a user's message and of the beginning of the assistant's turn.
+
+    Raises:
+      ValueError: if there is no template, or it refuses the message.
+    """
+    if (template := ChatFormat().load(vocabulary)) is None:
+        raise ValueError(
+            "AS_CHAT = True, but the vocabulary has no chat template; set ChatFormat.template, or "
+            "get_vocabulary.name to a tokenizer with one."
+        )
+    own = isinstance(vocabulary, TokenizerVocabulary)
+    content = vocabulary.protect(text) if own else text
+    rendered = template.render([{"role": "user", "content": content}], None, True)
+    return vocabulary.encode_rendered(rendered)[1] if own else list(vocabulary.encode(rendered))
 
 
 def _fitting(

@@ -137,14 +137,12 @@ class TokenizerVocabulary(seqio.Vocabulary):
         """Tokenizes what a template has rendered: its special tokens, and protected text.
 
         Returns:
-          The tokens of the first `begin` characters of `text`, and those of the others; a token
-          across the border is of the others.
+          The tokens of the first `begin` characters of `text`, as they are where nothing follows,
+          for so a prefix is read when it is decoded from; and those of the others, as they follow.
         """
-        marked, head = map(self._mark, (text, text[:begin]))
-        encoded = self._tokenizer.encode(marked, add_special_tokens=False)
-        ours = self._ours(encoded.ids)
-        border = sum(1 for _, end in encoded.offsets if end <= len(head))
-        return ours[:border], ours[border:]
+        head, rest = self._encode(self._mark(text[:begin])), self._encode(self._mark(text[begin:]))
+        whole = self._encode(self._mark(text))
+        return head, whole[len(head) :] if whole[: len(head)] == head else rest
 
     def _mark(self, text: str) -> str:
         """Names special tokens as the tokenizer here knows them, and restores protected text."""

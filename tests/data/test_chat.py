@@ -35,7 +35,9 @@ STYLES = {
     ),
     "llama 3": (
         chat_templates.LLAMA_3,
-        lambda: small_tokenizers.byte_level((*LLAMA_3_SPECIAL, "<|reserved_0|>"), first=False),
+        lambda: small_tokenizers.byte_level(
+            (*LLAMA_3_SPECIAL, "<|reserved_0|>"), False, small_tokenizers.LLAMA_3_WORDS
+        ),
         {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>"},
     ),
     "mistral": (
@@ -178,6 +180,28 @@ def test_what_users_write_is_never_a_special_token(styles):
     assert vocabulary.decode(example["targets"]) == evil
     [example] = _examples(vocabulary, [({"prompt": evil, "completion": evil}, (0,))])
     assert not {*example["inputs"], *example["targets"]} & vocabulary.special_ids
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_message_that_is_sampled_is_what_training_reads(style, styles):
+    vocabulary, _, _ = styles[style]
+    [example] = _examples(vocabulary, [({"messages": CHAT[:2], "tools": None}, (1,))])
+    assert chat.message_tokens(CHAT[0]["content"], vocabulary) == example["inputs"].tolist()
+    with pytest.raises(
+        ValueError, match=r"AS_CHAT = True, but the vocabulary has no chat template"
+    ):
+        chat.message_tokens("Hi", vocabularies.get_vocabulary("bytes"))
+
+
+def test_a_prefix_has_the_tokens_that_it_has_where_nothing_follows(tmp_path):
+    tokenizer = small_tokenizers.byte_level(words=small_tokenizers.LLAMA_3_WORDS)
+    tokenizer.add_tokens(["\n\n"])  # which "assistant\n" and a turn that begins so would become
+    path = small_tokenizers.write(tmp_path, tokenizer, chat_templates.CHATML, eos="<|im_end|>")
+    vocabulary = vocabularies.get_vocabulary(str(path))
+    messages = [CHAT[2], {"role": ASSISTANT, "content": "\nYes"}]
+    [example] = _examples(vocabulary, [({"messages": messages, "tools": None}, (1,))])
+    assert example["inputs"].tolist() == chat.message_tokens(CHAT[2]["content"], vocabulary)
+    assert example["targets"].tolist() == list(vocabulary.encode("\nYes"))
 
 
 def test_the_oldest_exchanges_are_dropped_after_the_systems_message(styles):

@@ -13,6 +13,11 @@ CORPUS = [
     "def f(x):\n    return [x ** 2 for x in range(10)]\n\n",
     "<html>\t1234 5678</html>  two  spaces   three",
 ] * 3
+# How Llama 3 divides texts before merging; Qwen 2 divides numbers into single digits.
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
@@ -20,18 +25,25 @@ CHATML = (
 )
 
 
-def byte_level(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), first=True, size=400):
-    """Returns a byte-level BPE tokenizer; its special tokens have the first ids, or the last."""
+def byte_level(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), first=True, words=None):
+    """Returns a byte-level BPE tokenizer; its special tokens have the first ids, or the last.
+
+    Texts are divided by the regular expression `words`, or as SmolLM2's.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
+    by_words = words and pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            by_words or pre_tokenizers.Digits(True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not words),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=400,
         special_tokens=list(special) if first else [],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
