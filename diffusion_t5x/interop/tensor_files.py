@@ -317,7 +317,7 @@ def _divide(
     ]
 
 
-def _encode(shard: Mapping[str, StoredArray]) -> Iterator[bytes]:
+def _encode(shard: Mapping[str, StoredArray]) -> Iterator[bytes | memoryview]:
     """Yields the parts of a safetensors file: the library wants all tensors at once."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -338,4 +338,4 @@ def _encode(shard: Mapping[str, StoredArray]) -> Iterator[bytes]:
             raise ValueError(
                 f"{name!r} is {values.dtype} {values.shape}; expected {array.dtype} {array.shape}."
             )
-        yield np.ascontiguousarray(values).tobytes()
+        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

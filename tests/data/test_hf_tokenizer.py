@@ -127,6 +127,54 @@ def test_weights_move_with_the_tokens_and_back_bit_for_bit(name, kinds):
     assert (back.dtype, back.tobytes()) == (rows.dtype, rows.tobytes())
 
 
+def test_a_unigram_tokenizer_has_its_own_padding_and_sentinels(tmp_path):
+    special = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_1>"]
+    pieces = [(text, 0.0) for text in special] + [("\u2581", -2.0), ("\u2581Par", -3.0)]
+    pieces += [(char, -4.0) for char in "Paris def"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(special)
+    path = small_tokenizers.write(tmp_path, tokenizer, eos="</s>", pad="<pad>", unk="<unk>")
+    vocabulary = vocabularies.get_vocabulary(str(path))
+    assert vocabulary.id_map == IdMap(0)
+    assert vocabularies.sentinel_ids(vocabulary) == (3, 4)
+    for text in ("Paris", "is Paris defs", "xyz"):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert list(vocabulary.encode(text)) == expected
+    # Which the library would take from its pieces, even if told to read no special tokens.
+    assert not {0, 1, 3, 4} & {*vocabulary.encode("is </s> <pad> <extra_id_0>")}
+    assert vocabulary.decode(vocabulary.encode("is Paris")) == "is Paris"
+
+
+def test_the_end_and_the_template_are_found_wherever_files_have_them(tmp_path):
+    tokenizer = small_tokenizers.byte_level()
+
+    def read(number, **files):
+        directory = small_tokenizers.write(tmp_path / str(number), tokenizer)
+        (directory / "tokenizer_config.json").unlink()
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content)
+            (directory / name.replace("__", ".")).write_text(text)
+        vocabulary = vocabularies.get_vocabulary(str(directory))
+        return vocabulary.eos_id, vocabulary.files.chat_template
+
+    end = {"content": "<|im_end|>", "special": True}
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    assert read(1, tokenizer_config__json={"eos_token": end, "chat_template": named}) == (2, "D")
+    assert read(2, special_tokens_map__json={"eos_token": "<|im_end|>"}) == (2, None)
+    assert read(3, config__json={"eos_token_id": [2, 1], "vocab_size": 500}) == (2, None)
+    assert read(
+        4,
+        tokenizer_config__json={"eos_token": "<|im_start|>", "chat_template": "old"},
+        chat_template__jinja="new",
+    ) == (1, "new")
+    with pytest.raises(ValueError, match=r"does not say which token ends texts"):
+        read(5)  # both <|endoftext|> and <|im_end|> may
+    with pytest.raises(ValueError, match=r"neither a name nor a file"):
+        vocabularies.get_vocabulary(str(tmp_path))
+
+
 def test_rows_that_an_embedding_has_beyond_its_tokenizer_come_before_a_new_one(tmp_path):
     tokenizer = small_tokenizers.byte_level(("<|endoftext|>",), first=False)
     size = tokenizer.get_vocab_size()

@@ -3,8 +3,10 @@
 import json
 import re
 
+import pyarrow
 import pytest
 import seqio
+from pyarrow import parquet
 
 import gin
 from diffusion_t5x.data import lengths, vocabularies
@@ -26,6 +28,7 @@ CHAT = [
     {"role": "user", "content": "Sure?"},
     {"role": "assistant", "content": "Yes."},
 ]
+SYSTEM = {"role": "system", "content": "Be brief."}
 GOOD = [
     {"messages": CHAT},
     {"prompt": "def f(x):", "completion": "\n    return x", "id": 7},
@@ -33,8 +36,9 @@ GOOD = [
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": "Paris"}]}]},
     {"prompt": "", "completion": "once", "messages": None},
+    {"messages": [*CHAT[:1], {**CHAT[1], "weight": 0}, *CHAT[2:]], "tools": []},
 ]
-TARGETS = ["Paris.", "Yes.", "\n    return x", "Yes.", "Hello", "Paris", "once"]
+TARGETS = ["Paris.", "Yes.", "\n    return x", "Yes.", "Hello", "Paris", "once", "Yes."]
 
 
 def _as(role, content, **more):
@@ -55,6 +59,8 @@ BAD = {
     json.dumps(_as("assistant", "\ud83d")): "half of a surrogate pair",
     '{"prompt": "a", "completion": ""}': "'completion' is empty",
     '{"prompt": "a", "completion": 3}': "expected 'messages'",
+    json.dumps({"messages": CHAT, "tools": "search"}): "'tools' is 'search', expected a list",
+    json.dumps(_as("assistant", "x", weight=0)): "no turn of the assistant",
 }
 
 
@@ -109,6 +115,17 @@ def test_malformed_records_are_left_out_by_file_and_line(tmp_path):
     for number, (refusal, reason) in enumerate(zip(refused, BAD.values(), strict=True), 2):
         assert str(refusal).startswith(f"{path}:{number}: ")
         assert re.search(reason, str(refusal)), refusal
+
+
+def test_tables_of_conversations_are_read_as_lines_are(tmp_path):
+    rows = [{"messages": CHAT}, {"messages": [SYSTEM, *CHAT[:2]]}]
+    path = tmp_path / "chats.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    reader = Conversations(ChatTemplate(chat_templates.CHATML, "T"))
+    found = list(readers.read(reader, (str(path),)))
+    (tmp_path / "chats.json").write_text(json.dumps(rows))
+    assert found == list(readers.read(reader, (str(tmp_path / "chats.json"),)))
+    assert [one["turns"] for one in found] == [["1", "3"], ["2"]]
 
 
 def test_what_the_template_refuses_is_refused_before_a_run(tmp_path, capsys):

@@ -23,8 +23,9 @@ class Conversations:
 
     They have 'messages', a list of objects with 'role' and 'content'; or 'conversations', with
     'from' and 'value'; or 'prompt' and 'completion', two texts or two lists of messages; and
-    perhaps 'tools'. A record is `example`, JSON of `messages` and `tools`, or of `prompt` and
-    `completion`, and `turns`, the places of the messages that are to be learned.
+    perhaps 'tools'. A turn whose 'weight' is 0 is not learned. A record is `example`, JSON of
+    `messages` and `tools`, or of `prompt` and `completion`, and `turns`, the places of the
+    messages that are to be learned.
 
     Attributes:
       template: Renders the messages of each record once, so that what it refuses is known before
@@ -57,10 +58,16 @@ class Conversations:
             messages, learned = prompt + _messages(value["completion"], "completion"), len(prompt)
         else:
             raise Malformed(f"{_FORMS}; it has {sorted(value)}")
-        turns = [n for n in range(learned, len(messages)) if messages[n]["role"] == "assistant"]
+        turns = [
+            place
+            for place, message in enumerate(messages)
+            if place >= learned and message["role"] == "assistant" and message.get("weight") != 0
+        ]
         if not turns:
             raise Malformed("has no turn of the assistant, so nothing to learn")
-        example = {"messages": messages, "tools": value.get("tools") or None}
+        if not isinstance(tools := value.get("tools") or None, list | None):
+            raise Malformed(f"'tools' is {tools!r:.40}, expected a list")
+        example = {"messages": messages, "tools": tools}
         self._check(example, turns)
         return {"example": json.dumps(example), "turns": [str(turn) for turn in turns]}
 
