@@ -76,7 +76,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
                 f"{path}: the tensor {name!r} {placed.shape} has no place in {header.architecture}."
             )
         array = _stored(header, theirs[name], placed)
-        arrays[theirs[name]] = _as_hugging_face(array, header.architecture, config)
+        arrays[theirs[name]] = _as_hugging_face(array, header, config)
     return config, arrays
 
 
@@ -84,6 +84,12 @@ def _hugging_face_names(header: Header) -> dict[str, str]:
     """Returns Hugging Face's name of every tensor that the family may have, by GGUF's."""
     gguf = import_gguf()
     blocks = header.require("block_count")
+    held = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if held != {str(n) for n in range(min(blocks, len(held) + 1))}:
+        raise ValueError(
+            f"{header.path} has tensors of {len(held)} layers; expected those of its block_count, "
+            f"{blocks}."
+        )
     [arch] = [a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == header.architecture]
     to_gguf = gguf.get_tensor_name_map(arch, blocks)
     old = header.architecture == "gpt2"
@@ -123,16 +129,18 @@ def _stored(header: Header, name: str, placed: Placed) -> StoredArray:
     return StoredArray(name, placed.shape, whole.get(kind.name, np.dtype(np.float32)), read)
 
 
-def _as_hugging_face(array: StoredArray, family: str, config: Mapping[str, Any]) -> StoredArray:
+def _as_hugging_face(array: StoredArray, header: Header, config: Mapping[str, Any]) -> StoredArray:
     """Undoes what the family's converter has done to a tensor."""
-    name = array.source
+    name, family = array.source, header.architecture
     change: Callable[[np.ndarray], np.ndarray] | None = None
     module = name.rpartition(".")[0]
     if family == "llama" and module.endswith(("q_proj", "k_proj")):
         kind = "num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"
         heads = config[kind]
         if array.shape[0] % (2 * heads):
-            raise ValueError(f"{name!r} has {array.shape[0]} rows, not of {heads} heads, {kind}.")
+            raise ValueError(
+                f"{header.path}: {name!r} has {array.shape[0]} rows, not of {heads} heads, {kind}."
+            )
         change = functools.partial(unpermute, heads=heads)
     elif family.startswith("gemma") and name.endswith("norm.weight"):
         change = _subtract_one

@@ -338,6 +338,7 @@ def test_llama_3s_scaling_of_positions_is_recognised(factor, tmp_path):
     ("family", "metadata", "tensors", "more", "message"),
     [
         ("falcon", {}, {}, {}, "the family 'falcon' is not read; .*llama"),
+        ("llama", {"block_count": 10**9}, {}, {}, "of 2 layers; expected .* 1000000000"),
         ("llama", {"expert_count": 4}, {}, {}, "mixture of experts"),
         ("llama", {"rope.scaling.type": "longrope"}, {}, {}, "scaling 'longrope'"),
         ("llama", {}, {"odd.weight": np.ones((2, 32), np.float32)}, {}, "'odd.weight' .* place"),
