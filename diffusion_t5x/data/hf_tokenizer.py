@@ -140,9 +140,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
           The tokens of the first `begin` characters of `text`, as they are where nothing follows,
           for so a prefix is read when it is decoded from; and those of the others, as they follow.
         """
-        head, rest = self._encode(self._mark(text[:begin])), self._encode(self._mark(text[begin:]))
-        whole = self._encode(self._mark(text))
-        return head, whole[len(head) :] if whole[: len(head)] == head else rest
+        head, whole = self._encode(self._mark(text[:begin])), self._encode(self._mark(text))
+        if whole[: len(head)] == head:
+            return head, whole[len(head) :]
+        return head, self._encode(self._mark(text[begin:]))
 
     def _mark(self, text: str) -> str:
         """Names special tokens as the tokenizer here knows them, and restores protected text."""

@@ -57,6 +57,7 @@ BAD = {
     json.dumps(_as("assistant", None)): r"'messages\[1\].content' is NoneType",
     json.dumps(_as("assistant", [{"type": "image"}])): r"messages\[1\] has parts of another type",
     json.dumps(_as("assistant", "\ud83d")): "half of a surrogate pair",
+    json.dumps(_as("assistant", "x", name="\ud83d")): "half of a surrogate pair",
     '{"prompt": "a", "completion": ""}': "'completion' is empty",
     '{"prompt": "a", "completion": 3}': "expected 'messages'",
     json.dumps({"messages": CHAT, "tools": "search"}): "'tools' is 'search', expected a list",

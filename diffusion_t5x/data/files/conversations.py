@@ -68,8 +68,9 @@ class Conversations:
         if not isinstance(tools := value.get("tools") or None, list | None):
             raise Malformed(f"'tools' is {tools!r:.40}, expected a list")
         example = {"messages": messages, "tools": tools}
+        written = readers.check_text(json.dumps(example, ensure_ascii=False), "messages")
         self._check(example, turns)
-        return {"example": json.dumps(example), "turns": [str(turn) for turn in turns]}
+        return {"example": written, "turns": [str(turn) for turn in turns]}
 
     def _check(self, example: Mapping[str, Any], turns: list[int]) -> None:
         if self.template is None:
