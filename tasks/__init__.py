@@ -10,6 +10,7 @@
 | `pretrain_span_corruption` | the same as T5's span corruption |
 | `mc4_prefix_lm`, `mc4_span_corruption` | mC4 alone, and `mc4_en_prefix_lm` etc. |
 | `the_stack_prefix_lm`, `the_stack_span_corruption` | The Stack's Python alone |
+| `chat` | your conversations and completions; BLEU and exact match |
 | `embedded_translation_en_fr` | CLDR dates, amounts, units, names; BLEU and exact match |
 | `embedded_qa` | questions about signatures of the standard library; F1 and EM |
 | `embedded_code` | small functions with assertions; pass@1 |
@@ -28,7 +29,7 @@ Import it after gin is parsed, so that `vocabularies.get_vocabulary` is the conf
 import sys
 
 import seqio
-from diffusion_t5x.tasks import code, pretraining, question_answering, translation
+from diffusion_t5x.tasks import chat, code, pretraining, question_answering, translation
 from diffusion_t5x.tasks.translation import register_translation
 
 if "embedded_all" not in seqio.MixtureRegistry.names():
@@ -38,7 +39,14 @@ if "embedded_all" not in seqio.MixtureRegistry.names():
         default_rate=1.0,
     )
 
-__all__ = ["code", "pretraining", "question_answering", "register_translation", "translation"]
+__all__ = [
+    "chat",
+    "code",
+    "pretraining",
+    "question_answering",
+    "register_translation",
+    "translation",
+]
 
 # In a checkout this file may have been imported as `tasks`, which is to be the same module.
 sys.modules[__name__] = sys.modules["diffusion_t5x.tasks"]

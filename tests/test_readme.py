@@ -82,7 +82,7 @@ def test_the_page_on_tasks_gives_files_to_sources_that_exist():
         if word.startswith("--gin.LOCAL_FILES=")
         for source in ast.literal_eval(word.split("=", 1)[1])
     }
-    assert sources == {"wmt14", "squad_v1_1", "mbpp", "human_eval", "the_stack", "mc4_en"}
+    assert sources == {"wmt14", "squad_v1_1", "mbpp", "human_eval", "the_stack", "mc4_en", "chat"}
     assert sources <= local_files._KNOWN
 
 

@@ -11,12 +11,16 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data import preprocessors
+from diffusion_t5x.data import chat, preprocessors
 from diffusion_t5x.data.datasets import DatasetConfig, get_mixture_or_task
 
 # What is counted before training and inference, all tasks together; evaluation counts all.
 EXAMPLES_COUNTED, TASKS_COUNTED = 1000, 8
-_TRIMMING = (seqio.preprocessors.append_eos_after_trim, preprocessors.tokenize)
+_TRIMMING = (
+    seqio.preprocessors.append_eos_after_trim,
+    preprocessors.tokenize,
+    chat.tokenize_turns,
+)
 
 
 class Cut(NamedTuple):

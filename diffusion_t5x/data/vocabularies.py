@@ -1,4 +1,4 @@
-"""Vocabularies by name: the embedded SentencePiece model, bytes, or any SentencePiece file."""
+"""Vocabularies by name: embedded, bytes, SentencePiece models, and Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError
 
 import gin
 from diffusion_t5x import paths
+from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data.hf_tokenizer import TokenizerVocabulary
 from diffusion_t5x.names import nearest
 
 NAMES = ("embedded", "bytes")
@@ -30,8 +32,11 @@ def sentinel_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
     """Returns the tokens that replace the first corrupted span, the second, and so on.
 
     In a SentencePiece model they are the pieces `<extra_id_0>`, `<extra_id_1>` ..., its own, as in
-    mT5's, or added ones; in other vocabularies the last `extra_ids` tokens, counted down.
+    mT5's, or added ones; in a Hugging Face tokenizer those that it can spare; in other
+    vocabularies the last `extra_ids` tokens, counted down.
     """
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.sentinels
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         last = vocabulary.vocab_size - 1
         return tuple(last - number for number in range(vocabulary.extra_ids))
@@ -98,6 +103,10 @@ def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
     if name == "bytes":
         return seqio.ByteVocabulary(extra_ids)
     path = paths.readable(name, "vocabularies.get_vocabulary.name")
+    if path.exists() and tokenizer_files.is_tokenizer(path):
+        return TokenizerVocabulary(tokenizer_files.read_tokenizer(path))
+    if path.is_dir():
+        path = path / "tokenizer.model"
     if paths.is_remote(path) and path.exists():
         return _sentencepiece(_local_copy(path), extra_ids)
     if path.is_file():
@@ -106,7 +115,8 @@ def _get_vocabulary(name: str, extra_ids: int) -> seqio.Vocabulary:
     hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(
         f"vocabulary {name!r} is neither a name nor a file; {hint}"
-        "Known: 'embedded', 'bytes', or the path of a SentencePiece model."
+        "Known: 'embedded', 'bytes', or the path of a SentencePiece model, of a directory with "
+        "tokenizer.json, or of a .gguf file."
     )
 
 
@@ -116,10 +126,11 @@ def get_vocabulary(name: str = "embedded", extra_ids: int = 32) -> seqio.Vocabul
 
     Args:
       name: 'embedded' (768 tokens including 32 sentinels, trained once from the embedded text),
-        'bytes' (ByT5's), or the path of a SentencePiece model. Token 0 of the model must be padding
-        or never occur in texts; its end-of-text token may be any token above 0.
+        'bytes' (ByT5's), the path of a SentencePiece model, or of a Hugging Face tokenizer: a
+        directory, its `tokenizer.json`, or a `.gguf` file. Token 0 of a SentencePiece model must be
+        padding or never occur in texts; the module `id_map` says how others get such a token.
       extra_ids: The number of sentinels for span corruption, added at the end unless the model has
-        its own.
+        its own; none are added to a Hugging Face tokenizer.
 
     Raises:
       ValueError: if `name` is neither a known name nor a file, or the file's model is unusable.
@@ -130,6 +141,8 @@ def get_vocabulary(name: str = "embedded", extra_ids: int = 32) -> seqio.Vocabul
 def fingerprint(vocabulary: seqio.Vocabulary) -> str:
     """Describes a vocabulary for people; equal SentencePiece models have equal fingerprints."""
     text = f"{type(vocabulary).__name__} of {vocabulary.vocab_size} tokens"
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.fingerprint
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return f"{text}, sha256 {hashlib.sha256(vocabulary.sp_model).hexdigest()[:12]}"
     return f"{text}, {getattr(vocabulary, 'extra_ids', 0)} of them sentinels"

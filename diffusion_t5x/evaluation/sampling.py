@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
+from diffusion_t5x.data.chat import message_tokens
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.evaluation.compiled_model import Predictor, restorer
 from diffusion_t5x.models import Model
@@ -33,6 +34,7 @@ def sample(
     inputs: str | Sequence[str],
     task_feature_lengths: dict[str, int],
     show_trajectory: bool = False,
+    as_chat: bool = False,
     random_seed: int = 0,
     dry_run: bool = False,
 ) -> list[str]:
@@ -44,6 +46,7 @@ def sample(
         multiple of the data-parallel shards; what the padding decodes to is dropped.
       task_feature_lengths: Maximum tokens of 'inputs' and 'targets'.
       show_trajectory: Also print the best sample's canvas at every step.
+      as_chat: Each text is a user's message, which the chat template renders.
       random_seed: Seed of decoding.
       dry_run: Only read the checkpoint.
 
@@ -68,7 +71,7 @@ def sample(
     length = task_feature_lengths["inputs"]
     prefixes = np.zeros((len(inputs), length), np.int32)
     for row, text in enumerate(inputs):
-        tokens = vocabulary.encode(text)
+        tokens = message_tokens(text, vocabulary) if as_chat else vocabulary.encode(text)
         if len(tokens) > length:
             raise ValueError(f"{text!r} has {len(tokens)} tokens; at most {length} fit.")
         prefixes[row, : len(tokens)] = tokens

@@ -99,7 +99,7 @@ def _decode(line: bytes, file: int = 0) -> str:
         raise Malformed(f"{reason}; iconv converts other encodings", file) from error
 
 
-def _object(item: Any, kind: str) -> Mapping[str, Any]:
+def json_object(item: Any, kind: str) -> Mapping[str, Any]:
     """Returns the object that a line of JSON or a value is."""
     if kind == "value":
         if not isinstance(item, dict):
@@ -117,7 +117,8 @@ def _object(item: Any, kind: str) -> Mapping[str, Any]:
     return value
 
 
-def _check_text(value: Any, name: str, kind: str = TEXT, file: int = 0) -> str:
+def check_text(value: Any, name: str, kind: str = TEXT, file: int = 0) -> str:
+    """Returns a text, unless it is none, half a character, or empty where it may not be."""
     if not isinstance(value, str):
         raise Malformed(f"{name!r} is {type(value).__name__}, expected {kind}", file)
     if kind != OPTIONAL_TEXT and not (value and value.strip()):
@@ -146,19 +147,20 @@ def _check_field(
     if kind == TEXTS:
         if not isinstance(value, list) or not value:
             raise Malformed(f"{found!r} is {value!r:.40}, expected {TEXTS}")
-        return [_check_text(text, found) for text in value]
+        return [check_text(text, found) for text in value]
     if kind == OPTIONAL_TEXT and isinstance(value, list):
-        return "\n".join(_check_text(text, found, kind) for text in value)
-    return _check_text(value, found, kind)
+        return "\n".join(check_text(text, found, kind) for text in value)
+    return check_text(value, found, kind)
 
 
-def _json_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
+def object_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
     """Yields the objects of JSON lines or an array, or the rows of a Parquet file."""
     parquet = form_of(path) == ".parquet"
     return lines.parquet_batches(path, columns) if parquet else lines.json_batches(path)
 
 
-def _is_blank(item: Any, kind: str) -> bool:
+def is_blank(item: Any, kind: str) -> bool:
+    """Returns whether an item is an empty line of JSON lines."""
     return kind == "json" and not item.strip()
 
 
@@ -180,12 +182,12 @@ class JsonLines:
 
     def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
         [path] = files
-        return _json_batches(path, [*self.fields, *self.other_names.values(), self.split_field])
+        return object_batches(path, [*self.fields, *self.other_names.values(), self.split_field])
 
     def record(self, item: Any, kind: str, split: str | None) -> Record | None:
-        if _is_blank(item, kind):
+        if is_blank(item, kind):
             return None
-        value = _object(item, kind)
+        value = json_object(item, kind)
         if split is not None and not self._belongs(value, split):
             return None
         names = ((name, [self.other_names.get(name, name)]) for name in self.fields)
@@ -223,9 +225,9 @@ class Squad:
             yield batch
 
     def record(self, item: Any, kind: str, split: str | None) -> Record | None:
-        if _is_blank(item, kind):
+        if is_blank(item, kind):
             return None
-        question = _object(item, kind)
+        question = json_object(item, kind)
         answers = question.get("answers")
         if isinstance(answers, dict) and isinstance(answers.get("text"), list):
             texts = answers["text"]
@@ -240,7 +242,7 @@ class Squad:
         return {
             "context": _check_field(question, "context", TEXT),
             "question": _check_field(question, "question", TEXT),
-            "answers": [_check_text(text, "text") for text in texts],
+            "answers": [check_text(text, "text") for text in texts],
         }
 
 
@@ -313,7 +315,7 @@ class ParallelText:
         if form_of(path) == ".tsv":
             return lines.line_batches(path)
         if form_of(path) in JSON_FORMS:
-            return _json_batches(path, [*self.languages, "translation"])
+            return object_batches(path, [*self.languages, "translation"])
         raise ValueError(
             f"{path}: parallel text in one file is .tsv, .jsonl, .json or .parquet, the first "
             f"three perhaps with .gz; two files are given as {{{self.languages[0]!r}: FILE, "
@@ -330,15 +332,15 @@ class ParallelText:
                 raise Malformed(f"has {len(cells)} columns, expected 2: {', '.join(self.columns)}")
             by_language = dict(zip(self.columns, cells, strict=True))
             return {name: self._text(by_language[name], name) for name in self.languages}
-        if _is_blank(item, kind):
+        if is_blank(item, kind):
             return None
-        value = _object(item, kind)
+        value = json_object(item, kind)
         inner = value.get("translation")
         value = inner if isinstance(inner, dict) else value
         return {name: _check_field(value, name, TEXT) for name in self.languages}
 
     def _text(self, line: bytes, name: str, file: int = 0) -> str:
-        return _check_text(_decode(line, file).strip(), name, file=file)
+        return check_text(_decode(line, file).strip(), name, file=file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +375,7 @@ class Documents:
         """
         [path] = files
         if form_of(path) in JSON_FORMS:
-            return _json_batches(path, [self.field])
+            return object_batches(path, [self.field])
         if form_of(path) != ".txt":
             raise ValueError(
                 f"{path}: documents are read from .txt, .jsonl, .json and .parquet, the first "
@@ -384,7 +386,7 @@ class Documents:
 
     def record(self, item: Any, kind: str, split: str | None) -> Record | None:
         if kind == "line":
-            return {"text": _check_text(_decode(item), self.field)}
-        if _is_blank(item, kind):
+            return {"text": check_text(_decode(item), self.field)}
+        if is_blank(item, kind):
             return None
-        return {"text": _check_field(_object(item, kind), self.field, TEXT)}
+        return {"text": _check_field(json_object(item, kind), self.field, TEXT)}
