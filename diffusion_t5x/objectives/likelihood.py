@@ -20,7 +20,7 @@ def any_order_bound(
     random order, each by a draw from the network's distribution there, and the noise of those not
     yet written is drawn anew each time. By Jensen's inequality over orders and noise, its
     log-likelihood is at least the expectation of `n / k * sum log p(target | canvas)` over the `k`
-    positions of noise, `k` uniform in 1..n (autoregressive diffusion, Hoogeboom et al., arXiv 2110.02037).
+    positions of noise, `k` uniform in 1..n (Hoogeboom et al., arXiv 2110.02037).
 
     Args:
       network: reads canvases, with its prefixes bound.
