@@ -78,6 +78,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 def test_no_file_is_without_its_test():
     known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE}
     known |= {*STACKS, *SIZE_FILES, "models/common.gin", "runs/common.gin"}
+    known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
     assert found == known

@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from diffusion_t5x import paths
+from diffusion_t5x.data.id_map import IdMap, choose_padding
 from diffusion_t5x.gguf_header import Header, read_header
 from diffusion_t5x.names import did_you_mean
 
@@ -124,6 +125,17 @@ def token_ids(spec: Mapping[str, Any], name: str) -> dict[str, int]:
             f"{name} is no tokenizer.json of the library tokenizers: {error}"
         ) from error
     return ids
+
+
+def id_map_of(files: TokenizerFiles) -> IdMap:
+    """Returns the exchange of token 0 with the token of a tokenizer that is padding here."""
+    added = files.spec.get("added_tokens") or ()
+    special = {token["id"]: token["content"] for token in added if token.get("special")}
+    rows = max([*token_ids(files.spec, files.path).values(), *files.free]) + 1
+    whole = files.spec["model"].get("byte_fallback") or "ByteLevel" in json.dumps(
+        files.spec.get("pre_tokenizer")
+    )
+    return IdMap(choose_padding(rows, special, files.roles, files.free, not whole))
 
 
 def _with_end(roles: Mapping[str, int], spec: Mapping[str, Any], name: str) -> dict[str, int]:
