@@ -94,7 +94,7 @@ def test_every_composition_parses(run):
 
 @pytest.mark.parametrize(
     ("files", "macro"),
-    [((MODELS[0], RUNS[0]), "OBJECTIVE|DECODER|PACK"), ((OBJECTIVES[0], RUNS[0]), "MODEL")],
+    [((MODELS[0], RUNS[0]), "OBJECTIVE|DECODER|PACK"), ((OBJECTIVES[0], RUNS[0]), "MODEL|EOS_ID")],
 )
 def test_a_composition_that_lacks_a_file_is_refused_by_the_macro_it_would_set(files, macro):
     with pytest.raises(ValueError, match=f"%({macro}) is read, but nothing sets it"):

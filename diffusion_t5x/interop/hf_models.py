@@ -56,8 +56,8 @@ def read_config(path: str | os.PathLike[str], setting: str = "HF_MODEL") -> dict
     if (place / CONFIG).exists():
         return tensor_files.read_json(place / CONFIG)
     raise ValueError(
-        f"{setting} = {str(place)!r}; expected a directory with {CONFIG} and the tokenizer's files, "
-        "or a .gguf file on this machine."
+        f"{setting} = {str(place)!r}; expected a directory with {CONFIG} and the tokenizer's "
+        "files, or a .gguf file on this machine."
     )
 
 
