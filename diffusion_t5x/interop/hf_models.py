@@ -27,7 +27,7 @@ from diffusion_t5x.runtime.train_state import named_leaves
 
 _WEIGHTS = (".safetensors", ".gguf")
 EMBEDDING, LOGITS = "token_embedder/embedding", "token_embedder/logits_kernel"
-_ROWS = {EMBEDDING: 0, LOGITS: 1}  # the axis of the vocabulary
+VOCABULARY_AXIS = {EMBEDDING: 0, LOGITS: 1}
 
 
 def is_model(path: str | os.PathLike[str]) -> bool:
@@ -149,7 +149,9 @@ def open_params(
                 functools.partial(_read, stored, group, index),
             )
             params[name] = (
-                _import_rows(array, id_map, rows, _ROWS[name]) if name in _ROWS else array
+                _import_rows(array, id_map, rows, VOCABULARY_AXIS[name])
+                if name in VOCABULARY_AXIS
+                else array
             )
     return params
 
