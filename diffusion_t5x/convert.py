@@ -7,7 +7,7 @@ With the gin file of a model, the parameters must fit that model. Without, the n
 from the checkpoint, and TO/network.gin configures a model for it.
 
 python -m diffusion_t5x.convert --from=runs/mine --to=mine_hf --format=hugging_face \\
-  --gin_file=models/hugging_face.gin --gin.HF_MODEL=SmolLM2-135M [--gin_file=objectives/diffusion.gin]
+  --gin_file=models/hugging_face.gin --gin.HF_MODEL=SmolLM2-135M [...]
 """
 
 from __future__ import annotations

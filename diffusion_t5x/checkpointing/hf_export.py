@@ -129,10 +129,8 @@ def _config(network: Any, original: Mapping[str, Any] | None, rows: int) -> dict
     """Returns `config.json`: the original where the network is the same, else one of its own."""
     if original is None:
         return hf_configs.hf_config_of(network, LONGEST) | {"vocab_size": rows}
-    before = type(network)(**hf_configs.config_of(original))
-    if not hf_configs.differences(
-        network, dataclasses.replace(before, vocab_size=network.vocab_size)
-    ):
+    fields = hf_configs.config_of(original) | {"vocab_size": network.vocab_size}
+    if not hf_configs.differences(network, type(network)(**fields)):
         return {**original, "vocab_size": rows}
     longest = original.get("max_position_embeddings", LONGEST)
     return hf_configs.hf_config_of(network, longest) | {"vocab_size": rows}
