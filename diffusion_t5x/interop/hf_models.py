@@ -148,11 +148,8 @@ def open_params(
                 stored[0].dtype,
                 functools.partial(_read, stored, group, index),
             )
-            params[name] = (
-                _import_rows(array, id_map, rows, VOCABULARY_AXIS[name])
-                if name in VOCABULARY_AXIS
-                else array
-            )
+            axis = VOCABULARY_AXIS.get(name)
+            params[name] = array if axis is None else _import_rows(array, id_map, rows, axis)
     return params
 
 
