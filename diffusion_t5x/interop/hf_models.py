@@ -204,14 +204,19 @@ def _check_tensors(
 def parameter_shapes(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of our parameters, of single layers, for fields of `TransformerConfig`."""
     # Traced once for all layers.
-    module = DecoderOnly(TransformerConfig(**{**fields, "scan_layers": True}))
+    return _shapes(TransformerConfig(**{**fields, "scan_layers": True, "dropout_rate": 0.0}))
+
+
+@functools.cache
+def _shapes(scanned: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    module = DecoderOnly(scanned)
     init = functools.partial(module.init, attention_pattern="causal")
     token = jnp.ones((1, 1), jnp.int32)
     leaves = named_leaves(jax.eval_shape(init, jax.random.PRNGKey(0), token, token)["params"])
     shapes = {}
     for name, leaf in leaves.items():
         stack, found, rest = name.partition("/layers/")
-        for number in range(fields["num_layers"]) if found else ():
+        for number in range(scanned.num_layers) if found else ():
             shapes[f"{stack}/layers_{number}/{rest}"] = leaf.shape[1:]
         if not found:
             shapes[name] = leaf.shape
