@@ -78,6 +78,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 def test_no_file_is_without_its_test():
     known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE}
     known |= {*STACKS, *SIZE_FILES, "models/common.gin", "runs/common.gin"}
+    known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
     assert found == known
@@ -93,7 +94,7 @@ def test_every_composition_parses(run):
 
 @pytest.mark.parametrize(
     ("files", "macro"),
-    [((MODELS[0], RUNS[0]), "OBJECTIVE|DECODER|PACK"), ((OBJECTIVES[0], RUNS[0]), "MODEL")],
+    [((MODELS[0], RUNS[0]), "OBJECTIVE|DECODER|PACK"), ((OBJECTIVES[0], RUNS[0]), "MODEL|EOS_ID")],
 )
 def test_a_composition_that_lacks_a_file_is_refused_by_the_macro_it_would_set(files, macro):
     with pytest.raises(ValueError, match=f"%({macro}) is read, but nothing sets it"):

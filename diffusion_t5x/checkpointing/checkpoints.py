@@ -25,7 +25,7 @@ from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
-from diffusion_t5x.checkpointing.reading import optimizer_item, read_step
+from diffusion_t5x.checkpointing.reading import is_foreign, optimizer_item, read_step
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.train_state import TrainState
@@ -247,7 +247,7 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
     """Returns (step, path) of a checkpoint, or of all finished ones of a run, ascending.
 
     Args:
-      path: A checkpoint, ours or T5X's, whatever its name, or the directory of a run.
+      path: A checkpoint of any kind, whatever its name, or the directory of a run.
     """
     directory = paths.as_path(path, "CHECKPOINT_PATH")
     if directory.name == t5x_checkpoints.INDEX and directory.is_file():
@@ -268,13 +268,12 @@ def find_checkpoints(path: str) -> list[tuple[int, str]]:
 
 
 def _is_complete(checkpoint: epath.Path) -> bool:
-    t5x = t5x_checkpoints.is_t5x_checkpoint
-    return orbax_buckets.is_complete(checkpoint) or t5x(str(checkpoint))
+    return orbax_buckets.is_complete(checkpoint) or is_foreign(str(checkpoint))
 
 
 def is_checkpoint(directory: epath.Path) -> bool:
-    """Returns whether a directory, of any name, holds parameters of ours or T5X's."""
-    return (directory / "params").is_dir() or t5x_checkpoints.is_t5x_checkpoint(str(directory))
+    """Returns whether a path, of any name, holds parameters of ours or of others'."""
+    return (directory / "params").is_dir() or is_foreign(str(directory))
 
 
 def list_checkpoints(path: str) -> list[tuple[int, str]]:
@@ -293,7 +292,7 @@ def list_checkpoints(path: str) -> list[tuple[int, str]]:
     hint = f" In {parent}: {nearest}" if beside else ""
     raise FileNotFoundError(
         f"{path} is neither a checkpoint nor a run with one; expected a directory such as "
-        f"MODEL_DIR or MODEL_DIR/{PREFIX}_1000.{hint}"
+        f"MODEL_DIR, MODEL_DIR/{PREFIX}_1000, or a Hugging Face model's or its .gguf file.{hint}"
     )
 
 

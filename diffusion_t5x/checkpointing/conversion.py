@@ -1,4 +1,4 @@
-"""Converts checkpoints offline, between T5X's networks and layouts and ours."""
+"""Converts checkpoints offline, between T5X's networks and layouts, Hugging Face's, and ours."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import collections
 import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
 from diffusion_t5x import names, paths
+from diffusion_t5x.checkpointing import hf_export
 from diffusion_t5x.checkpointing.checkpoints import (
     PREFIX,
     Checkpointer,
@@ -27,7 +29,7 @@ from diffusion_t5x.checkpointing.reading import (
     has_optimizer_state,
     open_params,
 )
-from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
+from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks, tensor_files
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.files import write_atomically
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
     from diffusion_t5x.models import Model
 
 OURS = t5x_networks.OURS
-# Our layout with our names; T5X's layout with our names; T5X's layout with names of its networks.
-FORMATS = (OURS, "t5x", "t5x:t5", "t5x:scalable_t5", "t5x:decoder_only")
+HUGGING_FACE = "hugging_face"
+# Our layout with our names; T5X's layout with our names; T5X's layout with names of its networks;
+# Hugging Face's directories with the names of the family.
+FORMATS = (OURS, "t5x", "t5x:t5", "t5x:scalable_t5", "t5x:decoder_only", HUGGING_FACE)
+T5X_NETWORKS = FORMATS[2:5]
 FRESH = "fresh"
 
 
@@ -70,14 +75,19 @@ def convert(
     partial: bool = False,
     dtype: str | None = None,
     dry_run: bool = False,
+    hf_model: str | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> Conversion:
     """Writes `{destination}/checkpoint_{step}`, atomically, with the parameters of a checkpoint.
 
     Without a model the network is inferred from the checkpoint, and a gin file that configures a
-    model of ours for it is written to `{destination}/network.gin`.
+    model of ours for it is written to `{destination}/network.gin`; of a Hugging Face model settings
+    and tokenizer go to `{destination}/hugging_face`. With `layout` 'hugging_face' the destination
+    itself becomes such a model, whole or not at all.
 
     Args:
-      source: A checkpoint, ours or T5X's, or the directory of a run for its latest.
+      source: A checkpoint, ours or T5X's, the directory of a run for its latest, or a Hugging Face
+        model.
       destination: The directory to write into.
       layout: One of `FORMATS`.
       model: The model that the parameters must fit; None to infer the network.
@@ -85,6 +95,8 @@ def convert(
         shape, instead of raising an error.
       dtype: Type of the parameters written, such as 'bfloat16'; None to keep that of each.
       dry_run: Whether to check that everything fits, and write nothing.
+      hf_model: HF_MODEL, if `layout` is 'hugging_face': see `hf_export.prepare`.
+      lengths: TASK_FEATURE_LENGTHS, for the settings that are written beside.
 
     Raises:
       FileNotFoundError: If there is no checkpoint.
@@ -96,45 +108,68 @@ def convert(
     origin = paths.readable(source, "--from")
     directory = paths.writable(destination, "--to")
     step, path = list_checkpoints(str(origin))[-1]
+    if layout == HUGGING_FACE and model is not None:
+        stored = _cast(open_params(path, model.module.config.vocab_size), dtype)
+        export = hf_export.prepare(path, stored, model, hf_model, lengths)
+        tensor_files.check_destination(directory)
+        if not dry_run:
+            export.write(directory)
+        written = f"{directory}{' (not written)' * dry_run}"
+        return Conversion(written, step, export.arrays, (), ())
     final = directory / f"{PREFIX}_{step}"
     if final.exists() and orbax_buckets.is_complete(final):
         raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")
-    theirs = None
-    notes: tuple[str, ...] = ()
-    if t5x_checkpoints.is_t5x_checkpoint(path):
-        theirs = t5x_checkpoints.open_checkpoint(path)
-        stored = t5x_networks.to_ours(theirs.params)
-        if theirs.has_optimizer_state:
-            notes += ("T5X's optimiser state is dropped: training starts with a fresh one.",)
-    else:
-        stored = open_params(path)
-        if has_optimizer_state(path):
-            notes += ("optimiser state and data position are not converted.",)
+    stored, needs_start, notes = _open(path, 0 if model is None else model.module.config.vocab_size)
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
         arrays, dropped = _fit(path, stored, model, partial)
-    else:
+    elif not hf_models.is_model(path) or layout in T5X_NETWORKS:
         t5x_networks.check_is_t5(stored)
-        if layout in FORMATS[2:]:
+        if layout in T5X_NETWORKS:
             arrays = t5x_networks.from_ours(stored, layout.partition(":")[2])
-    if dtype is not None:
-        arrays = {name: array.cast(dtype) for name, array in arrays.items()}
+    arrays = _cast(arrays, dtype)
     if dry_run:
         return Conversion(f"{final} (not written)", step, arrays, dropped, notes)
     _write(str(directory), step, arrays, layout)
-    if model is None and layout in FORMATS[:2]:
-        needs_start = theirs is not None and t5x_networks.begins_with_zero(theirs.params)
+    if hf_models.is_model(path):
+        beside = directory / HUGGING_FACE
+        hf_export.copy_settings(path, beside)
+        notes += (f"--gin_file=models/hugging_face.gin --gin.HF_MODEL={beside} is its model.",)
+    elif model is None and layout not in T5X_NETWORKS:
         text = describe_network(stored, start_token=needs_start)
         write_atomically(directory / "network.gin", text)
         notes += (f"give {directory}/network.gin after a model file to build this network.",)
     return Conversion(str(final), step, arrays, dropped, notes)
 
 
+def _open(path: str, rows: int) -> tuple[dict[str, StoredArray], bool, tuple[str, ...]]:
+    """Returns parameters under our names, whether they need `start_token`, and what is left out."""
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        theirs = t5x_checkpoints.open_checkpoint(path)
+        note = "T5X's optimiser state is dropped: training starts with a fresh one."
+        needs_start = t5x_networks.begins_with_zero(theirs.params)
+        stored = t5x_networks.to_ours(theirs.params)
+        return stored, needs_start, (note,) if theirs.has_optimizer_state else ()
+    note = "optimiser state and data position are not converted."
+    return open_params(path, rows), False, (note,) if has_optimizer_state(path) else ()
+
+
+def _cast(arrays: dict[str, StoredArray], dtype: str | None) -> dict[str, StoredArray]:
+    if dtype is None:
+        return arrays
+    return {name: array.cast(dtype) for name, array in arrays.items()}
+
+
 def _check_settings(layout: str, model: Model | None, partial: bool) -> None:
     names.check_known(layout, FORMATS, "--format")
     if partial and model is None:
         raise ValueError("--partial: fresh parameters need a model; give its gin files.")
-    if model is not None and layout in FORMATS[2:]:
+    if layout == HUGGING_FACE and (model is None or partial):
+        raise ValueError(
+            f"--format={layout} takes the gin files of the model, and all of its parameters: "
+            "--gin_file=models/hugging_face.gin --gin.HF_MODEL=... or --gin_file=RUN/config.gin."
+        )
+    if model is not None and layout in T5X_NETWORKS:
         raise ValueError(f"--format={layout} writes T5X's network; it takes no gin files.")
 
 
@@ -179,8 +214,22 @@ def _write(destination: str, step: int, arrays: Mapping[str, StoredArray], layou
         return
     params = flax.traverse_util.unflatten_dict(dict(read_each(arrays, "reading")), sep="/")
     config = SaveCheckpointConfig(save_dataset=False)
-    with contextlib.closing(Checkpointer(destination, config)) as checkpointer:
+    with _without_copies(), contextlib.closing(Checkpointer(destination, config)) as checkpointer:
         checkpointer.save(TrainState(jnp.int32(step), params, None))
+
+
+@contextlib.contextmanager
+def _without_copies() -> Iterator[None]:
+    """Has Orbax write arrays of NumPy as they are; it would copy all of them before it begins."""
+    handlers, kind = ocp.type_handlers, np.ndarray
+    usual = handlers.get_type_handler(kind)
+    handlers.register_type_handler(
+        kind, handlers.NumpyHandler(deepcopy_host_arrays=False), override=True
+    )
+    try:
+        yield
+    finally:
+        handlers.register_type_handler(kind, usual, override=True)
 
 
 def describe_network(params: Mapping[str, StoredArray], *, start_token: bool) -> str:
@@ -244,4 +293,8 @@ def print_conversion(conversion: Conversion) -> None:
 
 
 def _merge_layers(name: str) -> str:
-    return re.sub(r"layers_\d+|\[layer \d+\]", lambda m: re.sub(r"\d+", "*", m.group(0)), name)
+    return re.sub(
+        r"layers_\d+|\[layer \d+\]|\b(layers|h)\.\d+",
+        lambda m: re.sub(r"\d+", "*", m.group(0)),
+        name,
+    )

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_t5x.interop import t5x_checkpoints
+from diffusion_t5x.interop import hf_models, t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 
 PREFIX = "checkpoint"
@@ -102,7 +102,7 @@ def verify(path: str | epath.Path, items: Sequence[str], *, alone: bool = False)
     damage in it; all of them raise if one found damage.
 
     Args:
-      path: The checkpoint; one of T5X has nothing to compare with.
+      path: The checkpoint; one of T5X or Hugging Face's has nothing to compare with.
       items: The items whose files are compared.
       alone: Whether other items may be missing.
 
@@ -113,7 +113,8 @@ def verify(path: str | epath.Path, items: Sequence[str], *, alone: bool = False)
     """
     path = epath.Path(path)
     damage = []
-    if jax.process_index() == 0 and not t5x_checkpoints.is_t5x_checkpoint(str(path)):
+    others = t5x_checkpoints.is_t5x_checkpoint(str(path)) or hf_models.is_model(path)
+    if jax.process_index() == 0 and not others:
         damage = _find_misfits(path, items if alone else ITEMS)
     damage += [line for item in items for line in _find_damage(path / item)]
     found = np.ravel(multihost_utils.process_allgather(np.array(bool(damage))))  # [processes]

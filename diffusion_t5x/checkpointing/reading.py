@@ -1,4 +1,7 @@
-"""Reads parameters and train states from checkpoints, ours or T5X's, that fit the model."""
+"""Reads parameters and train states from checkpoints that fit the model.
+
+They are ours, T5X's, or models of Hugging Face's.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from etils import epath
 
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing import integrity
-from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
+from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
@@ -46,12 +49,17 @@ def optimizer_item(state: TrainState) -> dict[str, Any]:
 
 
 def has_optimizer_state(path: str) -> bool:
-    """Returns whether a checkpoint holds an optimiser state that can be restored; T5X's do not."""
+    """Returns whether a checkpoint holds an optimiser state that can be restored: ours may."""
     return (epath.Path(path) / "optimizer").exists()
 
 
+def is_foreign(path: str) -> bool:
+    """Returns whether a checkpoint is T5X's, or a model of Hugging Face's."""
+    return t5x_checkpoints.is_t5x_checkpoint(path) or hf_models.is_model(path)
+
+
 def read_step(path: str) -> int:
-    """Reads the step of a checkpoint, ours or T5X's; 0 if it has none, as with parameters alone."""
+    """Reads the step of a checkpoint; 0 if it has none, as with parameters alone."""
     if t5x_checkpoints.is_t5x_checkpoint(path):
         return t5x_checkpoints.open_checkpoint(path).step
     item = epath.Path(path).absolute() / "optimizer"
@@ -63,13 +71,14 @@ def read_step(path: str) -> int:
 
 
 def check_params(path: str, abstract_params: Any) -> None:
-    """Checks that the parameters of a checkpoint, ours or T5X's, fit; reads no array.
+    """Checks that the parameters of a checkpoint fit; reads no array.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
       CheckpointMismatchError: If they do not fit.
+      ValueError: If it is a model of Hugging Face's whose files contradict each other.
     """
-    if t5x_checkpoints.is_t5x_checkpoint(path):
+    if is_foreign(path):
         _open_fitting(path, abstract_params)
     else:
         check_item(path, "params", abstract_params)
@@ -105,7 +114,7 @@ def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
 
 
 def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> Any:
-    """Restores the parameters of a checkpoint of any run, ours or T5X's.
+    """Restores the parameters of a checkpoint of any run, ours or T5X's, or of a model.
 
     Args:
       path: The checkpoint.
@@ -118,7 +127,7 @@ def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> A
       DamagedCheckpointError: If a file is missing, truncated or changed.
       CheckpointMismatchError: If the parameters do not fit.
     """
-    if t5x_checkpoints.is_t5x_checkpoint(path):
+    if is_foreign(path):
         stored = _open_fitting(path, abstract_params)
         return place(stored, named_leaves(abstract_params), f"reading {path}")
     if verify:
@@ -126,16 +135,23 @@ def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> A
     return _restore_item(path, "params", abstract_params)
 
 
-def open_params(path: str) -> dict[str, StoredArray]:
-    """Opens the parameters of a checkpoint, ours or T5X's, verified; arrays are read on demand.
+def open_params(path: str, rows: int = 0) -> dict[str, StoredArray]:
+    """Opens the parameters of a checkpoint, verified; arrays are read on demand.
 
     They are those of each layer under our names, such as 'decoder/layers_0/mlp/wo/kernel'.
+
+    Args:
+      path: The checkpoint.
+      rows: Rows that the embedding of a model of Hugging Face's has at least; added ones are 0.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
       DamagedCheckpointError: If a file is missing, truncated or changed.
-      ValueError: If it is T5X's, of an unknown network.
+      ValueError: If it is T5X's, of an unknown network, or a model whose files contradict each
+        other.
     """
+    if hf_models.is_model(path):
+        return hf_models.open_params(path, rows)
     if t5x_checkpoints.is_t5x_checkpoint(path):
         params = t5x_checkpoints.open_checkpoint(path).params
         if t5x_networks.begins_with_zero(params) and jax.process_index() == 0:
@@ -154,9 +170,11 @@ def open_params(path: str) -> dict[str, StoredArray]:
 
 
 def _open_fitting(path: str, abstract_params: Any) -> dict[str, StoredArray]:
-    """Opens the parameters of a T5X checkpoint in the layout of the model, which they fit."""
-    stored = open_params(path)
-    if t5x_networks.is_scanned(named_leaves(abstract_params)):
+    """Opens the parameters of others' checkpoint in the layout of the model, which they fit."""
+    expected = named_leaves(abstract_params)
+    embedding = expected.get(hf_models.EMBEDDING)
+    stored = open_params(path, 0 if embedding is None else embedding.shape[0])
+    if t5x_networks.is_scanned(expected):
         stored = t5x_networks.scan(stored)
     _check_fit(path, "params", stored, abstract_params)
     return stored

@@ -15,8 +15,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data.id_map import IdMap, choose_padding
-from diffusion_t5x.data.tokenizer_files import TokenizerFiles, token_ids
+from diffusion_t5x.data.tokenizer_files import TokenizerFiles, id_map_of, token_ids
 
 # In texts that are tokenized, special tokens have other names, which nobody can guess.
 _SECRET = secrets.token_hex(8)
@@ -54,11 +53,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         added = files.spec.get("added_tokens") or ()
         special = {token["id"]: token["content"] for token in added if token.get("special")}
         rows = max([*ids.values(), *files.free]) + 1
-        model = files.spec["model"]
-        whole = model.get("byte_fallback") or "ByteLevel" in json.dumps(
-            files.spec.get("pre_tokenizer")
-        )
-        self.id_map = IdMap(choose_padding(rows, special, files.roles, files.free, not whole))
+        self.id_map = id_map_of(files)
         self._size = max(rows, self.id_map.padding + 1)
         self._roles = {role: self._ours([token])[0] for role, token in files.roles.items()}
         self._special = {text: number for number, text in special.items()}

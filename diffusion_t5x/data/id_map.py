@@ -29,12 +29,12 @@ class IdMap:
         ids = np.asarray(ids)
         return np.where(ids == 0, self.padding, np.where(ids == self.padding, 0, ids))
 
-    def import_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Returns our rows of a tokenizer's, `[vocab, ...]`; a row that is added is 0."""
-        missing = self.padding + 1 - len(rows)
-        if missing > 0:
-            rows = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
-        return rows[self.exchange(np.arange(len(rows)))]
+    def import_rows(self, rows: np.ndarray, size: int = 0) -> np.ndarray:
+        """Returns our rows of a tokenizer's, `[vocab, ...]`, at least `size`; added ones are 0."""
+        ours = np.zeros((max(size, len(rows), self.padding + 1), *rows.shape[1:]), rows.dtype)
+        ours[: len(rows)] = rows
+        ours[[0, self.padding]] = ours[[self.padding, 0]]
+        return ours
 
     def export_rows(self, rows: np.ndarray, size: int) -> np.ndarray:
         """Returns the `size` rows of a tokenizer's ids of ours, `[vocab, ...]`."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from diffusion_t5x import paths
+from diffusion_t5x.data.id_map import IdMap, choose_padding
 from diffusion_t5x.gguf_header import Header, read_header
 from diffusion_t5x.names import did_you_mean
 
@@ -20,6 +22,11 @@ ROLES = ("bos", "eos", "unk", "pad")
 # What ends texts, where no file says so.
 _USUAL_ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
 _SPACE = "\u2581"
+# A tokenizer's files, what is known of sampling, and the terms of use.
+_COPIED = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"\w+\.model|chat_template.*|generation_config\.json|(LICENSE|NOTICE|USE_POLICY).*"
+)
 _WORDS_OF_LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -124,6 +131,44 @@ def token_ids(spec: Mapping[str, Any], name: str) -> dict[str, int]:
             f"{name} is no tokenizer.json of the library tokenizers: {error}"
         ) from error
     return ids
+
+
+def id_map_of(files: TokenizerFiles) -> IdMap:
+    """Returns the exchange of token 0 with the token of a tokenizer that is padding here."""
+    added = files.spec.get("added_tokens") or ()
+    special = {token["id"]: token["content"] for token in added if token.get("special")}
+    rows = max([*token_ids(files.spec, files.path).values(), *files.free]) + 1
+    whole = files.spec["model"].get("byte_fallback") or "ByteLevel" in json.dumps(
+        files.spec.get("pre_tokenizer")
+    )
+    return IdMap(choose_padding(rows, special, files.roles, files.free, not whole))
+
+
+def copy_files(files: TokenizerFiles) -> dict[str, bytes]:
+    """Returns name and content of a tokenizer's files; those of a GGUF file are made anew."""
+    path = epath.Path(files.path)
+    if not path.name.endswith(".gguf"):
+        directory = path.parent if path.is_file() else path
+        found = [file for file in directory.iterdir() if _COPIED.fullmatch(file.name)]
+        return {file.name: file.read_bytes() for file in found if file.is_file()}
+    contents = {number: text for text, number in token_ids(files.spec, files.path).items()}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": contents[number] for role, number in files.roles.items()},
+    }
+    if files.chat_template is not None:
+        settings["chat_template"] = files.chat_template
+    generation = {f"{role}_token_id": n for role, n in files.roles.items() if role != "unk"}
+    made = {
+        "tokenizer.json": files.spec,
+        "tokenizer_config.json": settings,
+        "generation_config.json": generation,
+    }
+    return {
+        name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, value in made.items()
+    }
 
 
 def _with_end(roles: Mapping[str, int], spec: Mapping[str, Any], name: str) -> dict[str, int]:

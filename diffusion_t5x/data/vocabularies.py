@@ -138,6 +138,12 @@ def get_vocabulary(name: str = "embedded", extra_ids: int = 32) -> seqio.Vocabul
     return _get_vocabulary(name, extra_ids)
 
 
+@gin.configurable
+def eos_id(vocabulary: seqio.Vocabulary) -> int:
+    """Returns the token that ends texts; -1, which no decoder waits for, if there is none."""
+    return -1 if vocabulary.eos_id is None else vocabulary.eos_id
+
+
 def fingerprint(vocabulary: seqio.Vocabulary) -> str:
     """Describes a vocabulary for people; equal SentencePiece models have equal fingerprints."""
     text = f"{type(vocabulary).__name__} of {vocabulary.vocab_size} tokens"

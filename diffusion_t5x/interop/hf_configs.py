@@ -315,20 +315,23 @@ def hf_config_of(config: TransformerConfig, longest: int) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied_logits,
     }
-    back = TransformerConfig(**config_of(written))
-    names = [x.name for x in dataclasses.fields(config) if not _FREE.fullmatch(x.name)]
-    names[names.index("num_kv_heads")] = "kv_heads"
-    wrong = [
-        f"{name} = {getattr(config, name)!r} (expected {getattr(back, name)!r})"
-        for name in names
-        if getattr(back, name) != getattr(config, name)
-    ]
-    if wrong:
+    if wrong := differences(config, TransformerConfig(**config_of(written))):
         raise ValueError(
             f"config.json: {written['model_type']}, the nearest family, has no networks with "
             f"{', '.join(wrong)}."
         )
     return written
+
+
+def differences(config: TransformerConfig, expected: TransformerConfig) -> list[str]:
+    """Returns the settings of a network that differ from those expected and change its numbers."""
+    names = [x.name for x in dataclasses.fields(config) if not _FREE.fullmatch(x.name)]
+    names[names.index("num_kv_heads")] = "kv_heads"
+    return [
+        f"{name} = {getattr(config, name)!r} (expected {getattr(expected, name)!r})"
+        for name in names
+        if getattr(expected, name) != getattr(config, name)
+    ]
 
 
 def _write_activation(config: TransformerConfig, tanh: str) -> str:

@@ -41,7 +41,9 @@ class StoredArray:
     def cast(self, dtype: DTypeLike) -> StoredArray:
         """Returns a copy of another type."""
         dtype = np.dtype(dtype)
-        return dataclasses.replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
+        return dataclasses.replace(
+            self, dtype=dtype, read=lambda: self.read().astype(dtype, copy=False)
+        )
 
 
 def read_together(
@@ -93,18 +95,27 @@ def unstack(stored: StoredArray, axis: int) -> list[StoredArray]:
 def stack(layers: Sequence[StoredArray], axis: int) -> StoredArray:
     """Returns the arrays of several layers, of one shape, stacked along a new axis.
 
+    They are read one at a time into their places.
+
     Raises:
       ValueError: If their shapes differ.
     """
     shapes = {layer.shape for layer in layers}
     if len(shapes) > 1:
         raise ValueError(f"{layers[0].source} differs in shape between layers: {shapes}.")
-    shape = layers[0].shape
+    shape = (*layers[0].shape[:axis], len(layers), *layers[0].shape[axis:])
+
+    def read() -> np.ndarray:
+        stacked = np.empty(shape, layers[0].dtype)
+        for place, layer in zip(np.moveaxis(stacked, axis, 0), layers, strict=True):
+            place[...] = layer.read()
+        return stacked
+
     return StoredArray(
         source=f"{layers[0].source} … {layers[-1].source}" if len(layers) > 1 else layers[0].source,
-        shape=(*shape[:axis], len(layers), *shape[axis:]),
+        shape=shape,
         dtype=layers[0].dtype,
-        read=lambda: np.stack([layer.read() for layer in layers], axis=axis),
+        read=read,
     )
 
 

@@ -238,6 +238,12 @@ def _import_safetensors() -> Any:
     return safetensors
 
 
+def check_destination(directory: epath.Path) -> None:
+    """Raises FileExistsError if a directory to write a model into has something in it."""
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; expected a new directory.")
+
+
 def write_model(
     directory: epath.Path,
     arrays: Mapping[str, StoredArray],
@@ -254,11 +260,11 @@ def write_model(
       other_files: Name and content of further files, such as the tokenizer's.
 
     Raises:
-      ValueError: if the directory has something in it, or a tensor is of a type that the format
-        does not have or is larger than a file may be.
+      FileExistsError: if the directory has something in it.
+      ValueError: if a tensor is of a type that the format does not have, or larger than a file may
+        be.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; expected a new directory.")
+    check_destination(directory)
     shards = _divide(arrays, max_shard_bytes)
     remote = paths.is_remote(directory)
     target = directory if remote else directory.with_name(f"{directory.name}.tmp")

@@ -155,9 +155,9 @@ def restore(
         if checkpointer is not None and start.is_own and checkpointer.config.save_dataset:
             restore_position(start.path, iterator)
         return reading.restore_train_state(start.path, abstract)
-    state = create()
     if start.path is None:
-        return state
+        return create()
+    opt_state = create().opt_state  # no fresh parameters stay beside those that are restored
     params = reading.restore_params(start.path, abstract.params, verify=False)
     step = jax.device_put(np.int32(start.step), abstract.step.sharding)
     if start.step and jax.process_index() == 0:
@@ -165,4 +165,4 @@ def restore(
             f"{start.path}: restored parameters and step {start.step}; it has no optimiser state "
             "that can be restored here (T5X's cannot), so the optimiser starts fresh."
         )
-    return TrainState(step, params, state.opt_state)
+    return TrainState(step, params, opt_state)

@@ -79,7 +79,7 @@ def test_a_model_is_written_whole_or_not_at_all(tmp_path):
     assert not directory.exists()
     del stored["late"]
     tensor_files.write_model(directory, stored, {})
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         tensor_files.write_model(directory, stored, {})
 
 
