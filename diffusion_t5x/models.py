@@ -57,8 +57,8 @@ class Model:
 
         Raises:
           ValueError: if the network has fewer embeddings than the vocabulary or the corruption has
-            tokens, the objective shifts and the network cannot, objective and decoder disagree (see `check_decoder`), or the decoder ends texts
-            with another token than the vocabulary.
+            tokens, the objective shifts and the network cannot, objective and decoder disagree (see
+            `check_decoder`), or the decoder ends texts with another token than the vocabulary.
         """
         rows = module.config.vocab_size
         if vocabulary.vocab_size > rows:

@@ -120,7 +120,7 @@ class StepUnrolledDenoising:
             next_token, _, sums = NextToken(cross_entropy=self.cross_entropy).loss(
                 network.as_causal(), targets, weights * (targets != 0), next_token_rng
             )
-            metrics |= {f"{name}/next_token": value for name, value in sums.items()}
+            metrics |= {f"{name}/next_token": pair for name, pair in sums.items()}
         if self.block_length:
             block_rng, rng = jax.random.split(rng)
             used = count_used_blocks(targets, self.block_length)
@@ -144,8 +144,8 @@ class StepUnrolledDenoising:
                 temperature=self.unroll_temperature,
             )
             total += readout.loss_sum
-            for name, sums in readout.sums(weights).items():
-                metrics[f"{name}/unroll_{unroll}"] = sums
+            for name, pair in readout.sums(weights).items():
+                metrics[f"{name}/unroll_{unroll}"] = pair
             canvas = jax.lax.stop_gradient(readout.tokens)
         if self.reduction == "mean":
             total /= self.num_unrolls + 1

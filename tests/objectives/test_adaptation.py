@@ -1,4 +1,4 @@
-"""Recipes that make diffusion models of AR ones: opened attention, the AR shift, an AR loss beside."""
+"""Recipes that adapt AR models: attention that opens, the AR shift, an AR loss beside."""
 
 import dataclasses
 
