@@ -50,7 +50,8 @@ class Network(Protocol):
 
         Under a causal attention pattern the state at a position has seen the prefix and the tokens
         *before* that position, and predicts it; under a bidirectional one it has seen the whole
-        canvas. `rng` is the key for dropout; None where there is none.
+        canvas. With `Objective.shift` it is the state of the position before, or of the last prefix
+        token, under any pattern. `rng` is the key for dropout; None where there is none.
         """
 
     def logits(self, hidden: Array) -> Array:
@@ -73,6 +74,9 @@ class Network(Protocol):
 
     def add_room(self, cache: KVCache, room: int) -> KVCache:
         """Returns the cache with room for `room` more tokens."""
+
+    def as_causal(self) -> Network:
+        """Returns the network under causal attention: what an AR model makes of the prefixes."""
 
     def extend_prefix(self, tokens: Array, counts: Array) -> Network:
         """Returns the network with the first `counts [batch]` of `tokens [batch, length]` appended.
@@ -146,6 +150,10 @@ class Objective(Protocol):
 
     Of its methods' arguments, `network` is bound to the batch's prefixes, `targets` are
     `[batch, length]` int32 and `weights` of that shape, float32.
+
+    It may have two more attributes, for the adaptation of AR models: `shift`, True if a canvas
+    position is predicted from the state of the position before; and `opening_steps`, the training
+    steps in which attention opens from causal to `attention_pattern`, or 0.
     """
 
     @property
@@ -304,9 +312,16 @@ class Model(Protocol):
         """Initialises 'params', and 'params_axes' with their logical axes."""
 
     def loss_fn(
-        self, params: Any, batch: Mapping[str, Array], dropout_rng: Array | None
+        self,
+        params: Any,
+        batch: Mapping[str, Array],
+        dropout_rng: Array | None,
+        step: Array | None = None,
     ) -> tuple[Array, Any]:
-        """Computes the training loss, a scalar, and metrics."""
+        """Computes the training loss, a scalar, and metrics.
+
+        `step` counts the run's steps before this one, those of an initial checkpoint left out.
+        """
 
     def eval_fn(self, params: Any, batch: Mapping[str, Array]) -> tuple[Array, Any]:
         """Computes the loss and metrics without dropout, its randomness fixed by the batch."""

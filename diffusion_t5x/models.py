@@ -19,8 +19,9 @@ import seqio
 from diffusion_t5x.interfaces import Decoder, Objective
 from diffusion_t5x.names import check_known
 from diffusion_t5x.networks import bound_network
+from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.objectives import losses
-from diffusion_t5x.objectives.attention_patterns import CACHED_PATTERNS
+from diffusion_t5x.objectives.attention_patterns import CACHED_PATTERNS, Opening
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -56,8 +57,8 @@ class Model:
 
         Raises:
           ValueError: if the network has fewer embeddings than the vocabulary or the corruption has
-            tokens, objective and decoder disagree (see `check_decoder`), or the decoder ends texts
-            with another token than the vocabulary.
+            tokens, the objective shifts and the network cannot, objective and decoder disagree (see
+            `check_decoder`), or the decoder ends texts with another token than the vocabulary.
         """
         rows = module.config.vocab_size
         if vocabulary.vocab_size > rows:
@@ -78,6 +79,12 @@ class Model:
             raise ValueError(
                 f"label_smoothing = {smoothing}, but {type(objective).__name__} forbids the tokens "
                 f"{objective.forbidden}, which smoothing would predict; set LABEL_SMOOTHING = 0."
+            )
+        if getattr(objective, "shift", False) and isinstance(module, EncoderDecoder):
+            raise ValueError(
+                f"{type(objective).__name__}.shift = True, but the first position of an "
+                "encoder-decoder's canvas has none before it; use a decoder-only network, or set "
+                "SHIFT = False."
             )
         end = getattr(decoder, "eos_id", -1)
         if end >= 0 and vocabulary.eos_id is not None and end != vocabulary.eos_id:
@@ -117,16 +124,35 @@ class Model:
         return dict(self.module.init(rng, prefix, target, self.objective.attention_pattern))
 
     def loss_fn(
-        self, params: Any, batch: Batch, dropout_rng: Array | None
+        self, params: Any, batch: Batch, dropout_rng: Array | None, step: Array | None = None
     ) -> tuple[Array, MetricsMap]:
         """Computes the summed loss over `loss_normalization(batch)`, and metrics.
 
-        `batch` has features `[batch, length]` as in `docs/architecture.md`; `dropout_rng` is the
-        key for all randomness of the step, corruption included, and None for that of `eval_fn`.
+        Args:
+          batch: features `[batch, length]` as in `docs/architecture.md`.
+          dropout_rng: the key for all randomness of the step, corruption included; None for that
+            of `eval_fn`.
+          step: steps of the run before this one, which objectives with `opening_steps` need.
+
+        Raises:
+          ValueError: if such an objective gets no step, as T5X's trainer has none to give.
         """
         if dropout_rng is None:
             return self.eval_fn(params, batch)
-        return self._loss(params, batch, dropout_rng, deterministic=False)
+        opening_steps = getattr(self.objective, "opening_steps", 0)
+        if not opening_steps:
+            return self._loss(params, batch, dropout_rng, deterministic=False)
+        if step is None:
+            raise ValueError(
+                f"{type(self.objective).__name__}.opening_steps = {opening_steps} needs the step, "
+                "which T5X's trainer does not hand on; set OPENING_STEPS = 0, or train with "
+                "python -m diffusion_t5x.train."
+            )
+        opening_rng, rng = jax.random.split(dropout_rng)
+        share = jnp.minimum(1.0, (step + 1) / opening_steps)
+        opening = Opening(share, opening_rng)
+        loss, metrics = self._loss(params, batch, rng, deterministic=False, opening=opening)
+        return loss, metrics | {"openness": clu.metrics.Average(total=share, count=jnp.float32(1))}
 
     def eval_fn(self, params: Any, batch: Batch) -> tuple[Array, MetricsMap]:
         """Computes the loss, its randomness fixed by the batch's tokens, without dropout."""
@@ -150,10 +176,10 @@ class Model:
         return losses.normalize_weights(self.loss_normalizing_factor, weights, segment_ids)
 
     def _loss(
-        self, params: Any, batch: Batch, rng: Array, *, deterministic: bool
+        self, params: Any, batch: Batch, rng: Array, **settings: Any
     ) -> tuple[Array, MetricsMap]:
         network_rng, objective_rng = jax.random.split(rng)
-        network = self._bind(params, batch, network_rng, deterministic=deterministic)
+        network = self._bind(params, batch, network_rng, **settings)
         targets, weights = self._targets(batch)
         weights, normalizer = self._normalize(batch, weights)
         loss_sum, weight_sum, sums = self.objective.loss(network, targets, weights, objective_rng)
@@ -165,17 +191,18 @@ class Model:
         return loss_sum / normalizer, metrics
 
     def _bind(
-        self, params: Any, batch: Batch, rng: Array | None = None, *, deterministic: bool = True
+        self, params: Any, batch: Batch, rng: Array | None = None, **settings: Any
     ) -> bound_network.BoundNetwork:
-        """Binds parameters and the batch's prefixes to the network."""
+        """Binds parameters and the batch's prefixes to the network, as the objective reads it."""
         return bound_network.bind(
             self.module,
             params,
             batch,
             self.objective.attention_pattern,
+            shift=getattr(self.objective, "shift", False),
             forbidden=self.objective.forbidden,
             rng=rng,
-            deterministic=deterministic,
+            **settings,
         )
 
     def predict_batch(self, params: Any, batch: Batch, rng: Array | None = None) -> Array:

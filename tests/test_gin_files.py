@@ -113,7 +113,7 @@ def test_each_required_macro_is_asked_for(objective, run):
 
 
 def test_the_settings_of_a_scale_are_no_scale_themselves():
-    assert experiments.names("scales") == ["embedded", "laptop", "paper"]
+    assert experiments.names("scales") == ["embedded", "laptop", "paper", "recipes"]
 
 
 # (experiment, scale); what needs a vocabulary of one's own is given the bytes.
@@ -121,6 +121,7 @@ def test_the_settings_of_a_scale_are_no_scale_themselves():
     ("name", "scale"),
     [
         ("families", "laptop"),
+        ("recipes", "recipes"),
         *((table, scale) for table in ("table1", "table2", "table3") for scale in SCALES),
     ],
 )
@@ -348,6 +349,16 @@ def _diffusion_model(*files):
     gin.clear_config()
     gin_utils.parse_config(["models/tiny.gin", *files], ["DROPOUT_RATE=0.0", *_required(*files)])
     return gin.get_configurable(models.Model)()
+
+
+def test_macros_of_recipes_reach_every_denoising_objective_and_are_off_by_default():
+    given = ("SHIFT=True", "OPENING_STEPS=7", "NEXT_TOKEN_WEIGHT=0.5")
+    for objective in OBJECTIVES[1:]:
+        for bindings, expected in (((), (False, 0, 0.0)), (given, (True, 7, 0.5))):
+            bytes_ = "vocabularies.get_vocabulary.name='bytes'"
+            _parse("models/tiny.gin", objective, RUNS[1], bytes_, *bindings)
+            made = gin.get_configurable(models.Model)().objective
+            assert (made.shift, made.opening_steps, made.next_token_weight) == expected
 
 
 def test_only_the_cached_objectives_cache_the_prefix_and_hide_the_canvas_from_it():

@@ -1,5 +1,6 @@
 """The model contract, for both networks under both objectives."""
 
+import dataclasses
 import functools
 import types
 
@@ -264,6 +265,24 @@ def test_diffusion_learns_where_the_text_ends_because_padding_counts(network_cla
     assert not jnp.allclose(pad_row(grads), pad_row(without), atol=1e-3)
 
 
+def test_attention_opens_with_the_steps_of_a_run_and_not_in_evaluation():
+    model = make_model(DecoderOnly, "diffusion")
+    batch, params = make_batch(), init(model)
+    object.__setattr__(model.objective, "corruption", _NoCorruption())
+    loss_fn = jax.jit(model.loss_fn)
+    wide = loss_fn(params, batch, KEY)[0]
+    model.objective = dataclasses.replace(model.objective, opening_steps=4)
+    opening = jax.jit(model.loss_fn)
+    losses, metrics = zip(*(opening(params, batch, KEY, step) for step in range(6)), strict=True)
+    shares = [float(metric["openness"].compute()) for metric in metrics]
+    assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert losses[3] == losses[4] == wide
+    assert len({*map(float, losses)}) == 4
+    assert jax.jit(model.eval_fn)(params, batch)[0] == wide
+    with pytest.raises(ValueError, match=r"opening_steps = 4 needs the step.*OPENING_STEPS = 0"):
+        model.loss_fn(params, batch, KEY)
+
+
 def test_ar2diff_needs_no_new_parameter():
     shapes = {name: value.shape for name, value in make_batch().items()}
 
@@ -295,5 +314,9 @@ def test_parts_that_do_not_fit_together_are_refused():
         model = make_model(DecoderOnly, "autoregressive")
         vocabulary = types.SimpleNamespace(vocab_size=VOCAB, eos_id=2)
         Model(model.module, model.objective, model.decoder, vocabulary, None)
+    with pytest.raises(ValueError, match=r"shift = True, but .*set SHIFT = False"):
+        model = make_model(EncoderDecoder, "diffusion")
+        objective = dataclasses.replace(model.objective, shift=True)
+        Model(model.module, objective, model.decoder, model.output_vocabulary, None)
     with pytest.raises(ValueError, match="loss_normalizing_factor"):
         make_model(DecoderOnly, "diffusion", loss_normalizing_factor="SUM")

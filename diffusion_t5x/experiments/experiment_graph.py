@@ -30,6 +30,7 @@ class Method:
         of AR2Diff_N, arXiv 2401.17181, section 4.4): a number, or a key of `Scale.adapt_steps`.
       adapt_stage: The name of the adaptation's stage; None for `adapt_{name}`.
       label: The method's name in tables; None for `name`.
+      pretrain_steps: Steps of a pretraining of its own; None for the scale's.
       kind: The kind of decoding by which a scale tells settings apart, 'autoregressive' or
         'diffusion'.
       finetune_steps: Most fine-tuning steps on any task; None for the scale's.
@@ -45,6 +46,7 @@ class Method:
     adapt_steps: int | str = 0
     adapt_stage: str | None = None
     label: str | None = None
+    pretrain_steps: int | None = None
     kind: str = "diffusion"
     finetune_steps: int | None = None
     checkpoint_period: int | None = None

@@ -185,11 +185,12 @@ class _Builder:
         data = lookup(scale.pretraining, self.row.pretraining, "pretraining")
         made: list[Stage] = []
         for stage, method in self.row.method.pretraining():
-            run, steps, period = "pretrain", scale.pretrain_steps, scale.pretrain_checkpoint_period
+            steps = method.pretrain_steps or scale.pretrain_steps
+            run, period = "pretrain", min(steps, scale.pretrain_checkpoint_period)
             if made:
                 run, n = "adapt", method.adapt_steps
                 steps = lookup(scale.adapt_steps, n, "adapt_steps") if isinstance(n, str) else n
-                period = min(period, steps)
+                period = min(scale.pretrain_checkpoint_period, steps)
             name, title = f"{self.row.base}/{stage}", f"{run} {method.shown}"
             made.append(self._train(name, run, method, data, title, made, steps, period))
         return made

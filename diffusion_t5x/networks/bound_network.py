@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat_rows
+from diffusion_t5x.objectives.attention_patterns import Opening
 
 Array = jax.Array
 # Low enough to be never drawn and to weigh nothing, finite so that sums and gradients stay finite.
@@ -25,6 +26,8 @@ class BoundNetwork:
     module: nn.Module
     variables: Mapping[str, Any]  # parameters under 'params'
     attention_pattern: str  # the objective's
+    shift: bool  # a canvas position is predicted by the state of the token before it
+    opening: Opening | None  # how much of the pattern is open; None for all of it
     context: Any  # the prefixes, as `module.encode` returns them
     output_weights: Any  # what `module.logits` multiplies by, prepared once for all passes
     segment_ids: Array | None  # `[batch, length]` of packed targets
@@ -44,6 +47,8 @@ class BoundNetwork:
             self.attention_pattern,
             self.segment_ids,
             deterministic=self.deterministic,
+            shift=self.shift,
+            opening=self.opening,
             rngs=dropout_rngs(rng, self.deterministic),
         )
 
@@ -65,6 +70,9 @@ class BoundNetwork:
 
     def add_room(self, cache: KVCache, room: int) -> KVCache:
         return grow(cache, room)
+
+    def as_causal(self) -> BoundNetwork:
+        return dataclasses.replace(self, attention_pattern="causal", shift=False, opening=None)
 
     def extend_prefix(self, tokens: Array, counts: Array) -> BoundNetwork:
         context = self._apply(self.module.extend, self.context, tokens, counts)
@@ -88,7 +96,7 @@ class CachedBoundNetwork(BoundNetwork):
     def forward(self, canvas: Array, rng: Array | None) -> Array:
         """Computes hidden states of the canvas, after cached prefixes and without dropout."""
         del rng
-        return self._apply(self.module.denoise, self.cache, canvas)
+        return self._apply(self.module.denoise, self.cache, canvas, self.shift)
 
     def repeat(self, n: int) -> CachedBoundNetwork:
         return dataclasses.replace(self, batch_size=self.batch_size * n)
@@ -111,6 +119,8 @@ def bind(
     batch: Mapping[str, Array],
     attention_pattern: str,
     *,
+    shift: bool = False,
+    opening: Opening | None = None,
     forbidden: tuple[int, ...] = (),
     rng: Array | None = None,
     deterministic: bool = True,
@@ -118,6 +128,7 @@ def bind(
     """Binds parameters and the prefixes of a batch, which are encoded once; `rng` is for dropout.
 
     The prefixes are its `encoder_input_tokens [batch, length]`; segment ids are read if it has any.
+    The other arguments are the fields of `BoundNetwork`.
 
     Raises:
       ValueError: if texts may be longer than the network's learned positions.
@@ -143,6 +154,8 @@ def bind(
         module=module,
         variables=variables,
         attention_pattern=attention_pattern,
+        shift=shift,
+        opening=opening,
         context=context,
         output_weights=module.apply(variables, prefixes.shape[0], method=module.output_weights),
         segment_ids=batch.get("decoder_segment_ids"),

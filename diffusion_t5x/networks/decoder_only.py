@@ -20,6 +20,7 @@ from diffusion_t5x.networks.stack import Attended
 from diffusion_t5x.objectives.attention_patterns import (
     AUTOREGRESSIVE_PATTERNS,
     CACHED_PATTERNS,
+    Opening,
     make_mask,
 )
 
@@ -44,11 +45,13 @@ class DecoderOnly(Network):
         segment_ids: Array | None = None,
         *,
         deterministic: bool,
+        shift: bool = False,
+        opening: Opening | None = None,
     ) -> Array:
         """Reads prefix and target in one row.
 
-        Under an autoregressive pattern the state returned at a position is that of the token before
-        it, which predicts it.
+        Under an autoregressive pattern, or with `shift`, the state returned at a position is that
+        of the token before it, which predicts it; that of the first is the last prefix token's.
 
         Raises:
           ValueError: if packed canvases would need a start token, for which there is no room.
@@ -64,13 +67,13 @@ class DecoderOnly(Network):
                 )
             row = start_texts(row)
         positions = jnp.arange(row.tokens.shape[1])
-        mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix)
+        mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix, opening)
         hidden, _, _ = self.decoder(
             self.token_embedder(row.tokens, deterministic, text_index(row.segment_ids)),
             Attended(mask, positions, positions),
             deterministic=deterministic,
         )
-        return take_targets(hidden, row, target.shape[1], before=causal and not started)
+        return take_targets(hidden, row, target.shape[1], before=(causal or shift) and not started)
 
     def prefill(
         self, prefix: Prefix, attention_pattern: str, max_length: int, repeats: int
@@ -85,7 +88,7 @@ class DecoderOnly(Network):
             deterministic=True,
             keep_key_values=True,
         )
-        cache = KVCache(key_values, prefix.segment_ids > 0, jnp.int32(length))
+        cache = KVCache(key_values, prefix.segment_ids > 0, jnp.int32(length), hidden[:, -1])
         return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
 
     def extend(self, prefix: Prefix, tokens: Array, counts: Array) -> Prefix:

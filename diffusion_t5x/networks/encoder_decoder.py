@@ -12,7 +12,12 @@ from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat, repeat_rows
 from diffusion_t5x.networks.network import Network
 from diffusion_t5x.networks.row_layout import read_prefix, shift_texts
 from diffusion_t5x.networks.stack import Attended, Stack
-from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS, check_pattern, make_mask
+from diffusion_t5x.objectives.attention_patterns import (
+    DENOISING_PATTERNS,
+    Opening,
+    check_pattern,
+    make_mask,
+)
 
 Array = jax.Array
 
@@ -69,12 +74,19 @@ class EncoderDecoder(Network):
         segment_ids: Array | None = None,
         *,
         deterministic: bool,
+        shift: bool = False,
+        opening: Opening | None = None,
     ) -> Array:
         """Reads the canvas as it is under a denoising pattern, else the target after a 0.
 
         So shifted right, each state predicts its position. The encoder sees the whole prefix, and
         no canvas, either way.
+
+        Raises:
+          ValueError: if `shift` is set, since no token is before a canvas.
         """
+        if shift:
+            raise ValueError("shift = True needs a decoder-only network; set SHIFT = False.")
         check_pattern(attention_pattern)
         segments = jnp.ones_like(target) if segment_ids is None else segment_ids
         if attention_pattern in DENOISING_PATTERNS:
@@ -83,7 +95,7 @@ class EncoderDecoder(Network):
             pattern, tokens = "causal", shift_texts(target, segments, 0)
         positions = jnp.arange(target.shape[1])
         attended = Attended(
-            mask=make_mask(pattern, segments, segments < 0),
+            mask=make_mask(pattern, segments, segments < 0, opening),
             query_positions=positions,
             key_positions=positions,
             encoded=prefix.hidden,
@@ -110,7 +122,8 @@ class EncoderDecoder(Network):
         hidden, key_values, encoded = self.decoder(
             self.token_embedder(start, True), attended, deterministic=True, keep_key_values=True
         )
-        cache = KVCache(key_values, start == 0, jnp.int32(1), encoded, attended.encoded_mask)
+        last = hidden[:, -1]
+        cache = KVCache(key_values, start == 0, jnp.int32(1), last, encoded, attended.encoded_mask)
         return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
 
     def cache_prefix(self, prefix: EncodedPrefix, attention_pattern: str) -> KVCache:

@@ -30,6 +30,7 @@ class KVCache(flax.struct.PyTreeNode):
     key_values: PerLayer  # with `cache_length` positions; None if only the encoder has read any
     visible: Array  # [batch, cache_length] bool; False for the padding before a prefix
     index: Array  # scalar int32, the position of the next token
+    last: Array  # [batch, embed], the hidden state of the last token
     encoded: PerLayer = None  # of the encoder's output; None without an encoder
     encoded_mask: Array | None = None  # [batch, 1, encoder_length] bool; None without an encoder
 
@@ -49,6 +50,7 @@ def repeat(cache: KVCache, repeats: int) -> KVCache:
     return cache.replace(
         key_values=repeat_key_values(cache.key_values),
         visible=repeat_rows(cache.visible, repeats),
+        last=repeat_rows(cache.last, repeats),
         encoded=repeat_key_values(cache.encoded),
         encoded_mask=repeat_rows(cache.encoded_mask, repeats),
     )

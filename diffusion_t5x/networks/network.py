@@ -13,6 +13,7 @@ from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.kv_cache import KVCache, repeat_rows
 from diffusion_t5x.networks.layers import TokenEmbedding
 from diffusion_t5x.networks.stack import Attended, Stack
+from diffusion_t5x.objectives.attention_patterns import Opening
 
 Array = jax.Array
 
@@ -56,10 +57,19 @@ class Network(nn.Module):
         segment_ids: Array | None = None,
         *,
         deterministic: bool,
+        shift: bool = False,
+        opening: Opening | None = None,
     ) -> Array:
         """Computes hidden states of `target [batch, length]`: see `interfaces.Network.forward`.
 
-        `segment_ids` are of the same shape if rows are packed, else None.
+        Args:
+          segment_ids: of the same shape if rows are packed, else None.
+          shift: return at each position the state of the token before it also under a denoising
+            pattern.
+          opening: how far attention is open to later tokens; None for all that the pattern allows.
+
+        Raises:
+          ValueError: if the network cannot shift.
         """
 
     @abc.abstractmethod
@@ -114,9 +124,10 @@ class Network(nn.Module):
             cache=cache,
             keep_key_values=True,
         )
-        return cache.replace(key_values=key_values, index=cache.index + length), hidden
+        index = cache.index + length
+        return cache.replace(key_values=key_values, index=index, last=hidden[:, -1]), hidden
 
-    def denoise(self, cache: KVCache, canvas: Array) -> Array:
+    def denoise(self, cache: KVCache, canvas: Array, shift: bool = False) -> Array:
         """Computes the states of canvases that follow cached prefixes, as `decode` would.
 
         Of `canvas [batch * n, length]`, rows `i * n ... i * n + n - 1` follow prefix `i`.
@@ -135,7 +146,10 @@ class Network(nn.Module):
         index = repeat_rows(_text_index(cache, canvas_index), repeats)
         embedded = self.token_embedder(canvas, True, index)
         hidden, _, _ = self.decoder(embedded, attended, deterministic=True, cache=cache)
-        return hidden
+        if not shift:
+            return hidden
+        before = repeat_rows(cache.last, repeats)  # [batch * n, embed]
+        return jnp.concatenate([before[:, None], hidden[:, :-1]], axis=1)
 
     def output_weights(self, batch_size: int) -> Array:
         return self.token_embedder.output_weights(batch_size)

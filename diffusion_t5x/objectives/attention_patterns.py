@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -26,7 +28,20 @@ def check_pattern(pattern: str) -> None:
     check_known(pattern, ATTENTION_PATTERNS, "attention_pattern")
 
 
-def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
+class Opening(NamedTuple):
+    """How far attention is open to later tokens, between causal and the pattern's own.
+
+    A query sees a later key that its pattern allows with probability `share`, all rows, layers and
+    passes of a step alike: the annealed mask of DiffuLLaMA (arXiv 2410.17891, section 3).
+    """
+
+    share: Array  # scalar float32; 0 is the pattern 'causal', 1 the pattern itself
+    rng: Array  # key of the draw
+
+
+def make_mask(
+    pattern: str, segment_ids: Array, is_prefix: Array, opening: Opening | None = None
+) -> Array:
     """Computes which keys each query sees: bool `[batch, length, length]`, or a leading 1.
 
     Args:
@@ -34,18 +49,22 @@ def make_mask(pattern: str, segment_ids: Array, is_prefix: Array) -> Array:
       segment_ids: `[batch, length]`; tokens of different segments never see each other, and
         padding is a segment of its own.
       is_prefix: `[batch, length]` bool.
+      opening: how much of a denoising pattern is open; None for all of it.
 
     Raises:
       ValueError: if the pattern is unknown.
     """
     check_pattern(pattern)
     same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]  # [batch, query, key]
+    index = jnp.arange(segment_ids.shape[1])
+    visible = (index[:, None] >= index[None, :])[None]  # [1, query, key]
+    if opening is not None:
+        drawn = jax.random.uniform(opening.rng, visible.shape) < opening.share
+        same_segment = same_segment & (visible | drawn)
     if pattern == "bidirectional":
         return same_segment
     if pattern == "cached_prefix":
         return same_segment & (is_prefix[:, None, :] | ~is_prefix[:, :, None])
-    index = jnp.arange(segment_ids.shape[1])
-    visible = (index[:, None] >= index[None, :])[None]  # [1, query, key]
     if pattern == "causal_prefix":
         visible = visible | ~is_prefix[:, :, None]
     if pattern == "prefix_bidirectional":

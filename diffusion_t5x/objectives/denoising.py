@@ -12,6 +12,7 @@ from diffusion_t5x.interfaces import Corruption, Metrics, Network
 from diffusion_t5x.names import check_known
 from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
 from diffusion_t5x.objectives.losses import CrossEntropy
+from diffusion_t5x.objectives.next_token import NextToken
 from diffusion_t5x.objectives.text_blocks import count_blocks, count_used_blocks, take_block
 
 Array = jax.Array
@@ -39,6 +40,18 @@ class StepUnrolledDenoising:
       block_length: tokens of a canvas for texts that are written block by block; 0 for whole texts.
         Each step then trains on one random block of each text, after the prefix and the blocks
         before it.
+      shift: predict a canvas position from the hidden state of the position before it, the first
+        from the last prefix token's, as AR models do and what is adapted from them may keep doing
+        (DiffuLLaMA, arXiv 2410.17891, section 3; Dream, arXiv 2508.15487). Decoder-only networks.
+      opening_steps: steps in which attention opens from causal to `attention_pattern`; 0 for open
+        from the start. At step `i` of a run, from 0, each query sees each later key with
+        probability min(1, (i + 1) / opening_steps), drawn once per step for all rows, layers and
+        passes (DiffuLLaMA, arXiv 2410.17891, section 3). Evaluation and decoding see the open mask.
+        Every run with this setting begins causal: set it for adaptation, not for what follows.
+      next_token_weight: weight of the AR loss of the clean targets, read by the same network under
+        causal attention, which is trained beside; 0 for none. Each token of text then weighs that
+        much, compared with one denoising pass. The fine-tuning of DiffusionGemma in TRL
+        (`sft_diffusion_gemma.py`) adds such a loss with weight 1, of the prefix as well.
     """
 
     corruption: Corruption
@@ -49,6 +62,9 @@ class StepUnrolledDenoising:
     cross_entropy: CrossEntropy = CrossEntropy()
     attention_pattern: str = "bidirectional"
     block_length: int = 0
+    shift: bool = False
+    opening_steps: int = 0
+    next_token_weight: float = 0.0
     packs: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -61,7 +77,19 @@ class StepUnrolledDenoising:
                 f"block_length = {self.block_length} with attention_pattern = "
                 f"{self.attention_pattern!r}; blocks need 'causal_prefix'."
             )
-        for name in ("num_unrolls", "unroll_temperature", "padding_weight", "block_length"):
+        if not isinstance(self.opening_steps, int) or not isinstance(self.shift, bool):
+            raise ValueError(
+                f"opening_steps = {self.opening_steps!r}, shift = {self.shift!r}; expected a whole "
+                "number of steps, and True or False."
+            )
+        for name in (
+            "num_unrolls",
+            "unroll_temperature",
+            "padding_weight",
+            "block_length",
+            "opening_steps",
+            "next_token_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected a value >= 0.")
 
@@ -85,6 +113,14 @@ class StepUnrolledDenoising:
         self, network: Network, targets: Array, weights: Array, rng: Array
     ) -> tuple[Array, Array, Metrics]:
         """Computes the loss of all passes, with metrics of each; the class says how."""
+        next_token = jnp.float32(0.0)
+        metrics: dict[str, tuple[Array, Array]] = {}
+        if self.next_token_weight:
+            next_token_rng, rng = jax.random.split(rng)
+            next_token, _, sums = NextToken(cross_entropy=self.cross_entropy).loss(
+                network.as_causal(), targets, weights * (targets != 0), next_token_rng
+            )
+            metrics |= {f"{name}/next_token": pair for name, pair in sums.items()}
         if self.block_length:
             block_rng, rng = jax.random.split(rng)
             used = count_used_blocks(targets, self.block_length)
@@ -97,7 +133,6 @@ class StepUnrolledDenoising:
         rate = self.corruption.sample_rate(rate_rng, targets.shape[0])
         canvas, _ = self.corruption.corrupt(corrupt_rng, targets, rate)
         total = jnp.float32(0.0)
-        metrics: dict[str, tuple[Array, Array]] = {}
         for unroll in range(self.num_unrolls + 1):
             passes_rng, dropout_rng, draw_rng = jax.random.split(passes_rng, 3)
             readout = self.cross_entropy(
@@ -109,12 +144,12 @@ class StepUnrolledDenoising:
                 temperature=self.unroll_temperature,
             )
             total += readout.loss_sum
-            for name, sums in readout.sums(weights).items():
-                metrics[f"{name}/unroll_{unroll}"] = sums
+            for name, pair in readout.sums(weights).items():
+                metrics[f"{name}/unroll_{unroll}"] = pair
             canvas = jax.lax.stop_gradient(readout.tokens)
         if self.reduction == "mean":
             total /= self.num_unrolls + 1
-        return total, jnp.sum(weights), metrics
+        return total + self.next_token_weight * next_token, jnp.sum(weights), metrics
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Array:
         """Computes the model score (arXiv 2401.17181, section 4.1), exactly and without `rng`.

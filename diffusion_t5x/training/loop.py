@@ -137,7 +137,11 @@ def train(
     abstract = abstract_train_state(model, partitioner, *spec)
     start.check(abstract)
     trainer = trainer_cls(
-        model=model, partitioner=partitioner, abstract_state=abstract, random_seed=random_seed
+        model=model,
+        partitioner=partitioner,
+        abstract_state=abstract,
+        random_seed=random_seed,
+        first_step=start.first_step,
     )
     trainer.check_batch_size(batch_size)
 

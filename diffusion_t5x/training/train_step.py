@@ -106,6 +106,7 @@ class Trainer:
         num_microbatches: int | None = None,
         clip_norm: float | None = None,
         max_skipped_updates: int = 0,
+        first_step: int = 0,
     ):
         """Prepares the steps; they are compiled when they are first called or lowered.
 
@@ -118,6 +119,7 @@ class Trainer:
           clip_norm: Largest global norm of the gradient; None for no clipping.
           max_skipped_updates: Number of updates in a row that are skipped because a loss, gradient
             or update is not finite; the next one stops training. 0 stops at the first.
+          first_step: The step that the run started at, from which the model's loss counts.
 
         Raises:
           ValueError: If a number is out of range.
@@ -134,6 +136,7 @@ class Trainer:
         self.num_microbatches = num_microbatches or 1
         self._clip_norm = clip_norm
         self._rng = jax.random.PRNGKey(random_seed)
+        self._first_step = first_step
         self.max_skipped_updates = max_skipped_updates
         self.leaf_names = list(named_leaves(abstract_state.params))
         # Functions of their own for JAX, so that shapes of metrics and steps share one trace.
@@ -211,14 +214,15 @@ class Trainer:
         """Returns loss, metrics and gradients of a batch, computed microbatch by microbatch."""
         rng = jax.random.fold_in(self._rng, state.step)
         value_and_grad = jax.value_and_grad(self.model.loss_fn, has_aux=True)
+        step = state.step - self._first_step
         if self.num_microbatches == 1:
-            (loss, metrics), grads = value_and_grad(state.params, batch, rng)
+            (loss, metrics), grads = value_and_grad(state.params, batch, rng, step)
             return loss, metrics, grads
         normalization = self.model.loss_normalization
 
         def of_microbatch(index: jax.Array, part: Batch) -> Any:
             part_rng = jax.random.fold_in(rng, index)
-            (loss, metrics), grads = value_and_grad(state.params, part, part_rng)
+            (loss, metrics), grads = value_and_grad(state.params, part, part_rng, step)
             # Weighted by its share, so that the sum over microbatches is the batch's mean.
             share = normalization(part) / normalization(batch)
             loss, grads = jax.tree.map(lambda x: x * share, (loss, grads))

@@ -1,5 +1,6 @@
 """Training as a whole: it goes on where it was, and stops when something is wrong."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -103,6 +104,23 @@ def test_the_loss_falls_and_everything_a_run_writes_is_there(tmp_path):
         "training_eval",
     }
     assert list((tmp_path / "train").glob("events*"))
+
+
+def test_attention_opens_from_the_first_step_of_an_adaptation_also_over_a_restart(tmp_path):
+    toy.run(tmp_path / "ar", 2, toy.model("autoregressive"))
+    restore = RestoreCheckpointConfig(str(tmp_path / "ar"))
+
+    def adapt(name, steps):
+        model = toy.model()
+        model.objective = dataclasses.replace(model.objective, opening_steps=5)
+        return toy.run(tmp_path / name, 0, model, restore=restore, relative_steps=steps)
+
+    straight = adapt("straight", 6)
+    adapt("stopped", 2)
+    _same(straight, adapt("stopped", 6))
+    for name in ("straight", "stopped"):  # each line is the mean of two steps
+        shares = [line["openness"] for line in read_metrics(str(tmp_path / name))]
+        np.testing.assert_allclose(shares, [0.3, 0.7, 1.0], rtol=1e-6)
 
 
 def test_ar2diff_is_an_initial_checkpoint_and_another_objective(tmp_path):

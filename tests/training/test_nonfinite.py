@@ -82,8 +82,8 @@ def test_where_nothing_goes_wrong_skipping_changes_no_number(tmp_path):
 class _Poisoned(models.Model):
     """Its loss is not a number for one batch."""
 
-    def loss_fn(self, params, batch, rng):
-        loss, metrics = super().loss_fn(params, batch, rng)
+    def loss_fn(self, params, batch, *args):
+        loss, metrics = super().loss_fn(params, batch, *args)
         poison = jnp.all(batch["decoder_target_tokens"] == _batches(2)[1]["decoder_target_tokens"])
         return loss * jnp.where(poison, jnp.nan, 1.0), metrics
 
