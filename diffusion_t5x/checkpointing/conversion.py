@@ -28,6 +28,7 @@ from diffusion_t5x.checkpointing.reading import (
     open_params,
 )
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
+from diffusion_t5x.interop.low_rank import is_low_rank, merge_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.files import write_atomically
@@ -80,7 +81,8 @@ def convert(
       source: A checkpoint, ours or T5X's, or the directory of a run for its latest.
       destination: The directory to write into.
       layout: One of `FORMATS`.
-      model: The model that the parameters must fit; None to infer the network.
+      model: The model that the parameters must fit; None to infer the network. Unless it has
+        low-rank adaptation, that of the checkpoint is merged into its kernels.
       partial: Whether to initialise the parameters that the checkpoint lacks or has in another
         shape, instead of raising an error.
       dtype: Type of the parameters written, such as 'bfloat16'; None to keep that of each.
@@ -110,6 +112,10 @@ def convert(
         stored = open_params(path)
         if has_optimizer_state(path):
             notes += ("optimiser state and data position are not converted.",)
+    if model is None or model.module.config.low_rank is None:
+        if any(map(is_low_rank, stored)):
+            notes += ("low-rank factors are merged into their kernels.",)
+        stored = merge_low_rank(stored)
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
         arrays, dropped = _fit(path, stored, model, partial)

@@ -15,6 +15,7 @@ from etils import epath
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.interop import t5x_checkpoints, t5x_networks
+from diffusion_t5x.interop.low_rank import is_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
@@ -48,6 +49,14 @@ def optimizer_item(state: TrainState) -> dict[str, Any]:
 def has_optimizer_state(path: str) -> bool:
     """Returns whether a checkpoint holds an optimiser state that can be restored; T5X's do not."""
     return (epath.Path(path) / "optimizer").exists()
+
+
+def has_low_rank(path: str) -> bool:
+    """Returns whether a checkpoint has factors of low-rank adaptation; reads no array."""
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        return any(map(is_low_rank, t5x_checkpoints.open_checkpoint(path).params))
+    item = epath.Path(path).absolute() / "params"
+    return item.exists() and any(map(is_low_rank, _stored_leaves(item)))
 
 
 def read_step(path: str) -> int:
