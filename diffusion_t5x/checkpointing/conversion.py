@@ -112,10 +112,8 @@ def convert(
         stored = open_params(path)
         if has_optimizer_state(path):
             notes += ("optimiser state and data position are not converted.",)
-    if model is None or model.module.config.low_rank is None:
-        if any(map(is_low_rank, stored)):
-            notes += ("low-rank factors are merged into their kernels.",)
-        stored = merge_low_rank(stored)
+    stored, merged = _merge(stored, model)
+    notes += merged
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
         arrays, dropped = _fit(path, stored, model, partial)
@@ -142,6 +140,16 @@ def _check_settings(layout: str, model: Model | None, partial: bool) -> None:
         raise ValueError("--partial: fresh parameters need a model; give its gin files.")
     if model is not None and layout in FORMATS[2:]:
         raise ValueError(f"--format={layout} writes T5X's network; it takes no gin files.")
+
+
+def _merge(
+    stored: dict[str, StoredArray], model: Model | None
+) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
+    """Merges low-rank factors, unless the model has them; returns parameters and notes."""
+    kept = model is not None and model.module.config.low_rank is not None
+    if kept or not any(map(is_low_rank, stored)):
+        return stored, ()
+    return merge_low_rank(stored), ("low-rank factors are merged into their kernels.",)
 
 
 def _fit(

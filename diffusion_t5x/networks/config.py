@@ -156,7 +156,7 @@ class TransformerConfig:
     """Every layer whose number, counted from 1, is a multiple of this sees everything in spite of
     `sliding_window`: 2 in Gemma 2, 6 in Gemma 3. None for none."""
     low_rank: LowRank | None = None
-    """Low-rank adaptation of chosen projections, all else being frozen; None to train everything."""
+    """Adapts chosen projections and freezes all else (LoRA); None to train everything."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv 2106.09685): which projections, which parameters.
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv 2106.09685): what is adapted and trained.
 
 A chosen projection computes `x W + (alpha / rank) x A B` (section 4.1): its kernel `W` is frozen,
 `A [in, rank]` begins random and `B [rank, out]` as zero, so that training starts from the network

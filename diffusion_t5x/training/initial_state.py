@@ -99,7 +99,7 @@ class StartingPoint:
 
 
 def _without_low_rank(params: Any) -> Any:
-    """Returns the parameters of the network without low-rank adaptation; `params` if it has none."""
+    """Returns what a network without low-rank adaptation has; `params` if that is everything."""
     return select(params, lambda name: not is_low_rank(name))
 
 
