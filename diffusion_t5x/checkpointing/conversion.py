@@ -30,6 +30,7 @@ from diffusion_t5x.checkpointing.reading import (
     open_params,
 )
 from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks, tensor_files
+from diffusion_t5x.interop.low_rank import is_low_rank, merge_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.files import write_atomically
@@ -90,7 +91,8 @@ def convert(
         model.
       destination: The directory to write into.
       layout: One of `FORMATS`.
-      model: The model that the parameters must fit; None to infer the network.
+      model: The model that the parameters must fit; None to infer the network. Unless it has
+        low-rank adaptation, that of the checkpoint is merged into its kernels.
       partial: Whether to initialise the parameters that the checkpoint lacks or has in another
         shape, instead of raising an error.
       dtype: Type of the parameters written, such as 'bfloat16'; None to keep that of each.
@@ -109,17 +111,19 @@ def convert(
     directory = paths.writable(destination, "--to")
     step, path = list_checkpoints(str(origin))[-1]
     if layout == HUGGING_FACE and model is not None:
-        stored = _cast(open_params(path, model.module.config.vocab_size), dtype)
-        export = hf_export.prepare(path, stored, model, hf_model, lengths)
+        stored, notes = _merge(open_params(path, model.module.config.vocab_size), None)
+        export = hf_export.prepare(path, _cast(stored, dtype), model, hf_model, lengths)
         tensor_files.check_destination(directory)
         if not dry_run:
             export.write(directory)
         written = f"{directory}{' (not written)' * dry_run}"
-        return Conversion(written, step, export.arrays, (), ())
+        return Conversion(written, step, export.arrays, (), notes)
     final = directory / f"{PREFIX}_{step}"
     if final.exists() and orbax_buckets.is_complete(final):
         raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")
     stored, needs_start, notes = _open(path, 0 if model is None else model.module.config.vocab_size)
+    stored, merged = _merge(stored, model)
+    notes += merged
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
         arrays, dropped = _fit(path, stored, model, partial)
@@ -171,6 +175,16 @@ def _check_settings(layout: str, model: Model | None, partial: bool) -> None:
         )
     if model is not None and layout in T5X_NETWORKS:
         raise ValueError(f"--format={layout} writes T5X's network; it takes no gin files.")
+
+
+def _merge(
+    stored: dict[str, StoredArray], model: Model | None
+) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
+    """Merges low-rank factors, unless the model has them; returns parameters and notes."""
+    kept = model is not None and model.module.config.low_rank is not None
+    if kept or not any(map(is_low_rank, stored)):
+        return stored, ()
+    return merge_low_rank(stored), ("low-rank factors are merged into their kernels.",)
 
 
 def _fit(

@@ -18,6 +18,7 @@ from etils import epath
 from diffusion_t5x import paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks
+from diffusion_t5x.interop.low_rank import is_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
 from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 
@@ -56,6 +57,14 @@ def has_optimizer_state(path: str) -> bool:
 def is_foreign(path: str) -> bool:
     """Returns whether a checkpoint is T5X's, or a model of Hugging Face's."""
     return t5x_checkpoints.is_t5x_checkpoint(path) or hf_models.is_model(path)
+
+
+def has_low_rank(path: str) -> bool:
+    """Returns whether a checkpoint has factors of low-rank adaptation; reads no array."""
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        return any(map(is_low_rank, t5x_checkpoints.open_checkpoint(path).params))
+    item = epath.Path(path).absolute() / "params"
+    return item.exists() and any(map(is_low_rank, _stored_leaves(item)))
 
 
 def read_step(path: str) -> int:

@@ -99,6 +99,8 @@ def hint(misfits: Iterable[str]) -> str:
         r"lacks decoder/layers\w*/relpos_bias/": "relative_bias_per_layer = False",
         r"lacks token_embedder/logits_kernel": "tied_logits = True",
         r"model has no token_embedder/logits_kernel": "tied_logits = False",
+        r"lacks .*/low_rank_a": "low_rank = None, which is the default",
+        r"model has no .*/low_rank_a": "low_rank, which models/low_rank.gin sets",
     }
     settings = [setting for pattern, setting in hints.items() if re.search(pattern, text)]
     return "".join(f"\nIt may need TransformerConfig.{setting}." for setting in settings)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.names import check_known
+from diffusion_t5x.networks.low_rank import LowRank
 
 # Activations of a layer that are saved for the backward pass; the others are recomputed.
 REMAT_POLICIES = {
@@ -154,6 +155,8 @@ class TransformerConfig:
     sliding_period: int | None = None
     """Every layer whose number, counted from 1, is a multiple of this sees everything in spite of
     `sliding_window`: 2 in Gemma 2, 6 in Gemma 3. None for none."""
+    low_rank: LowRank | None = None
+    """Adapts chosen projections and freezes all else (LoRA); None to train everything."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.low_rank import LowRank
 from diffusion_t5x.networks.sharding import per_data_shard
 
 Array = jax.Array
@@ -77,7 +78,27 @@ class Dense(nn.Module):
         y = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)
         if self.use_bias:
             y = y + _bias(self.axes[1], self.features).astype(y.dtype)
+        if (low_rank := self.config.low_rank) is not None and low_rank.adapts(self.path):
+            y = y + _low_rank_product(
+                x.reshape(-1, x.shape[-1]), low_rank, self.features, self.axes
+            )
         return y.reshape(*x.shape[:-1], -1)
+
+
+def _low_rank_product(x: Array, settings: LowRank, features: int, axes: tuple[str, str]) -> Array:
+    """Computes `(alpha / rank) x A B`, `[n, in] -> [n, features]`, of the module that is called.
+
+    `axes` are the logical axes of its kernel.
+    """
+    param, rank = nn_partitioning.param_with_axes, settings.rank
+    begin = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    shape_a, shape_b = (x.shape[-1], rank), (rank, features)
+    a = param("low_rank_a", begin, shape_a, jnp.float32, axes=(axes[0], "low_rank"))
+    zeros = nn.initializers.zeros
+    b = param("low_rank_b", zeros, shape_b, jnp.float32, axes=("low_rank", axes[1]))
+    constant = nn.initializers.constant(settings.alpha / rank)
+    scale = param("low_rank_scale", constant, (), jnp.float32, axes=())
+    return x @ a.astype(x.dtype) @ b.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class GatedMlp(nn.Module):

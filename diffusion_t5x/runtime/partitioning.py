@@ -61,7 +61,7 @@ def standard_logical_axis_rules(
         rules.append(("embed", "data"))
     if activation_partitioning_dims == parameter_partitioning_dims == 1:
         rules.append(("embed", None))
-    replicated = ("relpos_buckets", "abspos_buckets", "length", "layers")
+    replicated = ("relpos_buckets", "abspos_buckets", "length", "layers", "low_rank")
     return [*rules, *((name, None) for name in replicated), *additional_rules]
 
 

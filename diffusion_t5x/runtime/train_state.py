@@ -6,10 +6,11 @@ initialise with, by feature; `rng`, the key of the initial values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +24,7 @@ INIT_SHAPES: Shapes = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters and optimiser state after `step` updates, a scalar int32."""
+    """Parameters, and optimiser state of those that are trained, after `step` updates (int32)."""
 
     step: jax.Array
     params: Any
@@ -78,7 +79,7 @@ def abstract_train_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = jax.tree_util.tree_map_with_path(
-        place, jax.eval_shape(model.optimizer_def.init, params)
+        place, jax.eval_shape(model.optimizer_def.init, select(params, model.is_trained))
     )
     return TrainState(place((), jax.ShapeDtypeStruct((), jnp.int32)), params, opt_state)
 
@@ -95,10 +96,24 @@ def create_train_state(
 
     def init(rng: jax.Array) -> TrainState:
         params = model.get_initial_variables(rng, shapes, types)["params"]
-        return TrainState(jnp.int32(0), params, model.optimizer_def.init(params))
+        opt_state = model.optimizer_def.init(select(params, model.is_trained))
+        return TrainState(jnp.int32(0), params, opt_state)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return partitioner.jit(init, out_shardings=shardings)(rng)
+
+
+def select(params: Any, keep: Callable[[str], bool]) -> Any:
+    """Returns those of nested parameters, such as the trained ones, whose names are kept."""
+    named = flax.traverse_util.flatten_dict(params, sep="/")
+    kept = {name: leaf for name, leaf in named.items() if keep(name)}
+    return params if len(kept) == len(named) else flax.traverse_util.unflatten_dict(kept, sep="/")
+
+
+def replace(params: Any, some: Any) -> Any:
+    """Returns nested parameters with `some` of them, of the same names, replaced or added."""
+    flat = flax.traverse_util.flatten_dict
+    return flax.traverse_util.unflatten_dict({**flat(params), **flat(some)})
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_t5x.runtime.train_state import Shapes, TrainState
+from diffusion_t5x.runtime.train_state import Shapes, TrainState, select
 from diffusion_t5x.training.train_step import Trainer
 
 GIB = 2**30
@@ -37,6 +37,7 @@ class Report:
       limit: Memory of a device; None if unknown.
       refusal: The compiler's message if it refused for lack of memory.
       compiled: The compiled step, for reading more from it.
+      trained_count: Number of parameters that are not frozen; None for all.
     """
 
     device: str
@@ -50,6 +51,7 @@ class Report:
     limit: int | None = None
     refusal: str | None = None
     compiled: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
+    trained_count: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -61,6 +63,8 @@ class Report:
     def lines(self) -> Iterator[str]:
         """Yields the report as lines of text."""
         yield f"parameters: {self.parameter_count:,}"
+        if self.trained_count is not None:
+            yield f"trained: {self.trained_count:,}"
         yield f"mesh: {dict(self.mesh)} of {self.device}"
         yield "per device, GiB:"
         for name, size in (
@@ -126,10 +130,13 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
     """
     mesh, everywhere = trainer.partitioner.mesh, trainer.partitioner.replicated
     device = mesh.devices.flat[0]
+    parts = state.params, select(state.params, trainer.model.is_trained)
+    count, trained = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in parts)
     report = Report(
         device=device.device_kind,
         mesh=dict(mesh.shape),
-        parameter_count=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameter_count=count,
+        trained_count=None if trained == count else trained,
         parameters=_bytes(state.params),
         optimizer=_bytes((state.step, state.opt_state)),
         batch=_bytes(batch),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from diffusion_t5x.checkpointing import checkpoints, integrity, reading
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.checkpointing.items import restore_position
 from diffusion_t5x.data.datasets import DatasetIterator
-from diffusion_t5x.runtime.train_state import TrainState
+from diffusion_t5x.interop.low_rank import is_low_rank
+from diffusion_t5x.runtime.train_state import TrainState, replace, select
 from diffusion_t5x.training import run_record
 
 
@@ -25,6 +27,8 @@ class StartingPoint:
       first_step: Step that the run started at, from which TRAIN_STEPS_RELATIVE counts.
       is_own: Whether the run saved the checkpoint itself, and resumes.
       has_optimizer: Whether the optimiser state is restored as well.
+      low_rank_begins: Whether the checkpoint is of the network without low-rank adaptation, whose
+        parameters begin fresh, with a fresh optimiser state.
       damaged: Paths of the run's own newer checkpoints, which are damaged.
     """
 
@@ -34,6 +38,7 @@ class StartingPoint:
     is_own: bool = False
     has_optimizer: bool = False
     damaged: tuple[str, ...] = ()
+    low_rank_begins: bool = False
 
     def __str__(self) -> str:
         if self.path is None:
@@ -41,7 +46,8 @@ class StartingPoint:
         if self.is_own:
             return f"resuming from {self.path}"
         parts = "parameters and optimiser" if self.has_optimizer else "parameters"
-        return f"{parts} of {self.path}, at step {self.step}"
+        fresh = ", with fresh low-rank factors" if self.low_rank_begins else ""
+        return f"{parts} of {self.path}, at step {self.step}{fresh}"
 
     def last_step(self, total_steps: int | None, relative_steps: int | None) -> int:
         """Returns the step at which the run ends.
@@ -71,17 +77,30 @@ class StartingPoint:
             )
         return steps
 
-    def check(self, abstract: TrainState) -> None:
+    def fit(self, abstract: TrainState) -> StartingPoint:
         """Refuses a checkpoint of other names or shapes than the state's; reads no array.
+
+        Returns:
+          This starting point, which may now say that low-rank adaptation begins here.
 
         Raises:
           CheckpointMismatchError: If they differ.
         """
         if self.path is None:
-            return
+            return self
+        base = _without_low_rank(abstract.params)
+        if not self.is_own and base is not abstract.params and not reading.has_low_rank(self.path):
+            reading.check_params(self.path, base)
+            return dataclasses.replace(self, has_optimizer=False, low_rank_begins=True)
         reading.check_params(self.path, abstract.params)
         if self.has_optimizer:
             reading.check_item(self.path, "optimizer", reading.optimizer_item(abstract))
+        return self
+
+
+def _without_low_rank(params: Any) -> Any:
+    """Returns what a network without low-rank adaptation has; `params` if that is everything."""
+    return select(params, lambda name: not is_low_rank(name))
 
 
 def what_is_left(step: int, last_step: int) -> str:
@@ -142,7 +161,7 @@ def restore(
     """Restores or creates the state that a run starts from, sharded as `abstract` is.
 
     Args:
-      start: What `find` decided.
+      start: What `find` decided, and `fit` checked.
       abstract: `jax.ShapeDtypeStruct`s of the state, with shardings.
       checkpointer: The run's checkpointer; None if it saves nothing.
       iterator: The training data, moved to its saved position if the run resumes.
@@ -157,12 +176,21 @@ def restore(
         return reading.restore_train_state(start.path, abstract)
     if start.path is None:
         return create()
-    opt_state = create().opt_state  # no fresh parameters stay beside those that are restored
-    params = reading.restore_params(start.path, abstract.params, verify=False)
+    fresh = create()  # of which only what the checkpoint lacks is kept
+    opt_state, factors = fresh.opt_state, select(fresh.params, is_low_rank)
+    del fresh
+    if start.low_rank_begins:
+        wanted = _without_low_rank(abstract.params)
+        params = replace(reading.restore_params(start.path, wanted, verify=False), factors)
+    else:
+        params = reading.restore_params(start.path, abstract.params, verify=False)
     step = jax.device_put(np.int32(start.step), abstract.step.sharding)
     if start.step and jax.process_index() == 0:
+        why = "it has no optimiser state that can be restored here (T5X's cannot)"
+        if start.low_rank_begins:
+            why = "its optimiser state is not that of low-rank factors"
         print(
-            f"{start.path}: restored parameters and step {start.step}; it has no optimiser state "
-            "that can be restored here (T5X's cannot), so the optimiser starts fresh."
+            f"{start.path}: restored parameters and step {start.step}; {why}, so the optimiser "
+            "starts fresh."
         )
     return TrainState(step, params, opt_state)

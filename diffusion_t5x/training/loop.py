@@ -135,7 +135,7 @@ def train(
     # State: shapes and shardings alone, compared with the checkpoint before anything is allocated.
     spec = input_shapes_and_types(iterator.element_spec)
     abstract = abstract_train_state(model, partitioner, *spec)
-    start.check(abstract)
+    start = start.fit(abstract)
     trainer = trainer_cls(
         model=model,
         partitioner=partitioner,

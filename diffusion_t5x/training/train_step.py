@@ -15,7 +15,7 @@ from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves, replace, select
 from diffusion_t5x.training.optimizers import Schedule
 
 Metrics = dict[str, clu.metrics.Average]
@@ -33,7 +33,7 @@ class Health(flax.struct.PyTreeNode):
       step: The step that the update led to, int32.
       loss: The loss of the batch.
       grad_squares: `[leaves]`, the squared norm of each gradient leaf, in the order of
-        `named_leaves`.
+        `named_leaves`; frozen parameters have none.
       update_squares: `[leaves]`, the squared norm of each leaf that was added to the parameters.
     """
 
@@ -91,7 +91,7 @@ class Trainer:
     """Compiled train and eval steps of one model.
 
     Attributes:
-      leaf_names: Names of the parameters, in the order of `Health.grad_squares`.
+      leaf_names: Names of the trained parameters, in the order of `Health.grad_squares`.
       step: `(state, metrics, batch) -> (state, metrics, health)`, compiled; donates state, metrics.
       eval_step: `(params, metrics, batch) -> metrics`, compiled; donates metrics.
     """
@@ -138,7 +138,7 @@ class Trainer:
         self._rng = jax.random.PRNGKey(random_seed)
         self._first_step = first_step
         self.max_skipped_updates = max_skipped_updates
-        self.leaf_names = list(named_leaves(abstract_state.params))
+        self.leaf_names = list(named_leaves(select(abstract_state.params, model.is_trained)))
         # Functions of their own for JAX, so that shapes of metrics and steps share one trace.
         self._traced_update = jax.jit(self._update, inline=True)
         self._traced_eval = jax.jit(model.eval_fn, inline=True)
@@ -195,9 +195,10 @@ class Trainer:
             scale = jnp.minimum(1.0, self._clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
         rate = jnp.asarray(self._learning_rate_fn(state.step), jnp.float32)
-        updates, opt_state = self.model.optimizer_def.update(grads, state.opt_state, state.params)
+        trained = select(state.params, self.model.is_trained)
+        updates, opt_state = self.model.optimizer_def.update(grads, state.opt_state, trained)
         updates = jax.tree.map(lambda u: u * rate, updates)
-        params = optax.apply_updates(state.params, updates)
+        params = replace(state.params, optax.apply_updates(trained, updates))
         one = jnp.float32(1.0)
         metrics = {
             **metrics,
@@ -211,18 +212,26 @@ class Trainer:
         return new, metrics, health
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
-        """Returns loss, metrics and gradients of a batch, computed microbatch by microbatch."""
+        """Returns loss, metrics and gradients of a batch, computed microbatch by microbatch.
+
+        Frozen parameters have no gradient, and none is computed.
+        """
         rng = jax.random.fold_in(self._rng, state.step)
-        value_and_grad = jax.value_and_grad(self.model.loss_fn, has_aux=True)
+        trained = select(state.params, self.model.is_trained)
         step = state.step - self._first_step
+
+        def loss_fn(trained: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+            return self.model.loss_fn(replace(state.params, trained), batch, rng, step)
+
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if self.num_microbatches == 1:
-            (loss, metrics), grads = value_and_grad(state.params, batch, rng, step)
+            (loss, metrics), grads = value_and_grad(trained, batch, rng)
             return loss, metrics, grads
         normalization = self.model.loss_normalization
 
         def of_microbatch(index: jax.Array, part: Batch) -> Any:
             part_rng = jax.random.fold_in(rng, index)
-            (loss, metrics), grads = value_and_grad(state.params, part, part_rng, step)
+            (loss, metrics), grads = value_and_grad(trained, part, part_rng)
             # Weighted by its share, so that the sum over microbatches is the batch's mean.
             share = normalization(part) / normalization(batch)
             loss, grads = jax.tree.map(lambda x: x * share, (loss, grads))

@@ -135,9 +135,18 @@ COMPUTATIONS = {
         "diffusion", "decoder_only", ((1, 1), (2, 2)), scan_layers=True
     ),
     "sharded_grouped": lambda: sharded_steps(
-        "diffusion", "decoder_only", ((1, 1), (4, 2)), scan_layers=True, positions="rotary",
-        num_kv_heads=2, qkv_bias=True, qk_norm=True, attention_scale=0.5, logits_scale=1.0,
-        sliding_window=3, sliding_period=2,
+        "diffusion",
+        "decoder_only",
+        ((1, 1), (4, 2)),
+        scan_layers=True,
+        positions="rotary",
+        num_kv_heads=2,
+        qkv_bias=True,
+        qk_norm=True,
+        attention_scale=0.5,
+        logits_scale=1.0,
+        sliding_window=3,
+        sliding_period=2,
     ),
     "sharded_encoder_decoder": lambda: sharded_steps(
         "autoregressive", "encoder_decoder", ((1, 1), (2, 2), (4, 1))
