@@ -33,6 +33,7 @@ OBJECTIVES = (
 FAST = "decoders/fast.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
+EXPORT = "runs/export.gin"
 SCALES = ("embedded", "paper")
 # name -> (embed_dim, heads, layers, mlp_dim, head_dim); all but tiny are T5 1.1's, as published.
 # xxl has the layers of T5 1.1 XXL's encoder and decoder, and four more.
@@ -106,7 +107,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RUNS, SAMPLE}
+    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RUNS, SAMPLE, EXPORT}
     known |= {*STACKS, *SIZE_FILES, "models/common.gin", "runs/common.gin"}
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}

@@ -40,13 +40,11 @@ class Traced(NamedTuple):
       functions: `prefill(params, prefixes, key)` and `step(params, state, key)`, each of which
         returns what of the state is new, tokens and scores; `params` and `state` by name.
       arguments: Shapes and dtypes of their arguments.
-      results: Those of their results.
       num_steps: Calls of `step` that a text takes.
     """
 
     functions: Mapping[str, Callable[..., Any]]
     arguments: Mapping[str, Sequence[Any]]
-    results: Mapping[str, Any]
     num_steps: int
 
 
@@ -83,14 +81,13 @@ def trace(model: Model, params: Any, batch_size: int, lengths: Mapping[str, int]
     tokens = jax.ShapeDtypeStruct((batch_size, lengths["inputs"]), jnp.int32)
     key = jax.eval_shape(jax.random.PRNGKey, 0)
     beginning = abstract, tokens, key
-    shapes = named_leaves(jax.eval_shape(start, *beginning))
-    layout = jax.tree.structure(jax.eval_shape(start, *beginning))
+    first = jax.eval_shape(start, *beginning)
+    shapes, layout = named_leaves(first), jax.tree.structure(first)
 
     def results(old: Any, new: Any) -> Any:
-        """Returns what is new, by name; and texts and scores, best last."""
-        changed = {
-            name: x for name, x in named_leaves(new).items() if x is not named_leaves(old).get(name)
-        }
+        """Returns what is new in a state, by name; and texts and scores, best last."""
+        before = named_leaves(old)
+        changed = {name: x for name, x in named_leaves(new).items() if x is not before.get(name)}
         decoded = decoder.finish(new[1])
         return changed, decoded.tokens, decoded.scores
 
@@ -104,8 +101,7 @@ def trace(model: Model, params: Any, batch_size: int, lengths: Mapping[str, int]
 
     functions = {"prefill": prefill, "step": step}
     arguments = {"prefill": beginning, "step": (abstract, shapes, key)}
-    found = {name: jax.eval_shape(functions[name], *arguments[name]) for name in FUNCTIONS}
-    return Traced(functions, arguments, found, num_steps)
+    return Traced(functions, arguments, num_steps)
 
 
 def _tree(params: Flat) -> Any:
@@ -161,7 +157,7 @@ def export(
         described[name] = {
             "file": f"{name}.jax_export",
             "inputs": _describe(traced.arguments[name]),
-            "outputs": _describe(traced.results[name]),
+            "outputs": _describe(jax.tree.unflatten(exported.out_tree, exported.out_avals)),
         }
     manifest = {
         "decoder": repr(model.decoder),
