@@ -210,7 +210,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(exports, 
     if "export_dir" in settings:
         settings = {"export_dir": str(out)}
     if "model" in settings:
-        settings = {"model": settings["model"]()}
+        model, settings = settings["model"](), {}
     before = sorted(out.parent.iterdir())
     with pytest.raises(ValueError, match=message):
         _export(model, out.parent / "run", out.parent / "other", **settings)
