@@ -285,6 +285,33 @@ class Decoder(Protocol):
         """
 
 
+class SteppedDecoder(Decoder, Protocol):
+    """A decoder whose steps all have the same shapes, so that each may run in another process.
+
+    `start`, then `count_steps` times `step`, then `finish` decode what `decode` does with the same
+    key, its passes and positions left out. A state is a tree of arrays.
+    """
+
+    def count_steps(self, length: int) -> int:
+        """Returns how many steps texts of `length` tokens take.
+
+        Raises:
+          ValueError: if they cannot be taken apart; the message names the setting.
+        """
+
+    def start(self, network: Network, length: int, rng: Array) -> tuple[Network | None, Any]:
+        """Begins; returns the network that steps read, or None if the state has all, and a state.
+
+        Only the parameters of a network returned as None are bound again for `step`.
+        """
+
+    def step(self, network: Network, state: Any, rng: Array) -> Any:
+        """Returns the next state; `rng` is that of `start`."""
+
+    def finish(self, state: Any) -> Decoded:
+        """Returns the texts of a state, best last."""
+
+
 class Model(Protocol):
     """What training asks of a model: T5X's contract, implemented by `models.Model`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import clu.metrics
 import flax.linen as nn
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 import seqio
 
-from diffusion_t5x.interfaces import Decoder, Objective
+from diffusion_t5x.interfaces import Decoder, Objective, SteppedDecoder
 from diffusion_t5x.names import check_known
 from diffusion_t5x.networks import bound_network
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
@@ -282,6 +282,32 @@ class Model:
                 raise ValueError(f"return_cost = True: {type(decoder).__name__} counts no passes.")
             aux |= {"passes": decoded.passes, "positions": decoded.positions}
         return tokens, aux
+
+    def start_decoding(self, params: Any, batch: Batch, rng: Array) -> tuple[Any, Any]:
+        """Begins what `predict_batch_with_aux` does with the same key, one step at a time.
+
+        Returns:
+          What steps read of the prefixes, and the decoder's state: trees of arrays.
+        """
+        decoder = cast(SteppedDecoder, self.decoder)
+        length = batch["decoder_input_tokens"].shape[1]
+        network, state = decoder.start(self._bind(params, batch), length, rng)
+        bound = cast(bound_network.BoundNetwork | None, network)
+        return None if bound is None else bound.prefixes, state
+
+    def decode_step(
+        self, params: Any, prefixes: Any, state: Any, batch_size: int, rng: Array
+    ) -> Any:
+        """Returns the decoder's state after another step, given the result of `start_decoding`."""
+        network = bound_network.rebind(
+            self.module,
+            params,
+            prefixes,
+            batch_size,
+            self.objective.attention_pattern,
+            self.objective.forbidden,
+        )
+        return cast(SteppedDecoder, self.decoder).step(network, state, rng)
 
     def score_batch(self, params: Any, batch: Batch, return_intermediates: bool = False) -> Array:
         """Scores targets, `[batch]` float32 in nats, as the objective does: higher is better.

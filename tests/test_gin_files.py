@@ -16,6 +16,7 @@ from diffusion_t5x import gin_utils, models
 from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
 from diffusion_t5x.experiments import __main__ as experiments
+from diffusion_t5x.interop import hf_configs
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.low_rank import LowRank
 from diffusion_t5x.runtime.train_state import INIT_SHAPES
@@ -34,6 +35,7 @@ FAST = "decoders/fast.gin"
 LOW_RANK = "models/low_rank.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 SAMPLE = "runs/sample.gin"
+EXPORT = "runs/export.gin"
 SCALES = ("embedded", "paper")
 # name -> (embed_dim, heads, layers, mlp_dim, head_dim); all but tiny are T5 1.1's, as published.
 # xxl has the layers of T5 1.1 XXL's encoder and decoder, and four more.
@@ -51,6 +53,35 @@ MODELS = tuple(
     for size in SIZES
     if f"{folder}{size}" != "encoder_decoder/xxl"
 )
+# name -> (parameters, config.json), both as published.
+FAMILIES = {
+    "llama3_8b": (8_030_261_248, {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256, "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }),
+    "qwen3_8b": (8_190_735_360, {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "vocab_size": 151936, "hidden_act": "silu",
+        "tie_word_embeddings": False, "attention_bias": False, "use_sliding_window": False,
+    }),
+    "smollm2_135m": (134_515_008, {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5, "rope_theta": 100000, "vocab_size": 49152, "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }),
+    "gemma2_2b": (2_614_341_888, {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 256000,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096,
+    }),
+}  # fmt: skip
+FAMILY_FILES = tuple(f"models/families/{name}.gin" for name in FAMILIES)
 STACKS = ("models/decoder_only.gin", "models/encoder_decoder.gin")
 SIZE_FILES = tuple(f"models/sizes/{size}.gin" for size in SIZES)
 DATA = ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")
@@ -78,7 +109,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *OBJECTIVES, FAST, *RUNS, SAMPLE}
+    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RUNS, SAMPLE, EXPORT}
     known |= {*STACKS, *SIZE_FILES, LOW_RANK, "models/common.gin", "runs/common.gin"}
     known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
     folders = ("models/", "objectives/", "decoders/", "runs/")
@@ -237,6 +268,9 @@ def test_the_check_for_repetitions_sees_what_is_overridden():
     assert (own[key], included[key]) == (0.001, 1.0)
 
 
+PAPER = "VOCAB_SIZE=256_000"
+
+
 def _stack(embed, heads, layers, mlp, head_dim, cross=False):
     """Parameters of a stack: queries, keys, values and outputs; a gated MLP; norms; distances."""
     attention = 4 * embed * heads * head_dim + embed
@@ -244,10 +278,11 @@ def _stack(embed, heads, layers, mlp, head_dim, cross=False):
     return layers * layer + embed + heads * 32
 
 
-def _count(name):
-    """Parameters of a model file at the paper's vocabulary; nothing is allocated."""
-    fixed = "VOCAB_SIZE=256_000", "DROPOUT_RATE=0.0", "vocabularies.get_vocabulary.name='bytes'"
-    gin_utils.parse_config([name, OBJECTIVES[1]], fixed)
+def _count(name, *bindings):
+    """Parameters of a model file; nothing is allocated."""
+    fixed = "DROPOUT_RATE=0.0", "vocabularies.get_vocabulary.name='bytes'"
+    gin.clear_config()
+    gin_utils.parse_config([name, OBJECTIVES[1]], [*fixed, *bindings])
     model = gin.get_configurable(models.Model)()
     variables = jax.eval_shape(
         lambda rng: model.get_initial_variables(rng, INIT_SHAPES), jax.random.PRNGKey(0)
@@ -260,7 +295,7 @@ def _count(name):
     [name if "base" in name else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
 def test_parameters_at_the_papers_vocabulary_are_as_the_formula_counts(name):
-    counted = _count(name)
+    counted = _count(name, PAPER)
     size = SIZES[name.rpartition("/")[2].removesuffix(".gin")]
     expected = 256_000 * size[0] + _stack(*size)
     if "encoder_decoder" in name:
@@ -276,11 +311,24 @@ def test_parameters_at_the_papers_vocabulary_are_as_the_formula_counts(name):
 )
 def test_the_papers_decoder_only_sizes_and_eleven_billion(size, millions):
     # The paper says 280 M for Base and 1.7 B for XL; its 270 M for Large is less than its Base.
-    assert _count(f"models/{size}.gin") / 1e6 == pytest.approx(millions, abs=0.005)
+    assert _count(f"models/{size}.gin", PAPER) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_the_papers_590_million_are_an_encoder_decoder_base_with_an_output_matrix_of_its_own():
-    assert _count("models/encoder_decoder/base.gin") / 1e6 == pytest.approx(591.45, abs=0.005)
+    assert _count("models/encoder_decoder/base.gin", PAPER) / 1e6 == pytest.approx(
+        591.45, abs=0.005
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_shape_is_as_its_config_json_says_and_as_large_as_published(name):
+    parameters, published = FAMILIES[name]
+    assert _count(f"models/families/{name}.gin", "config.TransformerConfig.scan_layers=True") == (
+        parameters
+    )
+    config = gin.get_configurable(TransformerConfig)()
+    for setting, value in hf_configs.config_of(published).items():
+        assert getattr(config, setting) == value, setting
 
 
 @pytest.mark.parametrize("run", RUNS[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -82,36 +83,9 @@ class AutoregressiveDecoder:
         """
         if return_trajectory:
             raise ValueError("return_trajectory: an autoregressive decoder has no canvas.")
-        rows = network.batch_size * self.num_samples
-        rngs = jax.random.split(rng, length)
-
-        def emit(state: _State, hidden: Array) -> _State:
-            """Draws the token at `state.emitted` from `hidden [rows, embed]`."""
-            logits = network.logits(hidden).astype(jnp.float32)
-            token = jnp.where(state.ended, 0, self.sample(rngs[state.emitted], logits))
-            log_probs = jax.nn.log_softmax(logits, axis=-1)
-            gained = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-            return state._replace(
-                emitted=state.emitted + 1,
-                tokens=state.tokens.at[:, state.emitted].set(token),
-                scores=state.scores + jnp.where(state.ended, 0.0, gained),
-                ended=state.ended | (token == self.eos_id),
-            )
-
-        def take_step(state: _State) -> _State:
-            cache, hidden = network.append_token(state.cache, state.tokens[:, state.emitted - 1])
-            return emit(state._replace(cache=cache), hidden)
-
         lengths = cache_lengths(length)
-        cache, hidden = network.prefill(lengths[0], self.num_samples)
-        state = _State(
-            emitted=jnp.int32(0),
-            cache=cache,
-            tokens=jnp.zeros((rows, length), jnp.int32),
-            scores=jnp.zeros(rows),
-            ended=jnp.zeros(rows, bool),
-        )
-        state = emit(state, hidden)
+        rngs = jax.random.split(rng, length)
+        state = self._emit_first(network, length, rngs, lengths[0])
         for room, end in zip([0, *lengths], lengths, strict=False):
             if room:
                 state = state._replace(cache=network.add_room(state.cache, end - room))
@@ -119,10 +93,59 @@ class AutoregressiveDecoder:
             def unfinished(state: _State, end: int = end) -> Array:
                 return (state.emitted < end) & ~jnp.all(state.ended)
 
+            take_step = functools.partial(self._take_step, network, rngs)
             state = jax.lax.while_loop(unfinished, take_step, state)
-        tokens = state.tokens.reshape(network.batch_size, self.num_samples, length)
+        return self.finish(state)
+
+    def count_steps(self, length: int) -> int:
+        """Returns the calls of `step` after `start`: see `interfaces.SteppedDecoder`."""
+        return length - 1
+
+    def start(self, network: Network, length: int, rng: Array) -> tuple[None, _State]:
+        """Reads the prefixes into the state's cache, and draws the first token."""
+        return None, self._emit_first(network, length, jax.random.split(rng, length), length)
+
+    def step(self, network: Network, state: _State, rng: Array) -> _State:
+        """Draws the next token of each text; what has ended goes on with padding."""
+        rngs = jax.random.split(rng, state.tokens.shape[1])
+        return self._take_step(network, rngs, state)
+
+    def finish(self, state: _State) -> Decoded:
+        """Returns the texts so far."""
+        tokens = state.tokens.reshape(-1, self.num_samples, state.tokens.shape[1])
         scores = state.scores.reshape(tokens.shape[:2])
         return best_last(scores, Decoded(tokens, scores))
+
+    def _emit_first(self, network: Network, length: int, rngs: Array, room: int) -> _State:
+        """Reads the prefixes into a cache with `room`, and draws the first of `length` tokens."""
+        rows = network.batch_size * self.num_samples
+        cache, hidden = network.prefill(room, self.num_samples)
+        state = _State(
+            emitted=jnp.int32(0),
+            cache=cache,
+            tokens=jnp.zeros((rows, length), jnp.int32),
+            scores=jnp.zeros(rows),
+            ended=jnp.zeros(rows, bool),
+        )
+        return self._emit(network, rngs, state, hidden)
+
+    def _take_step(self, network: Network, rngs: Array, state: _State) -> _State:
+        """Appends the last token to the cache and draws the next."""
+        cache, hidden = network.append_token(state.cache, state.tokens[:, state.emitted - 1])
+        return self._emit(network, rngs, state._replace(cache=cache), hidden)
+
+    def _emit(self, network: Network, rngs: Array, state: _State, hidden: Array) -> _State:
+        """Draws the token at `state.emitted` from `hidden [rows, embed]`."""
+        logits = network.logits(hidden).astype(jnp.float32)
+        token = jnp.where(state.ended, 0, self.sample(rngs[state.emitted], logits))
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        gained = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+        return state._replace(
+            emitted=state.emitted + 1,
+            tokens=state.tokens.at[:, state.emitted].set(token),
+            scores=state.scores + jnp.where(state.ended, 0.0, gained),
+            ended=state.ended | (token == self.eos_id),
+        )
 
     def sample(self, rng: Array, logits: Array) -> Array:
         """Draws one token per row of `logits [batch, vocab]`: `[batch]` int32."""

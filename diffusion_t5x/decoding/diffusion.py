@@ -25,6 +25,7 @@ from diffusion_t5x.decoding.block_decoding import decode_blocks
 from diffusion_t5x.decoding.readout import read_canvas
 from diffusion_t5x.decoding.updates import ResampleAll
 from diffusion_t5x.interfaces import (
+    CachedNetwork,
     Canvas,
     Corruption,
     Decoded,
@@ -152,11 +153,8 @@ class DiffusionDecoder:
     ) -> Decoded:
         """Decodes canvases of `length` tokens: see `decode`."""
         batch_size = network.batch_size
-        canvas_rng, draws_rng, updates_rng = jax.random.split(rng, 3)
-        rngs = tuple(jax.random.split(rng, self.num_steps) for rng in (draws_rng, updates_rng))
-        noise = self.corruption.prior(canvas_rng, (batch_size * self.num_samples, length))
-        zero = jnp.int32(0)
-        state = _State(zero, zero, zero, canvases.start(noise, self.num_steps, return_trajectory))
+        canvas_rng, rngs = self._split(rng)
+        state = self._first_canvas(batch_size, length, canvas_rng, return_trajectory)
         finished = []
         for samples, last_step in self._stages():
             state = self._take_steps(network.repeat(samples), samples, last_step, rngs, state)
@@ -178,6 +176,55 @@ class DiffusionDecoder:
             positions=jnp.full(batch_size, state.positions),
         )
 
+    def count_steps(self, length: int) -> int:
+        """Returns the calls of `step` after `start`: see `interfaces.SteppedDecoder`.
+
+        Raises:
+          ValueError: if steps differ in shape, as with `block_length` and `halve_every`.
+        """
+        del length
+        for name, reason in (
+            ("block_length", "whose prefix grows with each block"),
+            ("halve_every", "which drops canvases between steps"),
+        ):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"DiffusionDecoder.{name} = {value}, {reason}; expected 0: a step alone reads "
+                    "and writes all canvases of a text, whose shapes never change."
+                )
+        return self.num_steps
+
+    def start(
+        self, network: Network, length: int, rng: Array
+    ) -> tuple[Network | CachedNetwork, _State]:
+        """Draws the first canvases; with `prefix_cache`, reads the prefixes into a cache."""
+        network = network.cache_prefix() if self.prefix_cache else network
+        return network, self._first_canvas(network.batch_size, length, self._split(rng)[0], False)
+
+    def step(self, network: Network, state: _State, rng: Array) -> _State:
+        """Takes a denoising step; canvases that are done stay as they are."""
+        rngs = self._split(rng)[1]
+        return self._take_step(network.repeat(self.num_samples), self.num_samples, rngs, state)
+
+    def finish(self, state: _State) -> Decoded:
+        """Returns the texts of the canvases so far."""
+        text, scores = state.canvas.text, state.canvas.score
+        scores = scores.reshape(-1, self.num_samples)
+        return canvases.best_last(scores, Decoded(text.reshape(*scores.shape, -1), scores))
+
+    def _split(self, rng: Array) -> tuple[Array, tuple[Array, Array]]:
+        """Returns the key of the first canvases, and those of each step's draws and updates."""
+        canvas_rng, draws_rng, updates_rng = jax.random.split(rng, 3)
+        draws, updates = (jax.random.split(rng, self.num_steps) for rng in (draws_rng, updates_rng))
+        return canvas_rng, (draws, updates)
+
+    def _first_canvas(
+        self, batch_size: int, length: int, rng: Array, return_trajectory: bool
+    ) -> _State:
+        noise = self.corruption.prior(rng, (batch_size * self.num_samples, length))
+        zero = jnp.int32(0)
+        return _State(zero, zero, zero, canvases.start(noise, self.num_steps, return_trajectory))
+
     def _stages(self) -> list[tuple[int, int]]:
         """Returns pairs: the canvases per example, and the step up to which there are that many."""
         stages, samples, step = [], self.num_samples, self.halve_every
@@ -195,42 +242,46 @@ class DiffusionDecoder:
         def unfinished(state: _State) -> Array:
             return (state.step < last_step) & ~jnp.all(state.canvas.done)
 
-        def take_step(state: _State) -> _State:
-            old = state.canvas
-            draw_rng, update_rng = (r[state.step] for r in rngs)
-            # Read: one pass of the network, and a draw for each position.
-            readout, positions = read_canvas(
-                network,
-                old,
-                draw_rng,
-                self._temperature(state.step),
-                trim_multiple=self.trim_multiple,
-                chunk_logits=self.block_logits,
-            )
-            view = StepView(old, readout, state.step, self.num_steps)
-            # Update and score.
-            new, score = self.update(view, update_rng, self.corruption.prior)
-            new = new._replace(readout=readout, score=score)
-            # Trim: padding that the network writes again leaves the computation.
-            if self.trim_multiple:
-                new = new._replace(used=canvases.count_used(old, readout.argmax))
-            # Stop: a canvas that is done keeps the argmax of this step.
-            if self.stop is not None:
-                done = self.stop(view, score)
-                tokens, text = (
-                    jnp.where(done[:, None], readout.argmax, x) for x in (new.tokens, new.text)
-                )
-                new = new._replace(tokens=tokens, text=text, done=done)
-            # Keep what was done before, and what is to be shown.
-            new = canvases.record(canvases.keep_done(new, old), state.step)
-            return _State(
-                step=state.step + 1,
-                passes=state.passes + samples,
-                positions=state.positions + samples * positions,
-                canvas=new,
-            )
-
+        take_step = functools.partial(self._take_step, network, samples, rngs)
         return jax.lax.while_loop(unfinished, take_step, state)
+
+    def _take_step(
+        self, network: Network, samples: int, rngs: Sequence[Array], state: _State
+    ) -> _State:
+        """Takes one step of `samples` canvases per prefix."""
+        old = state.canvas
+        draw_rng, update_rng = (r[state.step] for r in rngs)
+        # Read: one pass of the network, and a draw for each position.
+        readout, positions = read_canvas(
+            network,
+            old,
+            draw_rng,
+            self._temperature(state.step),
+            trim_multiple=self.trim_multiple,
+            chunk_logits=self.block_logits,
+        )
+        view = StepView(old, readout, state.step, self.num_steps)
+        # Update and score.
+        new, score = self.update(view, update_rng, self.corruption.prior)
+        new = new._replace(readout=readout, score=score)
+        # Trim: padding that the network writes again leaves the computation.
+        if self.trim_multiple:
+            new = new._replace(used=canvases.count_used(old, readout.argmax))
+        # Stop: a canvas that is done keeps the argmax of this step.
+        if self.stop is not None:
+            done = self.stop(view, score)
+            tokens, text = (
+                jnp.where(done[:, None], readout.argmax, x) for x in (new.tokens, new.text)
+            )
+            new = new._replace(tokens=tokens, text=text, done=done)
+        # Keep what was done before, and what is to be shown.
+        new = canvases.record(canvases.keep_done(new, old), state.step)
+        return _State(
+            step=state.step + 1,
+            passes=state.passes + samples,
+            positions=state.positions + samples * positions,
+            canvas=new,
+        )
 
     def _temperature(self, index: Array) -> Array | float:
         """Returns the temperature of the draw at step `index`."""

@@ -250,6 +250,7 @@ def write_model(
     config: Mapping[str, Any],
     other_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    config_name: str = CONFIG,
 ) -> None:
     """Writes safetensors of at most `max_shard_bytes`, their index and `config.json`.
 
@@ -257,6 +258,7 @@ def write_model(
     bucket `config.json`, without which nothing is read, comes last.
 
     Args:
+      config_name: Another name for the file of `config`, where the directory is not a family's.
       other_files: Name and content of further files, such as the tokenizer's.
 
     Raises:
@@ -284,7 +286,7 @@ def write_model(
         total = sum(_bytes(array) for array in arrays.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         texts[INDEX] = _json(index)
-    for name, content in [*texts.items(), (CONFIG, _json(config))]:
+    for name, content in [*texts.items(), (config_name, _json(config))]:
         files.write_atomically(target / name, content)
     if not remote:
         if directory.exists():

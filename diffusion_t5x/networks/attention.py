@@ -155,7 +155,8 @@ class MultiHeadAttention(nn.Module):
         dropout = None
         if config.dropout_rate and not deterministic:
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
-        chunks = _num_chunks(rows, config, query.shape[0], *mask.shape[-2:])
+        # The mask may have one row for all queries.
+        chunks = _num_chunks(rows, config, *query.shape[:2], mask.shape[-1])
         cap = config.attention_softcap
         attend = functools.partial(_attend_in_chunks, chunks, rows, dropout, cap=cap)
         if config.attention_kernel == "fused" and dropout is None and cap is None:

@@ -35,6 +35,11 @@ class BoundNetwork:
     deterministic: bool  # no dropout
     batch_size: int  # number of prefixes
 
+    @property
+    def prefixes(self) -> Any:
+        """What passes read of the prefixes, a tree of arrays: `rebind` takes it."""
+        return self.context
+
     def _apply(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(self.variables, *args, method=method, **kwargs)
 
@@ -92,6 +97,10 @@ class CachedBoundNetwork(BoundNetwork):
     """An `interfaces.CachedNetwork`; canvases may have any number of rows per cached prefix."""
 
     cache: KVCache  # keys and values of the prefixes
+
+    @property
+    def prefixes(self) -> KVCache:
+        return self.cache
 
     def forward(self, canvas: Array, rng: Array | None) -> Array:
         """Computes hidden states of the canvas, after cached prefixes and without dropout."""
@@ -163,3 +172,31 @@ def bind(
         deterministic=deterministic,
         batch_size=prefixes.shape[0],
     )
+
+
+def rebind(
+    module: nn.Module,
+    params: Any,
+    prefixes: Any,
+    batch_size: int,
+    attention_pattern: str,
+    forbidden: tuple[int, ...],
+) -> BoundNetwork:
+    """Binds parameters and the `BoundNetwork.prefixes` of a batch; None for those that none reads.
+
+    There is no dropout, and nothing is packed.
+    """
+    variables = {"params": params}
+    bound = BoundNetwork(
+        module=module,
+        variables=variables,
+        attention_pattern=attention_pattern,
+        context=prefixes,
+        output_weights=module.apply(variables, batch_size, method=module.output_weights),
+        segment_ids=None,
+        forbidden=forbidden,
+        deterministic=True,
+        batch_size=batch_size,
+    )
+    is_cached = isinstance(prefixes, KVCache)
+    return CachedBoundNetwork(**vars(bound), cache=prefixes) if is_cached else bound

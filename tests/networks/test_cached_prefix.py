@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_networks import make, run
+from small_networks import QUICK, make, run
 
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
@@ -47,6 +47,28 @@ def test_an_extended_cached_prefix_equals_a_long_prefix(config):
 
     states = [run(network, params, method) for method in (grown, whole)]
     np.testing.assert_allclose(*states, atol=1e-5)
+
+
+@pytest.mark.parametrize("network_class", [DecoderOnly, EncoderDecoder])
+def test_canvases_after_cached_prefixes_attend_in_chunks_of_rows_too(network_class):
+    # Neither padding before prefixes nor the encoder's mask has a row for each query.
+    def denoise(network, params):
+        def apply(module):
+            context = module.encode(PREFIX, deterministic=True)
+            return module.denoise(module.cache_prefix(context, "cached_prefix"), CANVASES)
+
+        return network.apply({"params": params}, method=apply)
+
+    results, loops = [], []
+    for block_logits in (2**20, 2 * 2 * 5 * 6):  # all rows; a prefix and its canvases at a time
+        network, params = make(network_class, attention_block_logits=block_logits)
+        lowered = jax.jit(denoise, static_argnums=0, compiler_options=QUICK).lower(network, params)
+        loops.append(lowered.as_text().count("stablehlo.while"))
+        results.append(lowered.compile()(params))
+    np.testing.assert_allclose(*results, atol=1e-5)
+    # Two layers each: encoder, decoder, cross-attention; or canvas, and prefix, whose second layer
+    # makes keys and values alone.
+    assert loops == [0, 3 if network_class is DecoderOnly else 6]
 
 
 @pytest.mark.parametrize(
