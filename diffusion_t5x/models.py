@@ -202,7 +202,7 @@ class Model:
         self, params: Any, batch: Batch, rng: Array, **settings: Any
     ) -> tuple[Array, MetricsMap]:
         network_rng, objective_rng = jax.random.split(rng)
-        network = self._bind(params, batch, network_rng, **settings)
+        network = self.bind(params, batch, network_rng, **settings)
         targets, weights = self._targets(batch)
         weights, normalizer = self._normalize(batch, weights)
         loss_sum, weight_sum, sums = self.objective.loss(network, targets, weights, objective_rng)
@@ -213,7 +213,7 @@ class Model:
         }
         return loss_sum / normalizer, metrics
 
-    def _bind(
+    def bind(
         self, params: Any, batch: Batch, rng: Array | None = None, **settings: Any
     ) -> bound_network.BoundNetwork:
         """Binds parameters and the batch's prefixes to the network, as the objective reads it."""
@@ -266,7 +266,7 @@ class Model:
         check_decoder(self.objective, decoder)
         rng = jax.random.PRNGKey(0) if rng is None else rng
         decoded = decoder.decode(
-            self._bind(params, batch),
+            self.bind(params, batch),
             batch["decoder_input_tokens"].shape[1],
             rng,
             return_trajectory=return_trajectory,
@@ -291,7 +291,7 @@ class Model:
         """
         decoder = cast(SteppedDecoder, self.decoder)
         length = batch["decoder_input_tokens"].shape[1]
-        network, state = decoder.start(self._bind(params, batch), length, rng)
+        network, state = decoder.start(self.bind(params, batch), length, rng)
         bound = cast(bound_network.BoundNetwork | None, network)
         return None if bound is None else bound.prefixes, state
 
@@ -305,7 +305,8 @@ class Model:
             prefixes,
             batch_size,
             self.objective.attention_pattern,
-            self.objective.forbidden,
+            shift=getattr(self.objective, "shift", False),
+            forbidden=self.objective.forbidden,
         )
         return cast(SteppedDecoder, self.decoder).step(network, state, rng)
 
@@ -320,7 +321,7 @@ class Model:
         if return_intermediates:
             raise ValueError("return_intermediates = True: these networks sow no intermediates.")
         targets, weights = self._targets(batch)
-        network = self._bind(params, batch)
+        network = self.bind(params, batch)
         return self.objective.score(network, targets, weights, _fixed_rng(batch))
 
 

@@ -75,7 +75,10 @@ def trace(model: Model, params: Any, batch_size: int, lengths: Mapping[str, int]
     targets = np.zeros((batch_size, lengths["targets"]), np.int32)
 
     def start(params: Flat, prefixes: jax.Array, key: jax.Array) -> Any:
-        batch = {"encoder_input_tokens": prefixes, "decoder_input_tokens": targets}
+        batch: dict[str, Any] = {
+            "encoder_input_tokens": prefixes,
+            "decoder_input_tokens": targets,
+        }
         return model.start_decoding(_tree(params), batch, key)
 
     tokens = jax.ShapeDtypeStruct((batch_size, lengths["inputs"]), jnp.int32)
@@ -96,10 +99,11 @@ def trace(model: Model, params: Any, batch_size: int, lengths: Mapping[str, int]
 
     def step(params: Flat, state: Flat, key: jax.Array) -> Any:
         old = jax.tree.unflatten(layout, [state[name] for name in shapes])
-        new = model.decode_step(_tree(params), *old, batch_size, key)
-        return results(old, (old[0], new))
+        cached, canvases = old
+        new = model.decode_step(_tree(params), cached, canvases, batch_size, key)
+        return results(old, (cached, new))
 
-    functions = {"prefill": prefill, "step": step}
+    functions: dict[str, Callable[..., Any]] = {"prefill": prefill, "step": step}
     arguments = {"prefill": beginning, "step": (abstract, shapes, key)}
     return Traced(functions, arguments, num_steps)
 

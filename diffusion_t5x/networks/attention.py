@@ -156,7 +156,8 @@ class MultiHeadAttention(nn.Module):
         if config.dropout_rate and not deterministic:
             dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         # The mask may have one row for all queries.
-        chunks = _num_chunks(rows, config, *query.shape[:2], mask.shape[-1])
+        batch_size, queries = query.shape[:2]
+        chunks = _num_chunks(rows, config, batch_size, queries, mask.shape[-1])
         cap = config.attention_softcap
         attend = functools.partial(_attend_in_chunks, chunks, rows, dropout, cap=cap)
         if config.attention_kernel == "fused" and dropout is None and cap is None:

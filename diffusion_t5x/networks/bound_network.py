@@ -180,6 +180,8 @@ def rebind(
     prefixes: Any,
     batch_size: int,
     attention_pattern: str,
+    *,
+    shift: bool,
     forbidden: tuple[int, ...],
 ) -> BoundNetwork:
     """Binds parameters and the `BoundNetwork.prefixes` of a batch; None for those that none reads.
@@ -191,6 +193,8 @@ def rebind(
         module=module,
         variables=variables,
         attention_pattern=attention_pattern,
+        shift=shift,
+        opening=None,
         context=prefixes,
         output_weights=module.apply(variables, batch_size, method=module.output_weights),
         segment_ids=None,
