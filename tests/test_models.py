@@ -168,7 +168,7 @@ def test_greedy_decoding_with_a_cache_is_the_argmax_of_the_uncached_network(netw
 
     @jax.jit
     def uncached(params, batch, tokens):
-        network = model._bind(params, batch)
+        network = model.bind(params, batch)
         return network.logits(network.forward(tokens, None))
 
     argmax = jnp.argmax(uncached(params, batch, tokens), axis=-1)

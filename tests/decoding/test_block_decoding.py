@@ -72,7 +72,7 @@ def test_blocks_are_what_canvases_after_written_out_prefixes_are(config, monkeyp
 
     @jax.jit
     def canvas(written, count, rng):
-        network = model._bind(params, BATCH).extend_prefix(written, jnp.full(2, count))
+        network = model.bind(params, BATCH).extend_prefix(written, jnp.full(2, count))
         return dataclasses.replace(PLAIN, prefix_cache=False).decode(
             network, BLOCK, rng, return_trajectory=True
         )

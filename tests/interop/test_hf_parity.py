@@ -22,7 +22,7 @@ def test_logits_and_greedy_texts_are_those_of_the_original_library(name):
     several = batch(prompts(), np.zeros((3, NEW), np.int32))
 
     def compute(params):
-        network = model._bind(params, text)
+        network = model.bind(params, text)
         logits = network.logits(network.forward(text["decoder_target_tokens"], None))
         return logits, model.predict_batch(params, several)
 

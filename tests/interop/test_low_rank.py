@@ -47,7 +47,7 @@ def test_logits_and_merged_kernels_of_a_llama_are_those_of_peft():
     text = batch([tokens()[0, :1].tolist()], tokens()[:, 1:])
 
     def compute(params):
-        bound = model._bind(params, text)
+        bound = model.bind(params, text)
         return bound.logits(bound.forward(text["decoder_target_tokens"], None))
 
     logits = jax.jit(compute, compiler_options=QUICK)(params)

@@ -156,7 +156,7 @@ def test_t5x_and_we_restore_the_same_parameters_of_our_model(runs, tmp_path):
 
 
 def _logits(model, params, batch):
-    network = model._bind(params, batch)
+    network = model.bind(params, batch)
     return network.logits(network.forward(batch["decoder_target_tokens"], None))
 
 

@@ -150,7 +150,7 @@ PACKED_ROWS = lambda pairs: [[pairs[1], pairs[2]], [pairs[3]]]  # noqa: E731
 
 
 def _compute(model, params, batch, packed):
-    network = model._bind(params, batch)
+    network = model.bind(params, batch)
     tokens, aux = model.predict_batch_with_aux(params, batch)
     return {
         "logits": network.logits(network.forward(batch["decoder_target_tokens"], None)),
