@@ -76,8 +76,10 @@ class Method:
     bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# The two best of docs/adapt.md's recipes, and fresh parameters, which take larger steps.
 METHODS: Mapping[str, Method] = {
     "direct": Method(("objectives/diffusion.gin",), 0.003),
+    "next_token": Method(("objectives/diffusion.gin",), 0.003, bindings={"NEXT_TOKEN_WEIGHT": 1.0}),
     "scratch": Method(("objectives/diffusion.gin",), 0.01, from_model=False),
 }
 
