@@ -69,7 +69,7 @@ def prepare(
       CheckpointMismatchError: If the parameters are not those of the model.
       ValueError: If no family has such networks, or its tokenizer cannot be written.
     """
-    network = model.module.config
+    network = dataclasses.replace(model.module.config, low_rank=None)  # whose factors are merged
     fields = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
     if fields["positions"] == "relative_bias" or fields["num_encoder_layers"] is not None:
         raise ValueError(
@@ -190,6 +190,7 @@ def _settings(model: Model, id_map: IdMap, lengths: Mapping[str, int] | None) ->
         "decoder": decoder,
         "objective": type(model.objective).__name__,
         "attention_pattern": model.objective.attention_pattern,
+        "shift": getattr(model.objective, "shift", False),
         "padding_token_id": id_map.padding,
         "task_feature_lengths": None if lengths is None else dict(lengths),
     }
