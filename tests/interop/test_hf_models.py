@@ -7,8 +7,8 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
-import small_tokenizers
-from hf_side import CASES, draw, read_golden
+from hf_side import CASES
+from small_hf_models import ROWS, TOKENIZER, write
 
 import gin
 from diffusion_t5x import convert, gin_utils, models, train
@@ -16,36 +16,12 @@ from diffusion_t5x.checkpointing import hf_export, reading
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.data.vocabularies import get_vocabulary
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.interop import hf_configs, hf_models, hf_names, tensor_files
-from diffusion_t5x.interop.stored_arrays import StoredArray
+from diffusion_t5x.interop import hf_models, tensor_files
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.objectives import NextToken
 
-ROWS = 410
-TOKENIZER = {
-    "tokenizer.json": small_tokenizers.byte_level().to_str().encode(),
-    "tokenizer_config.json": b'{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}',
-    "chat_template.jinja": small_tokenizers.CHATML.encode(),
-    "generation_config.json": b'{"temperature": 0.5}',
-}
 FAMILY = "--gin_file=models/hugging_face.gin"
-
-
-def _write(directory, name="llama", dtype=np.float32, change=None, files=TOKENIZER):
-    """Writes a tiny model, and returns its tensors and `config.json`."""
-    config = json.loads(str(read_golden(name)["config"])) | {"vocab_size": ROWS}
-    fields = hf_configs.config_of(config)
-    shapes = hf_models.parameter_shapes(fields)
-    theirs = {}
-    for group in hf_names.tensors_of(fields):
-        arrays = group.to_theirs(*(draw(name, shapes[name]) for name in group.ours))
-        theirs |= {key: x.astype(dtype) for key, x in zip(group.theirs, arrays, strict=True)}
-    if change is not None:
-        change(theirs, config)
-    stored = {key: StoredArray(key, x.shape, x.dtype, lambda x=x: x) for key, x in theirs.items()}
-    tensor_files.write_model(directory, stored, config, files)
-    return theirs, config
 
 
 def _model(directory, decoder, objective):
@@ -61,7 +37,7 @@ def _model(directory, decoder, objective):
 @pytest.mark.parametrize("name", CASES)
 def test_what_comes_in_goes_out_as_the_same_bits(name, tmp_path):
     dtype = {"llama": np.float16, "gemma3": ml_dtypes.bfloat16}.get(name, np.float32)
-    theirs, config = _write(tmp_path, name, dtype)
+    theirs, config = write(tmp_path, name, dtype)
     params = hf_models.open_params(str(tmp_path))
     model = _model(tmp_path, AutoregressiveDecoder(eos_id=-1), NextToken())
     export = hf_export.prepare("x", params, model, str(tmp_path))
@@ -76,7 +52,7 @@ def test_what_comes_in_goes_out_as_the_same_bits(name, tmp_path):
 @pytest.mark.slow  # compiles a run
 def test_a_run_trains_from_a_model_and_leaves_in_another_type(tmp_path):
     source, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
-    theirs, config = _write(source)
+    theirs, config = write(source)
     files = [FAMILY, "--gin_file=objectives/diffusion.gin", "--gin_file=runs/finetune.gin"]
     lengths = {"inputs": 16, "targets": 16}
     train.main(
@@ -105,7 +81,7 @@ def test_a_run_trains_from_a_model_and_leaves_in_another_type(tmp_path):
 
 def test_a_conversion_stays_whole_when_the_model_goes_away(tmp_path):
     source, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
-    _write(source, dtype=ml_dtypes.bfloat16)
+    write(source, dtype=ml_dtypes.bfloat16)
     convert.main([f"--from={source}", f"--to={run}"])
     kept = tmp_path / "gone"
     source.rename(kept)
@@ -119,7 +95,7 @@ def test_a_conversion_stays_whole_when_the_model_goes_away(tmp_path):
 
 @pytest.mark.parametrize("objective", ["autoregressive", "diffusion_blocks"])
 def test_network_vocabulary_and_end_follow_from_the_model(objective, tmp_path):
-    _write(tmp_path)
+    write(tmp_path)
     gin.clear_config()
     blocks = ["BLOCK_LENGTH=4"] if "blocks" in objective else []
     gin_utils.parse_config(
@@ -181,7 +157,7 @@ def _has_few_rows(theirs, config):
 def test_a_model_that_contradicts_itself_is_refused_before_anything_is_written(
     change, message, tmp_path
 ):
-    _write(tmp_path / "hf", change=change)
+    write(tmp_path / "hf", change=change)
     with pytest.raises(ValueError, match=f"hf.*(?s:.*){message}"):
         convert.main([f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
@@ -215,7 +191,7 @@ def _empty(directory):
     ],
 )
 def test_a_directory_that_is_not_whole_is_refused_by_what_it_lacks(spoil, message, tmp_path):
-    _write(tmp_path / "hf")
+    write(tmp_path / "hf")
     spoil(tmp_path / "hf")
     with pytest.raises((ValueError, FileNotFoundError), match=f"hf.*{message}"):
         convert.main([f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}"])
@@ -224,7 +200,7 @@ def test_a_directory_that_is_not_whole_is_refused_by_what_it_lacks(spoil, messag
 
 def test_the_original_library_loads_what_is_written_bit_for_bit(tmp_path):
     torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
-    theirs, _ = _write(tmp_path, "gemma2")
+    theirs, _ = write(tmp_path, "gemma2")
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     state = network.state_dict()
     for name, array in theirs.items():
