@@ -58,7 +58,7 @@ PARAGRAPH = (
     "to doubt what it has written."
 )
 TASK = "embedded_pretrain_prefix_lm"
-LENGTHS = {"inputs": 64, "targets": 64}
+LENGTHS = {"inputs": 32, "targets": 32}
 WARMUP = 10
 SCHEDULE = "optimizers.create_learning_rate_scheduler"
 # Tokens of the whole job: of a small trial, and of DiffuLLaMA's 7B (arXiv 2410.17891, section 4.1).
@@ -76,11 +76,15 @@ class Method:
     bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# One denoising pass a step: in so few, more texts are worth more than the unrolled pass.
+ONE_PASS = {"objectives.StepUnrolledDenoising.num_unrolls": 0}
 # The two best of docs/adapt.md's recipes, and fresh parameters, which take larger steps.
 METHODS: Mapping[str, Method] = {
-    "direct": Method(("objectives/diffusion.gin",), 0.003),
-    "next_token": Method(("objectives/diffusion.gin",), 0.003, bindings={"NEXT_TOKEN_WEIGHT": 1.0}),
-    "scratch": Method(("objectives/diffusion.gin",), 0.01, from_model=False),
+    "direct": Method(("objectives/diffusion.gin",), 0.005, bindings=ONE_PASS),
+    "AR beside": Method(
+        ("objectives/diffusion.gin",), 0.005, bindings={**ONE_PASS, "NEXT_TOKEN_WEIGHT": 1.0}
+    ),
+    "scratch": Method(("objectives/diffusion.gin",), 0.01, from_model=False, bindings=ONE_PASS),
 }
 
 
@@ -112,7 +116,7 @@ class Adaptation:
 
     def stage(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns what a stage came to, now or before, and prints it as a line."""
-        path = self.output / f"{name}.json"
+        path = self.output / f"{name.replace(' ', '_')}.json"
         method = str(METHODS.get(name.partition("-")[2]))
         sizes = (self.steps, self.batch_size, self.num_texts, self.num_draws)
         key = resumable.digest([self.model, *sizes, method])
@@ -136,6 +140,10 @@ class Adaptation:
         _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
         abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})
         return model, restore_params(path, abstract, verify=False)
+
+    def _run(self, name: str) -> epath.Path:
+        """Returns the directory of a method's training."""
+        return self.output / name.replace(" ", "_")
 
     def same_model(self) -> dict[str, Any]:
         """Continues the question greedily, and measures the perplexity of the paragraph."""
@@ -170,7 +178,7 @@ class Adaptation:
         run = "runs/adapt.gin" if method.from_model else "runs/pretrain.gin"
         bindings: dict[str, Any] = {
             "HF_MODEL": self.model,
-            "MODEL_DIR": str(self.output / name),
+            "MODEL_DIR": str(self._run(name)),
             "MIXTURE_OR_TASK_NAME": TASK,
             "TASK_FEATURE_LENGTHS": LENGTHS,
             "BATCH_SIZE": self.batch_size,
@@ -191,7 +199,7 @@ class Adaptation:
         command = [sys.executable, "-m", "diffusion_t5x.train"]
         command += arguments((MODEL, *method.files, run), bindings)
         subprocess.run(command, check=True, stdout=sys.stderr)
-        lines = read_metrics(str(self.output / name))
+        lines = read_metrics(str(self._run(name)))
         held_out = {
             line["step"]: line["cross_entropy/unroll_0"]
             for line in lines
@@ -242,7 +250,7 @@ class Adaptation:
         """Denoises a canvas after the question, and keeps each step."""
         bindings = {
             "HF_MODEL": self.model,
-            "CHECKPOINT_PATH": str(self.output / name),
+            "CHECKPOINT_PATH": str(self._run(name)),
             "INPUTS": QUESTION,
             "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 16},
             "SHOW_TRAJECTORY": True,
@@ -294,7 +302,7 @@ class Adaptation:
             ),
         }
         for name, method in METHODS.items():
-            checkpoint = str(self.output / name)
+            checkpoint = str(self._run(name))
             results["bits"][name] = self.stage(
                 f"bits-{name}",
                 lambda method=method, at=checkpoint: self.perplexity(method.files, at),
@@ -357,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a .gguf file, or a directory with safetensors")
     add("--output", default="runs/adapt", type=epath.Path)
-    add("--steps", type=int, default=60, help="of each training")
+    add("--steps", type=int, default=120, help="of each training")
     add("--batch_size", type=int, default=8)
     add("--texts", type=int, default=16, help="held-out texts of the bound")
     add("--draws", type=int, default=16, help="passes for each of them")

@@ -217,7 +217,7 @@ def test_the_step_is_compiled_for_tpus_without_having_one(tmp_path):
 def test_the_documented_commands_parse():
     text = (pathlib.Path(__file__).parents[2] / "docs/pods.md").read_text(encoding="utf-8")
     commands = re.findall(r"python -m diffusion_t5x.train ((?:.*\\\n)+.*)", text)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         gin.clear_config()
         flags = [flag for flag in shlex.split(command) if flag.startswith("--gin")]

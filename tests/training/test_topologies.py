@@ -50,7 +50,7 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
 )
 def test_devices_are_the_chips_of_the_slice(topology, kind):
     program = (
-        f"from diffusion_t5x import topologies; chips = topologies.devices({topology!r}); "
+        f"from diffusion_t5x.training import topologies; chips = topologies.devices({topology!r}); "
         "print(chips.shape, chips[0].platform, chips[0].device_kind)"
     )
     run = subprocess.run(
