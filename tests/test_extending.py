@@ -107,6 +107,7 @@ def test_the_sampler_reveals_every_position_once_and_scores_what_it_drew(masked,
     np.testing.assert_allclose(frequency, np.exp(log_probs), atol=0.04)
 
 
+@pytest.mark.slow  # a minute and more: the tests above hold the page's code, others its commands
 def test_the_pages_commands_train_score_sample_and_table_it_beside_diffusion(
     place, monkeypatch, capsys
 ):

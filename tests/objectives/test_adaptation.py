@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_networks import NETWORKS, QUICK, make
+from small_networks import QUICK, make
 
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.networks import bound_network
@@ -132,7 +132,10 @@ PATTERN_OF = {
 }
 
 
-@pytest.mark.parametrize("name", PATTERN_OF)
+# Blocks are cached too.
+@pytest.mark.parametrize(
+    "name", ["whole", pytest.param("cached", marks=pytest.mark.slow), "blocks"]
+)
 def test_a_decoder_with_the_shift_equals_a_loop_by_hand(name):
     settings = dict(PATTERN_OF[name])
     pattern = settings.pop("attention_pattern")
@@ -164,7 +167,10 @@ def test_a_decoder_with_the_shift_equals_a_loop_by_hand(name):
             prefix = np.append(prefix, canvas)
 
 
-@pytest.mark.parametrize("pattern", DENOISING_PATTERNS)
+@pytest.mark.parametrize(
+    "pattern",
+    ["bidirectional", pytest.param("cached_prefix", marks=pytest.mark.slow), "causal_prefix"],
+)
 def test_scores_of_a_shifted_model_are_those_by_hand(pattern):
     network, params = make(DecoderOnly)
     objective = StepUnrolledDenoising(CORRUPTION, attention_pattern=pattern, shift=True)
@@ -192,7 +198,9 @@ class _NoCorruption:
         return tokens, jnp.zeros(tokens.shape, bool)
 
 
-@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize(
+    "network_class", [DecoderOnly, pytest.param(EncoderDecoder, marks=pytest.mark.slow)]
+)
 def test_the_ar_loss_beside_is_that_of_next_token_prediction(network_class):
     network, params = make(network_class)
     cross_entropy = CrossEntropy(z_loss=1e-3)
