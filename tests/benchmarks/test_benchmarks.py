@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+import small_hf_models
 
 from benchmarks import (
     decode_quality,
@@ -47,6 +48,28 @@ def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
             plain["position_forwards"] / line["position_forwards"]
         )
         assert line["speedup"] == pytest.approx(plain["seconds"] / line["seconds"])
+
+
+@pytest.mark.slow
+def test_adapt_compares_recipes_on_a_model_and_does_nothing_twice(tmp_path):
+    small_hf_models.write(tmp_path / "model")
+    command = [
+        sys.executable, "-m", "benchmarks.adapt", f"--model={tmp_path / 'model'}",
+        f"--output={tmp_path / 'out'}", "--steps=2", "--batch_size=2", "--texts=2", "--draws=2",
+    ]  # fmt: skip
+    printed = [
+        subprocess.run(
+            command, cwd=gin_utils.config_dir().parent, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert printed[0] == printed[1]
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    methods = {"direct", "AR beside", "scratch"}
+    assert results["bits"].keys() > methods
+    assert all(bits["bits_per_token"] > 1 for bits in results["bits"].values())
+    assert all(len(results[f"train-{name}"]["held_out_loss"]) == 2 for name in methods)
+    assert {path.name for path in (tmp_path / "out").iterdir()} > {"results.md", "curves.png"}
 
 
 def test_a_model_of_blocks_goes_on_from_another_for_as_many_steps(monkeypatch):
