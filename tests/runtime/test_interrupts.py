@@ -25,9 +25,11 @@ def _start(text, **kwargs):
         head = head.replace("import jax; jax.process_count = lambda: 1\n", "")
     process = subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(text)], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, **kwargs,
+        stderr=subprocess.STDOUT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        bufsize=0,  # else what is read with the first line is lost for `communicate`
+        **kwargs,
     )  # fmt: skip
-    assert process.stdout.readline() == "ready\n", process.stdout.read()
+    assert process.stdout.readline() == b"ready\n", process.stdout.read()
     return process
 
 
@@ -36,7 +38,7 @@ def _end(process):
         output, _ = process.communicate(timeout=20)
     finally:
         process.kill()
-    return process.returncode, output
+    return process.returncode, output.decode()
 
 
 # A read that begins again after a signal, as native code that takes minutes: no handler of

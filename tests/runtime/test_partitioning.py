@@ -166,6 +166,7 @@ def test_chunks_of_attention_rows_move_no_row_to_another_device():
     assert chunks_of_two_axes == 2  # eight shards of two rows each
 
 
+@pytest.mark.slow  # half a minute; resharding is Orbax's, and the rules have the test above
 def test_a_checkpoint_is_restored_onto_other_devices_and_rules_with_the_same_logits():
     first, *others = _on_eight_devices("restored")
     assert [other["devices"] for other in others] == [8, 4, 1]

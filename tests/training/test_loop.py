@@ -106,6 +106,7 @@ def test_the_loss_falls_and_everything_a_run_writes_is_there(tmp_path):
     assert list((tmp_path / "train").glob("events*"))
 
 
+@pytest.mark.slow  # test_models.py has the share of a step
 def test_attention_opens_from_the_first_step_of_an_adaptation_also_over_a_restart(tmp_path):
     toy.run(tmp_path / "ar", 2, toy.model("autoregressive"))
     restore = RestoreCheckpointConfig(str(tmp_path / "ar"))
@@ -313,6 +314,7 @@ def test_a_metric_that_fails_is_named_and_costs_neither_the_step_nor_other_resul
     assert _splits(tmp_path) == ["train", "training_eval", f"inference_eval/{toy.TASK}"]
 
 
+@pytest.mark.slow  # half a minute; the tests of evaluation kill it too
 def test_an_evaluation_that_is_killed_is_made_up_for_from_the_saved_step(tmp_path, monkeypatch):
     _evaluated(tmp_path / "straight", toy.TASK, steps=4)
     original = InferenceEvaluator.evaluate
