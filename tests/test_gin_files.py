@@ -579,3 +579,9 @@ def test_the_written_configuration_can_be_read_again_and_is_the_same(tmp_path):
     assert gin.query_parameter("%BATCH_SIZE") == 4
     assert gin.config_str() == text.replace("BATCH_SIZE = 128", "BATCH_SIZE = 4")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.gin"]
+
+
+@pytest.mark.parametrize("room", ["checkpointing", "interop"])
+def test_what_commands_load_after_the_configuration_is_locked_registers_nothing(room):
+    for path in (gin_utils.config_dir().parent / "diffusion_t5x" / room).glob("*.py"):
+        assert "gin.configurable" not in path.read_text(encoding="utf-8"), path

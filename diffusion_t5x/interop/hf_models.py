@@ -75,7 +75,6 @@ def network_fields(path: str | os.PathLike[str], config: Mapping[str, Any]) -> d
     return fields | {"vocab_size": max(fields["vocab_size"], padding + 1)}
 
 
-@gin.configurable
 def network_config(path: str, make: Callable[..., TransformerConfig]) -> TransformerConfig:
     """Returns the configuration of a model's network; what gin binds in `make` takes precedence.
 
@@ -88,7 +87,6 @@ def network_config(path: str, make: Callable[..., TransformerConfig]) -> Transfo
     return make(**{name: value for name, value in fields.items() if name not in bound})
 
 
-@gin.configurable
 def vocab_size(path: str) -> int:
     """Returns the rows of a model's embedding, the one for padding included if one is added."""
     rows: int = network_fields(path, read_config(path))["vocab_size"]
