@@ -14,8 +14,8 @@ from typing import Any
 from etils import epath
 
 from diffusion_t5x import paths
+from diffusion_t5x.data.gguf_header import Header, read_header
 from diffusion_t5x.data.id_map import IdMap, choose_padding
-from diffusion_t5x.gguf_header import Header, read_header
 from diffusion_t5x.names import did_you_mean
 
 ROLES = ("bos", "eos", "unk", "pad")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from diffusion_t5x.gguf_header import Header, Placed, import_gguf, read_header
+from diffusion_t5x.data.gguf_header import Header, Placed, import_gguf, read_header
 from diffusion_t5x.interop.stored_arrays import StoredArray
 from diffusion_t5x.names import did_you_mean
 

@@ -15,8 +15,8 @@ from etils import epath
 import gin
 from diffusion_t5x import paths
 from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data.gguf_header import read_header
 from diffusion_t5x.data.id_map import IdMap
-from diffusion_t5x.gguf_header import read_header
 from diffusion_t5x.interop import gguf_files, hf_configs, hf_names, tensor_files
 from diffusion_t5x.interop.stored_arrays import StoredArray
 from diffusion_t5x.interop.tensor_files import CONFIG, ModelFiles
