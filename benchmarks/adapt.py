@@ -35,16 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from diffusion_t5x import gin_utils, models, sample, train
-from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
-from diffusion_t5x.checkpointing.reading import restore_params
+from benchmarks import decode_quality
+from diffusion_t5x import models, sample, train
 from diffusion_t5x.data import datasets
 from diffusion_t5x.experiments.report import save_figure
 from diffusion_t5x.objectives import likelihood
 from diffusion_t5x.runtime import resumable, terminal
 from diffusion_t5x.runtime.files import write_atomically
-from diffusion_t5x.runtime.partitioning import PjitPartitioner
-from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
 from diffusion_t5x.training.metric_logs import read_metrics
 
 MODEL = "models/hugging_face.gin"
@@ -132,15 +129,8 @@ class Adaptation:
 
     def load(self, objective: Sequence[str], checkpoint: str) -> tuple[models.Model, Any]:
         """Returns the model of an objective, and the parameters of a checkpoint."""
-        import gin
-
-        gin.clear_config()
-        bindings = [f"HF_MODEL={self.model!r}", "DROPOUT_RATE=0.0"]
-        gin_utils.parse_config([MODEL, *objective], bindings)
-        model = gin.get_configurable(models.Model)()
-        _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
-        abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})
-        return model, restore_params(path, abstract, verify=False)
+        model = decode_quality.make_model([MODEL, *objective], [f"HF_MODEL={self.model!r}"])
+        return model, decode_quality.restore(model, checkpoint)
 
     def _run(self, name: str) -> epath.Path:
         """Returns the directory of a method's training."""

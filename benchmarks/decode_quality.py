@@ -91,12 +91,20 @@ class Trained:
     batch_size: int
 
 
-def _make_model(files: Iterable[str], bindings: Iterable[str]) -> models.Model:
+def make_model(files: Iterable[str], bindings: Iterable[str]) -> models.Model:
+    """The model that gin files and bindings configure."""
     import gin
 
     gin.clear_config()
     gin_utils.parse_config(files, ["DROPOUT_RATE=0.0", *bindings])
     return gin.get_configurable(models.Model)()
+
+
+def restore(model: models.Model, checkpoint: str) -> Any:
+    """The parameters of the checkpoint at, or last under, `checkpoint`."""
+    _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
+    abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})
+    return restore_params(path, abstract, verify=False)
 
 
 def load(
@@ -111,11 +119,9 @@ def load(
     """The checkpoint at, or last under, `checkpoint`, and examples of the task `role`."""
     scale, task = trained_models.settings(role)
     files = (model_file or scale.models["decoder_only/base"], objective)
-    fast = _make_model([*files, FAST], bindings).decoder
-    model = _make_model(files, bindings)
-    _, path = select_checkpoints(RestoreCheckpointConfig(checkpoint))[-1]
-    abstract = abstract_params(model, PjitPartitioner(), INIT_SHAPES, {})
-    params = restore_params(path, abstract, verify=False)
+    fast = make_model([*files, FAST], bindings).decoder
+    model = make_model(files, bindings)
+    params = restore(model, checkpoint)
     lengths = {"inputs": task.inputs, "targets": task.targets}
     cfg = datasets.DatasetConfig(task.name, lengths, task.test_split, batch_size, module=TASKS)
     num_batches = -(-num_examples // batch_size)

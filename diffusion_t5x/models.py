@@ -221,12 +221,19 @@ class Model:
             self.module,
             params,
             batch,
-            self.objective.attention_pattern,
-            shift=getattr(self.objective, "shift", False),
-            forbidden=self.objective.forbidden,
+            **self._reading,
             rng=rng,
             **settings,
         )
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How the objective has texts read, as `bound_network` takes it."""
+        return {
+            "attention_pattern": self.objective.attention_pattern,
+            "shift": getattr(self.objective, "shift", False),
+            "forbidden": self.objective.forbidden,
+        }
 
     def predict_batch(self, params: Any, batch: Batch, rng: Array | None = None) -> Array:
         """Decodes the best tokens of each example: `[batch, length]` int32."""
@@ -299,15 +306,7 @@ class Model:
         self, params: Any, prefixes: Any, state: Any, batch_size: int, rng: Array
     ) -> Any:
         """Returns the decoder's state after another step, given the result of `start_decoding`."""
-        network = bound_network.rebind(
-            self.module,
-            params,
-            prefixes,
-            batch_size,
-            self.objective.attention_pattern,
-            shift=getattr(self.objective, "shift", False),
-            forbidden=self.objective.forbidden,
-        )
+        network = bound_network.rebind(self.module, params, prefixes, batch_size, **self._reading)
         return cast(SteppedDecoder, self.decoder).step(network, state, rng)
 
     def score_batch(self, params: Any, batch: Batch, return_intermediates: bool = False) -> Array:

@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 # The files whose tests take longest. Started last, one process would wait for another's.
 LONGEST = (
-    "test_extending.py", "test_readme.py", "test_loop.py", "test_datasets.py", "test_models.py",
+    "test_readme.py", "test_loop.py", "test_datasets.py", "test_models.py",
     "test_partitioning.py", "test_networks.py", "test_nonfinite.py", "test_flags.py",
 )  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_a_model_becomes_a_diffusion_model_that_chats_as_the_page_on_adaptation_
         printed += done.stdout
     assert "step  10:" in printed  # of a canvas after a message
     assert {path.name for path in (tmp_path / "runs/mine").iterdir()} >= {
-        "config.json", "model.safetensors", "tokenizer.json", "diffusion_generation_config.json",
+        "config.json", "model.safetensors", "tokenizer.json", "decoder_config.json",
     }  # fmt: skip
     transformers = pytest.importorskip("transformers")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/mine")

@@ -24,7 +24,7 @@ from diffusion_t5x.runtime.files import write_atomically
 if TYPE_CHECKING:
     from diffusion_t5x.models import Model
 
-SETTINGS = "diffusion_generation_config.json"
+SETTINGS = "decoder_config.json"
 # `max_position_embeddings` of a network of ours that began as nobody's: rotary positions have none.
 LONGEST = 4096
 
@@ -60,7 +60,8 @@ def prepare(
     Args:
       path: Where the parameters are from, for errors.
       params: The parameters of single layers.
-      model: The model, whose tokenizer and, if its decoder denoises, settings are written too.
+      model: The model, whose tokenizer is written too, and the decoder's settings if its texts have
+        padding, so that no program of the family's decodes them.
       hf_model: The model that this one comes from, whose `config.json` is kept as far as the
         network is the same; None if there is none.
       lengths: TASK_FEATURE_LENGTHS, for the settings.
@@ -85,10 +86,10 @@ def prepare(
         raise CheckpointMismatchError(f"{path} does not fit this model:\n" + "\n".join(lines))
     vocabulary = model.output_vocabulary
     id_map = vocabulary.id_map if isinstance(vocabulary, TokenizerVocabulary) else IdMap(0)
-    denoises = hasattr(model.decoder, "corruption")
     original = None if hf_model is None else hf_models.read_config(hf_model)
     rows = network.vocab_size if original is None else original["vocab_size"]
-    if denoises:  # a canvas has padding, and the network has learned it
+    learns_padding = not model.objective.packs
+    if learns_padding:
         rows = max(rows, id_map.padding + 1)
     elif id_map.padding == rows - 1 and original is None and _is_added(vocabulary):
         rows -= 1
@@ -97,7 +98,7 @@ def prepare(
     if {"dtype", "torch_dtype"} & config.keys() or dtype != "float32":
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     files = _tokenizer(vocabulary)
-    if denoises:
+    if learns_padding:
         files[SETTINGS] = _settings(model, id_map, lengths)
     return Export(_tensors(params, fields, id_map, rows), config, files)
 
@@ -182,7 +183,7 @@ def _tokenizer(vocabulary: seqio.Vocabulary) -> dict[str, bytes]:
 
 
 def _settings(model: Model, id_map: IdMap, lengths: Mapping[str, int] | None) -> bytes:
-    """Returns what decoding a diffusion model takes; tokens are the tokenizer's."""
+    """Returns what decoding takes; tokens are the tokenizer's."""
     decoder = _describe(model.decoder)
     if decoder.get("eos_id", -1) >= 0:
         decoder["eos_id"] = int(id_map.exchange(np.array(decoder["eos_id"])))

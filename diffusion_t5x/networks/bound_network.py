@@ -19,20 +19,20 @@ Array = jax.Array
 FORBIDDEN_LOGIT = -1e9
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BoundNetwork:
     """An `interfaces.Network` whose methods apply those of `network.Network`."""
 
     module: nn.Module
     variables: Mapping[str, Any]  # parameters under 'params'
     attention_pattern: str  # the objective's
-    shift: bool  # a canvas position is predicted by the state of the token before it
-    opening: Opening | None  # how much of the pattern is open; None for all of it
+    shift: bool = False  # a canvas position is predicted by the state of the token before it
+    opening: Opening | None = None  # how much of the pattern is open; None for all of it
     context: Any  # the prefixes, as `module.encode` returns them
     output_weights: Any  # what `module.logits` multiplies by, prepared once for all passes
-    segment_ids: Array | None  # `[batch, length]` of packed targets
-    forbidden: tuple[int, ...]  # tokens that are never predicted
-    deterministic: bool  # no dropout
+    segment_ids: Array | None = None  # `[batch, length]` of packed targets
+    forbidden: tuple[int, ...] = ()  # tokens that are never predicted
+    deterministic: bool = True  # no dropout
     batch_size: int  # number of prefixes
 
     @property
@@ -92,7 +92,7 @@ class BoundNetwork:
         return CachedBoundNetwork(**vars(self), cache=cache)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CachedBoundNetwork(BoundNetwork):
     """An `interfaces.CachedNetwork`; canvases may have any number of rows per cached prefix."""
 
@@ -181,8 +181,8 @@ def rebind(
     batch_size: int,
     attention_pattern: str,
     *,
-    shift: bool,
-    forbidden: tuple[int, ...],
+    shift: bool = False,
+    forbidden: tuple[int, ...] = (),
 ) -> BoundNetwork:
     """Binds parameters and the `BoundNetwork.prefixes` of a batch; None for those that none reads.
 
@@ -194,12 +194,9 @@ def rebind(
         variables=variables,
         attention_pattern=attention_pattern,
         shift=shift,
-        opening=None,
         context=prefixes,
         output_weights=module.apply(variables, batch_size, method=module.output_weights),
-        segment_ids=None,
         forbidden=forbidden,
-        deterministic=True,
         batch_size=batch_size,
     )
     is_cached = isinstance(prefixes, KVCache)

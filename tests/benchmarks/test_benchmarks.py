@@ -25,7 +25,7 @@ CACHED = "objectives/diffusion_cached_prefix.gin"
 
 @pytest.mark.slow
 def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
-    model = decode_quality._make_model(["models/tiny.gin", CACHED], [])
+    model = decode_quality.make_model(["models/tiny.gin", CACHED], [])
     params = model.get_initial_variables(jax.random.PRNGKey(0), INIT_SHAPES)["params"]
     checkpointer = Checkpointer(str(tmp_path), SaveCheckpointConfig())
     checkpointer.save(TrainState(jax.numpy.int32(7), params, None))
