@@ -23,9 +23,9 @@ from orbax.checkpoint import checkpoint_managers
 
 from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing import integrity
-from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError
+from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError, is_foreign
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
-from diffusion_t5x.checkpointing.reading import is_foreign, optimizer_item, read_step
+from diffusion_t5x.checkpointing.reading import optimizer_item, read_step
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.train_state import TrainState

@@ -95,6 +95,11 @@ def has_valid_name(path: str | epath.Path) -> bool:
     return match is None or name == f"{PREFIX}_{min(abs(int(match[1])), MAX_STEP)}"
 
 
+def is_foreign(path: str) -> bool:
+    """Returns whether a checkpoint is T5X's, or a model of Hugging Face's."""
+    return t5x_checkpoints.is_t5x_checkpoint(path) or hf_models.is_model(path)
+
+
 def verify(path: str | epath.Path, items: Sequence[str], *, alone: bool = False) -> None:
     """Checks that a checkpoint has its own items, and compares files with their checksums.
 
@@ -113,8 +118,7 @@ def verify(path: str | epath.Path, items: Sequence[str], *, alone: bool = False)
     """
     path = epath.Path(path)
     damage = []
-    others = t5x_checkpoints.is_t5x_checkpoint(str(path)) or hf_models.is_model(path)
-    if jax.process_index() == 0 and not others:
+    if jax.process_index() == 0 and not is_foreign(str(path)):
         damage = _find_misfits(path, items if alone else ITEMS)
     damage += [line for item in items for line in _find_damage(path / item)]
     found = np.ravel(multihost_utils.process_allgather(np.array(bool(damage))))  # [processes]

@@ -54,11 +54,6 @@ def has_optimizer_state(path: str) -> bool:
     return (epath.Path(path) / "optimizer").exists()
 
 
-def is_foreign(path: str) -> bool:
-    """Returns whether a checkpoint is T5X's, or a model of Hugging Face's."""
-    return t5x_checkpoints.is_t5x_checkpoint(path) or hf_models.is_model(path)
-
-
 def has_low_rank(path: str) -> bool:
     """Returns whether a checkpoint has factors of low-rank adaptation; reads no array."""
     if t5x_checkpoints.is_t5x_checkpoint(path):
@@ -87,7 +82,7 @@ def check_params(path: str, abstract_params: Any) -> None:
       CheckpointMismatchError: If they do not fit.
       ValueError: If it is a model of Hugging Face's whose files contradict each other.
     """
-    if is_foreign(path):
+    if integrity.is_foreign(path):
         _open_fitting(path, abstract_params)
     else:
         check_item(path, "params", abstract_params)
@@ -136,7 +131,7 @@ def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> A
       DamagedCheckpointError: If a file is missing, truncated or changed.
       CheckpointMismatchError: If the parameters do not fit.
     """
-    if is_foreign(path):
+    if integrity.is_foreign(path):
         stored = _open_fitting(path, abstract_params)
         return place(stored, named_leaves(abstract_params), f"reading {path}")
     if verify:
