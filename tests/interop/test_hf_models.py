@@ -2,6 +2,8 @@
 
 import filecmp
 import json
+import subprocess
+import sys
 import types
 
 import ml_dtypes
@@ -11,7 +13,7 @@ from hf_side import CASES
 from small_hf_models import ROWS, TOKENIZER, write
 
 import gin
-from diffusion_t5x import convert, gin_utils, models, train
+from diffusion_t5x import convert, gin_utils, models
 from diffusion_t5x.checkpointing import hf_export, reading
 from diffusion_t5x.checkpointing.checkpoints import list_checkpoints
 from diffusion_t5x.data.vocabularies import get_vocabulary
@@ -55,12 +57,15 @@ def test_a_run_trains_from_a_model_and_leaves_in_another_type(tmp_path):
     theirs, config = write(source)
     files = [FAMILY, "--gin_file=objectives/diffusion.gin", "--gin_file=runs/finetune.gin"]
     lengths = {"inputs": 16, "targets": 16}
-    train.main(
-        [*files, f"--gin.HF_MODEL={source}", f"--gin.INITIAL_CHECKPOINT_PATH={source}",
+    # A process of its own: tasks keep the vocabulary that they are first asked for.
+    subprocess.run(
+        [sys.executable, "-m", "diffusion_t5x.train", *files,
+         f"--gin.HF_MODEL={source}", f"--gin.INITIAL_CHECKPOINT_PATH={source}",
          f"--gin.MODEL_DIR={run}", "--gin.MIXTURE_OR_TASK_NAME=embedded_translation_en_fr",
          f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.BATCH_SIZE=2", "--gin.TRAIN_STEPS=1",
          "--gin.EVAL_STEPS=1", "--gin.EVALUATOR_NUM_EXAMPLES=0", "--gin.NUM_SAMPLES=1",
-         "--gin.trainer.train.infer_eval_dataset_cfg=None"]
+         "--gin.trainer.train.infer_eval_dataset_cfg=None"],
+        check=True,
     )  # fmt: skip
     [(step, checkpoint)] = list_checkpoints(str(run))
     assert step == 1
