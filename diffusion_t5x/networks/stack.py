@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -43,6 +44,7 @@ class Attended(flax.struct.PyTreeNode):
 class LayerKind(flax.struct.PyTreeNode):
     """In what layers differ besides their parameters; with a leading `layers` axis, of all."""
 
+    number: Array | np.ndarray  # scalar int32, from 0 on
     frequencies: Array | np.ndarray | None  # [head_dim / 2] float32, of rotary positions
     window: Array | np.ndarray | None  # scalar int32; keys as far or farther are not seen
 
@@ -56,7 +58,7 @@ def layer_kinds(config: TransformerConfig, num_layers: int) -> LayerKind:
         turned = np.stack([frequencies(config, sliding=x) for x in sliding])
     if config.sliding_window is not None:
         window = np.where(sliding, config.sliding_window, np.iinfo(np.int32).max).astype(np.int32)
-    return LayerKind(turned, window)
+    return LayerKind(np.arange(num_layers, dtype=np.int32), turned, window)
 
 
 class TransformerLayer(nn.Module):
@@ -96,7 +98,8 @@ class TransformerLayer(nn.Module):
             mask = mask & (jnp.abs(queries[:, None] - keys) < kind.window)
         attention = MultiHeadAttention(config, name="self_attention")
         y = Norm(config, name="pre_self_attention_layer_norm")(x)
-        key_values = _write(attention.keys_values(y, turn), cached, attended.index)
+        new = attention.keys_values(y, turn)
+        key_values, kept = _write(new, cached, attended.index, kind.number)
         bias, tables = attended.bias, attended.tables
         if config.relative_bias_per_layer:
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
@@ -120,15 +123,30 @@ class TransformerLayer(nn.Module):
             y = Norm(config, name="post_mlp_layer_norm")(y)
         x = x + dropout(y, deterministic=deterministic)
         x = nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
-        return x, (key_values[-1], encoded) if self.keep_key_values else (None, None)
+        return x, (kept, encoded) if self.keep_key_values else (None, None)
 
 
-def _write(new: KeyValues, cached: KeyValues | None, index: Array | None) -> list[KeyValues]:
-    """Returns the keys and values to attend to, the last of which hold `new` (see `Attended`)."""
-    if index is not None:
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        return [jax.tree.map(lambda old, x: write(old, x, index), cached, new)]
-    return [new] if cached is None else [cached, new]
+def _write(
+    new: KeyValues, cached: KeyValues | None, index: Array | None, number: Array
+) -> tuple[list[KeyValues], KeyValues]:
+    """Returns the keys and values to attend to, and those to keep (see `Attended`).
+
+    What is written into may be the cache of all layers, with a leading `layers` axis, of which this
+    is layer `number`: it is kept whole, so that a loop over layers updates it in place.
+    """
+    if index is None:
+        return ([new] if cached is None else [cached, new]), new
+
+    def write(old: Array, x: Array) -> Array:
+        zeros = [0] * (x.ndim - 2)
+        if old.ndim == x.ndim:
+            return jax.lax.dynamic_update_slice(old, x, (0, index, *zeros))
+        return jax.lax.dynamic_update_slice(old, x[None], (number, 0, index, *zeros))
+
+    kept = jax.tree.map(write, cached, new)
+    if kept.keys.ndim == new.keys.ndim:
+        return [kept], kept
+    return [jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, False), kept)], kept
 
 
 def _position_bias(
@@ -198,15 +216,35 @@ class Stack(nn.Module):
         kinds = layer_kinds(config, self.num_layers)
         past = (None, None) if cache is None else (cache.key_values, cache.encoded)
         if config.scan_layers:
+            # What layers write into is carried on, and updated in place; else each gets its own.
+            written, past = (
+                (past[0], (None, past[1])) if attended.index is not None else (None, past)
+            )
+
+            def apply(layer: nn.Module, carry: Any, past: Any, kind: Any, attended: Any) -> Any:
+                x, written = carry
+                own, encoded = past
+                x, (kept, encoded) = layer(
+                    x, own if written is None else written, encoded, kind, attended
+                )
+                return (
+                    ((x, None), (kept, encoded))
+                    if written is None
+                    else ((x, kept), (None, encoded))
+                )
+
             scanned = nn_partitioning.scan_with_axes(
-                lambda layer, x, past, kind, attended: layer(x, *past, kind, attended),
+                apply,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, 0, nn.broadcast),
                 length=self.num_layers,
                 axis_name="layers",
             )
-            x, (key_values, encoded) = scanned(make(name="layers"), x, past, kinds, attended)
+            (x, written), (key_values, encoded) = scanned(
+                make(name="layers"), (x, written), past, kinds, attended
+            )
+            key_values = key_values if written is None else written
         else:
             kept = []
             for number in range(self.num_layers):
