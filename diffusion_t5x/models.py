@@ -273,7 +273,7 @@ class Model:
         check_decoder(self.objective, decoder)
         rng = jax.random.PRNGKey(0) if rng is None else rng
         decoded = decoder.decode(
-            self.bind(params, batch),
+            self.bind(params, batch, many_passes=True),
             batch["decoder_input_tokens"].shape[1],
             rng,
             return_trajectory=return_trajectory,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat_rows
+from diffusion_t5x.networks.layers import prepare_kernels
 from diffusion_t5x.objectives.attention_patterns import Opening
 
 Array = jax.Array
@@ -133,16 +134,18 @@ def bind(
     forbidden: tuple[int, ...] = (),
     rng: Array | None = None,
     deterministic: bool = True,
+    many_passes: bool = False,
 ) -> BoundNetwork:
     """Binds parameters and the prefixes of a batch, which are encoded once; `rng` is for dropout.
 
     The prefixes are its `encoder_input_tokens [batch, length]`; segment ids are read if it has any.
-    The other arguments are the fields of `BoundNetwork`.
+    With `many_passes` kernels are prepared for decoding, and there is no gradient. The other
+    arguments are the fields of `BoundNetwork`.
 
     Raises:
       ValueError: if texts may be longer than the network's learned positions.
     """
-    variables = {"params": params}
+    variables = {"params": prepare_kernels(params, module.config.dtype) if many_passes else params}
     prefixes = batch["encoder_input_tokens"]
     if (limit := module.config.max_positions) is not None:
         longest = prefixes.shape[1] + batch["decoder_input_tokens"].shape[1]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
+from jax.typing import DTypeLike
 
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.low_rank import LowRank
-from diffusion_t5x.networks.sharding import per_data_shard
+from diffusion_t5x.networks.sharding import device_kind, per_data_shard
 
 Array = jax.Array
 HIDDEN_AXES = ("batch", "length", "embed")
+TRANSPOSED = "transposed_kernel"  # the name that `prepare_kernels` gives transposed kernels
+_OVER_LAST = (((1,), (1,)), ((), ()))  # of a product: contract the last axes of two matrices
 
 
 def softcap(logits: Array, cap: float | None) -> Array:
@@ -67,22 +71,45 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = nn_partitioning.param_with_axes(
-            "kernel",
-            nn.initializers.variance_scaling(self.scale, "fan_in", self.distribution),
-            (x.shape[-1], self.features),
-            jnp.float32,
-            axes=self.axes,
-        )
         # As a product of two matrices: its gradient takes a CPU half the time of a batched one's.
-        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.has_variable("params", TRANSPOSED):
+            y = jax.lax.dot_general(flat, self.get_variable("params", TRANSPOSED), _OVER_LAST)
+        else:
+            kernel = nn_partitioning.param_with_axes(
+                "kernel",
+                nn.initializers.variance_scaling(self.scale, "fan_in", self.distribution),
+                (x.shape[-1], self.features),
+                jnp.float32,
+                axes=self.axes,
+            )
+            y = flat @ kernel.astype(self.config.dtype)
         if self.use_bias:
             y = y + _bias(self.axes[1], self.features).astype(y.dtype)
         if (low_rank := self.config.low_rank) is not None and low_rank.adapts(self.path):
-            y = y + _low_rank_product(
-                x.reshape(-1, x.shape[-1]), low_rank, self.features, self.axes
-            )
+            y = y + _low_rank_product(flat, low_rank, self.features, self.axes)
         return y.reshape(*x.shape[:-1], -1)
+
+
+def prepare_kernels(params: Any, dtype: DTypeLike) -> Any:
+    """Returns parameters whose kernels are ready for many passes without a gradient.
+
+    Kernels are in the activations' type, since a loop over layers would cast its share anew in each
+    pass. For NVIDIA GPUs they are transposed as well, `[out, in]`: there XLA computes the product
+    with one row in a single pass over such a kernel, but in two over one that is `[in, out]`.
+    """
+    transposes = device_kind().startswith("NVIDIA")
+
+    def prepare(path: tuple[str, ...], value: Array) -> tuple[tuple[str, ...], Array]:
+        if path[-1] not in ("kernel", "low_rank_a", "low_rank_b"):
+            return path, value
+        value = value.astype(dtype)
+        if path[-1] != "kernel" or not transposes:
+            return path, value
+        return (*path[:-1], TRANSPOSED), jnp.swapaxes(value, -1, -2)
+
+    flat = flax.traverse_util.flatten_dict(params)
+    return flax.traverse_util.unflatten_dict(dict(prepare(*item) for item in flat.items()))
 
 
 def _low_rank_product(x: Array, settings: LowRank, features: int, axes: tuple[str, str]) -> Array:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from small_networks import CONFIG, NETWORKS, QUICK, hidden, make, read, run
 
-from diffusion_t5x.networks import attention
+from diffusion_t5x.networks import attention, layers
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
+from diffusion_t5x.networks.low_rank import LowRank
+from diffusion_t5x.runtime.train_state import named_leaves
 
 PATTERNS = ("causal", "prefix_bidirectional", "bidirectional", "cached_prefix", "causal_prefix")
 # An encoder-decoder only tells denoising patterns from autoregressive ones.
@@ -169,6 +171,29 @@ def test_cached_decoding_equals_uncached(network_class, pattern, scan_layers):
         cache, state = step(cache, tokens)
         states.append(state[:, 0])
     np.testing.assert_allclose(jnp.stack(states, axis=1), jnp.repeat(full, 2, axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scan_layers": True}, {"low_rank": LowRank(rank=2, alpha=4.0)}]
+)
+def test_kernels_prepared_for_decoding_are_cast_and_transposed_once_and_change_no_number(
+    monkeypatch, settings
+):
+    config = {**settings, "dtype": "bfloat16"}
+    network, params = make(DecoderOnly, **config)
+    plain = hidden(network, params, PREFIX, TARGET, "causal")
+    for kind in ("cpu", "NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(layers, "device_kind", lambda kind=kind: kind)
+        prepared = layers.prepare_kernels(params, network.config.dtype)
+        names = named_leaves(prepared)
+        transposed = [name for name in names if name.endswith("/transposed_kernel")]
+        assert bool(transposed) == kind.startswith("NVIDIA")
+        kernels = transposed or [name for name in names if name.endswith("/kernel")]
+        assert len(kernels) == (7 if "scan_layers" in settings else 7 * network.config.num_layers)
+        assert all(names[name].dtype == jnp.bfloat16 for name in kernels)
+        assert names["token_embedder/embedding"].dtype == jnp.float32
+        again = hidden(network, prepared, PREFIX, TARGET, "causal")
+        np.testing.assert_allclose(*(x.astype(np.float32) for x in (again, plain)), atol=1e-6)
 
 
 def _gradient(network, pattern):
