@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -156,8 +156,11 @@ class DiffusionDecoder:
         canvas_rng, rngs = self._split(rng)
         state = self._first_canvas(batch_size, length, canvas_rng, return_trajectory)
         finished = []
+        first_step = 0
         for samples, last_step in self._stages():
-            state = self._take_steps(network.repeat(samples), samples, last_step, rngs, state)
+            take_step = functools.partial(self._take_step, network.repeat(samples), samples, rngs)
+            state = self._take_steps(take_step, first_step, last_step, state)
+            first_step = last_step
             canvas = canvases.fill_trajectory(state.canvas, state.step)
             canvas = jax.tree.map(lambda x: x.reshape(batch_size, -1, *x.shape[1:]), canvas)
             if last_step < self.num_steps:
@@ -235,14 +238,16 @@ class DiffusionDecoder:
         return [*stages, (samples, self.num_steps)]
 
     def _take_steps(
-        self, network: Network, samples: int, last_step: int, rngs: Sequence[Array], state: _State
+        self, take_step: Callable[[_State], _State], first_step: int, last_step: int, state: _State
     ) -> _State:
         """Takes steps until all canvases are done or `last_step` steps were taken."""
+        if self.stop is None:
+            # The number of steps is known, so that a GPU need not tell the host before each.
+            return jax.lax.fori_loop(first_step, last_step, lambda _, x: take_step(x), state)
 
         def unfinished(state: _State) -> Array:
             return (state.step < last_step) & ~jnp.all(state.canvas.done)
 
-        take_step = functools.partial(self._take_step, network, samples, rngs)
         return jax.lax.while_loop(unfinished, take_step, state)
 
     def _take_step(
