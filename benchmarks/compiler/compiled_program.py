@@ -19,11 +19,17 @@ __all__ = [
     "UnknownTripCountError",
     "collectives",
     "estimated_seconds",
+    "launches",
     "main_memory_bytes",
     "memory",
 ]
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions for which a GPU launches nothing.
+NOT_LAUNCHED = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("while", "conditional", "call"),
+}
 # Rates that libtpu's own estimates imply for bfloat16 products, in operations per second, and for
 # main memory, in bytes per second: found from its estimates for a product and a sum of large
 # matrices.
@@ -169,6 +175,26 @@ def main_memory_bytes(compiled: Any, *, unknown_trips: int | None = None) -> int
     """
     program = _program(compiled, unknown_trips)
     return sum(hlo_costs.memory_bytes(program, i) * times for i, times in program.executions())
+
+
+def launches(compiled: Any) -> list[tuple[int | None, int]]:
+    """Counts what each outermost loop of a program launches on a GPU in one turn.
+
+    These are fusions, library calls and copies; loops inside count in full.
+
+    Args:
+      compiled: A `jax.stages.Compiled`, or its optimised HLO as text.
+
+    Returns:
+      For each loop its turns, None where they depend on data, and the launches of a turn.
+
+    Raises:
+      UnknownTripCountError: If the turns of a loop inside depend on data.
+    """
+    return [
+        (turns, sum(times for found, times in executed if found.opcode not in NOT_LAUNCHED))
+        for turns, executed in _program(compiled, None).outer_loops()
+    ]
 
 
 def _device_kind(compiled: Any) -> str:

@@ -150,6 +150,18 @@ class Program:
         """Yields every instruction outside fusions, and the number of its executions."""
         yield from self._walk(self._scope(self._entry), 1)
 
+    def outer_loops(self) -> Iterator[tuple[int | None, Iterator[tuple[Instruction, int]]]]:
+        """Yields each loop of the entry: its trips, None if unknown; and what a trip executes."""
+        scope = self._scope(self._entry)
+        for loop in scope.computation.instructions.values():
+            if loop.opcode == "while":
+                state = self._loop_state(scope, loop)
+                try:
+                    trips = self._trips(scope, loop, state)
+                except UnknownTripCountError:
+                    trips = None
+                yield trips, self._walk(self._scope(loop.called("body"), (state,)), 1)
+
     def siblings(self, instruction: Instruction) -> dict[str, Instruction]:
         """Returns the instructions of the same computation, by name."""
         return self._computations[instruction.parent].instructions
