@@ -16,22 +16,20 @@ units are 128 lanes wide, this costs no more than separate heads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from diffusion_t5x.networks.kv_cache import KeyValues
-from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
+from diffusion_t5x.networks.sharding import device_kind, shard_count
 
 Array = jax.Array
 Ref: TypeAlias = Any  # An array in a TPU's fast memory, inside the kernel.
-by_platform = jax.lax.platform_dependent
 
 LANES = 128  # Width of a register.
 QUERIES, KEYS = 256, 512  # Size of a tile.
@@ -53,94 +51,20 @@ class Partial(NamedTuple):
     total: Array
 
 
-def applies(query: Array, key_values: Sequence[KeyValues]) -> bool:
-    """Returns True if the kernel supports these shapes on these devices.
+def supports(query: Array, key_values: Sequence[KeyValues]) -> bool:
+    """Returns True if the kernel supports these heads on these devices.
 
-    It needs more than one query, since a single one reads its keys only once anyway, and as many
-    heads of keys as of queries. The heads of a device must fill registers: several share 128 lanes,
-    or one takes a multiple of them. Rows and heads must be split evenly among devices. TPUs before
-    v5 are not supported, since they cannot shift each row of a register by a different number of
-    places.
+    It needs as many heads of keys as of queries. The heads of a device must fill registers: several
+    share 128 lanes, or one takes a multiple of them. TPUs before v5 are not supported, since they
+    cannot shift each row of a register by a different number of places.
     """
-    if device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
-        return False
-    _, queries, num_heads, head_dim = query.shape
-    shards, head_shards = shard_count("batch"), shard_count("heads")
-    if queries == 1 or shards is None or head_shards is None:
-        return False
-    rows = min(part.keys.shape[0] for part in key_values)
+    _, _, num_heads, head_dim = query.shape
     grouped = key_values[0].keys.shape[2] != num_heads
-    if grouped or rows % shards or num_heads % head_shards:
+    if grouped or device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
         return False
-    heads = num_heads // head_shards
+    heads = num_heads // (shard_count("heads") or 1)
     whole = LANES % head_dim == 0 or head_dim % LANES == 0
     return whole and heads * head_dim % LANES == 0 and heads <= LANES
-
-
-def attend(
-    otherwise: Callable[..., Array],
-    tables: Sequence[Array] | None,
-    query: Array,
-    key_values: Sequence[KeyValues],
-    mask: Array,
-    bias: Array | None,
-) -> Array:
-    """Runs `flash_attention` on TPUs if it applies, else `otherwise` on the last four arguments.
-
-    The kernel reads `tables` instead of `bias`, or neither. The gradient is that of `otherwise`,
-    recomputed from its arguments; nothing else is saved for it, and none flows to `tables`.
-    """
-    if not applies(query, key_values):
-        return otherwise(query, key_values, mask, bias)
-
-    def elsewhere(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        del tables
-        return otherwise(query, key_values, mask, bias)
-
-    def on_tpu(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        del bias
-        return _on_each_device(query, key_values, mask, tables)
-
-    @jax.custom_vjp
-    def attend(*arguments: Any) -> Array:
-        return by_platform(*arguments, tpu=on_tpu, default=elsewhere)
-
-    def forward(*arguments: Any) -> tuple[Array, Any]:
-        return attend(*arguments), arguments
-
-    def backward(arguments: Any, cotangent: Array) -> tuple[Any, ...]:
-        query, key_values, mask, bias, _ = arguments
-
-        def recomputed(query: Array, key_values: Any, bias: Array | None) -> Array:
-            return otherwise(query, key_values, mask, bias)
-
-        _, pull = jax.vjp(recomputed, query, key_values, bias)
-        d_query, d_key_values, d_bias = pull(cotangent)
-        return d_query, d_key_values, None, d_bias, None
-
-    attend.defvjp(forward, backward)
-    return attend(query, list(key_values), mask, bias, tables)
-
-
-def _on_each_device(
-    query: Array,
-    key_values: Sequence[KeyValues],
-    mask: Array,
-    tables: Sequence[Array] | None,
-) -> Array:
-    """Runs `flash_attention` on each device's rows and heads."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return flash_attention(query, key_values, mask, tables)
-    batch, heads = mesh_axes("batch"), mesh_axes("heads")
-    row_spec = PartitionSpec(batch, None, heads, None)
-    specs = (
-        row_spec,
-        jax.tree.map(lambda _: row_spec, key_values),
-        PartitionSpec(batch if mask.shape[0] > 1 else None, None, None),
-        jax.tree.map(lambda _: PartitionSpec(heads, None), tables),
-    )
-    mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=row_spec, check_vma=False)
-    return mapped(query, key_values, mask, tables)
 
 
 def flash_attention(

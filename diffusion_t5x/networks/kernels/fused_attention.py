@@ -42,7 +42,7 @@ def platforms(query: Array, key_values: Sequence[KeyValues]) -> tuple[str, ...]:
     found = []
     if not kind.startswith("TPU") and gpu_attention.supports(query):
         found.append("cuda")
-    if not kind.startswith("NVIDIA") and flash_attention.applies(query, key_values):
+    if not kind.startswith("NVIDIA") and flash_attention.supports(query, key_values):
         found.append("tpu")
     return tuple(found)
 

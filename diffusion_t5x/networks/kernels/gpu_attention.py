@@ -177,9 +177,7 @@ def _seen_tiles(
         if mask.shape[1] > 1:
             seen = _any(seen, 1, sizes[0])
         seen = _any(seen, 2, sizes[1])
-        tiles.append(
-            jnp.broadcast_to(seen, (len(mask), pl.cdiv(queries, sizes[0]), seen.shape[2]))
-        )
+        tiles.append(jnp.broadcast_to(seen, (len(mask), pl.cdiv(queries, sizes[0]), seen.shape[2])))
         start += keys
     return tiles
 
@@ -194,7 +192,7 @@ def _any(x: Array, axis: int, size: int) -> Array:
 
 
 def _bounds(seen: Array, axis: int) -> Array:
-    """Computes the first tile that is seen along an axis, and the one after the last: `[..., 2]`."""
+    """Computes the first tile seen along an axis, and the one after the last: `[..., 2]`."""
     count = seen.shape[axis]
     first = jnp.argmax(seen, axis)
     last = count - jnp.argmax(jnp.flip(seen, axis), axis)
@@ -404,9 +402,7 @@ def _query_kernel(
             start = j * sizes[1]
             keys = _load(part.keys, start, sizes[1], counts[1])
             values = _load(part.values, start, sizes[1], counts[1])
-            tile = _logits(
-                query, keys, lambda i: mask_ref.at[i], table_of, (first, start), counts
-            )
+            tile = _logits(query, keys, lambda i: mask_ref.at[i], table_of, (first, start), counts)
             _, d_logits = _d_logits(tile, values, d_mixed, log_sum_exp, delta, all_keys)
             return d_query + _dot(d_logits.astype(keys.dtype), keys, (1, 0))
 
@@ -485,9 +481,7 @@ def _key_kernel(
     per_row, num_queries, group, _ = query_ref.shape
     start = pl.program_id(0) * sizes[1]
     inside = start + jnp.arange(sizes[1]) < num_keys
-    keys, values = (
-        triton.load(ref, mask=inside[:, None], other=0) for ref in (key_ref, value_ref)
-    )
+    keys, values = (triton.load(ref, mask=inside[:, None], other=0) for ref in (key_ref, value_ref))
     counts = num_queries, num_keys, place[0], mask_ref.shape[1]
 
     def of_head(number: Any, carry: Any) -> Any:
