@@ -85,7 +85,7 @@ def attend(
     mask: Array,
     bias: Array | None,
 ) -> Array:
-    """Runs `flash_attention` on TPUs if it applies, else `otherwise` on the last four arguments.
+    """Runs `forward` on TPUs if it applies, else `otherwise` on the last four arguments.
 
     The kernel reads `tables` instead of `bias`, or neither. The gradient is that of `otherwise`,
     recomputed from its arguments; nothing else is saved for it, and none flows to `tables`.
@@ -128,9 +128,9 @@ def _on_each_device(
     mask: Array,
     tables: Sequence[Array] | None,
 ) -> Array:
-    """Runs `flash_attention` on each device's rows and heads."""
+    """Runs `forward` on each device's rows and heads."""
     if jax.sharding.get_abstract_mesh().size <= 1:
-        return flash_attention(query, key_values, mask, tables)
+        return forward(query, key_values, mask, tables)[0]
     batch, heads = mesh_axes("batch"), mesh_axes("heads")
     row_spec = PartitionSpec(batch, None, heads, None)
     specs = (
@@ -139,17 +139,18 @@ def _on_each_device(
         PartitionSpec(batch if mask.shape[0] > 1 else None, None, None),
         jax.tree.map(lambda _: PartitionSpec(heads, None), tables),
     )
-    mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=row_spec, check_vma=False)
-    return mapped(query, key_values, mask, tables)
+    out_specs = row_spec, PartitionSpec(batch, heads, None)
+    mapped = jax.shard_map(forward, in_specs=specs, out_specs=out_specs, check_vma=False)
+    return mapped(query, key_values, mask, tables)[0]
 
 
-def flash_attention(
+def forward(
     query: Array,
     key_values: Sequence[KeyValues],
     mask: Array,
     tables: Sequence[Array] | None,
-) -> Array:
-    """Computes softmax attention of `query [batch, queries, heads, head_dim]`; keeps its shape.
+) -> tuple[Array, Array]:
+    """Computes softmax attention of `query [batch, queries, heads, head_dim]`.
 
     Args:
       query: The queries.
@@ -160,6 +161,10 @@ def flash_attention(
       tables: For each part the bias by distance, `[heads, queries + part_keys - 1]`, from that of
         the last query and the first key to that of the first query and the last key. None for no
         bias.
+
+    Returns:
+      The mixed values, of the shape and type of `query`; and `[batch, heads, queries]` float32, the
+      logarithm of each query's sum of exp(logit) over all keys.
     """
     parts, start = [], 0
     for number, part in enumerate(key_values):
@@ -174,22 +179,22 @@ def flash_attention(
             )
         )
         start = end
-    if len(parts) == 1:
-        return parts[0].mixed.reshape(query.shape)
-    return _merge(parts, query.shape).astype(query.dtype)
+    whole = _merge(parts, query.shape) if len(parts) > 1 else parts[0]
+    log_sum_exp = (whole.top + jnp.log(whole.total))[..., : query.shape[2]]
+    return whole.mixed.reshape(query.shape).astype(query.dtype), jnp.swapaxes(log_sum_exp, 1, 2)
 
 
-def _merge(parts: Sequence[Partial], shape: tuple[int, ...]) -> Array:
-    """Combines parts: `shape`, which is `[batch, queries, heads, head_dim]`."""
+def _merge(parts: Sequence[Partial], shape: tuple[int, ...]) -> Partial:
+    """Combines parts; `mixed` becomes `shape`, which is `[batch, queries, heads, head_dim]`."""
     top = functools.reduce(jnp.maximum, [part.top for part in parts])
     weights = [part.total * jnp.exp(part.top - top) for part in parts]
     total = functools.reduce(jnp.add, weights)
     shares = [(weight / total)[..., : shape[2], None] for weight in weights]  # [b, q, heads, 1]
     mixed = [share * part.mixed.reshape(shape) for share, part in zip(shares, parts, strict=True)]
-    return functools.reduce(jnp.add, mixed)
+    return Partial(functools.reduce(jnp.add, mixed), top, total)
 
 
-def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, int]) -> Array:
+def cut_windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, int]) -> Array:
     """Cuts out the part of a table that each tile needs: `[query tiles, key tiles, heads, width]`.
 
     The bias of a tile's first query and first key stands at a multiple of `LANES`, since whole
@@ -202,7 +207,7 @@ def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, 
       sizes: Queries and keys of a tile.
     """
     queries = table.shape[1] + 1 - keys
-    first, width = _registers(sizes[0]), sum(map(_registers, sizes))
+    first, width = registers(sizes[0]), sum(map(registers, sizes))
     # Distance from each tile's first query to its first key: [query tiles, key tiles].
     distance = jnp.arange(tiles[1]) * sizes[1] - jnp.arange(tiles[0])[:, None] * sizes[0]
     index = distance[..., None] + jnp.arange(width) - first + queries - 1  # [.., .., width]
@@ -210,7 +215,7 @@ def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, 
     return jnp.moveaxis(table.astype(jnp.float32)[:, index], 0, 2)
 
 
-def _registers(size: int) -> int:
+def registers(size: int) -> int:
     """Rounds up to a multiple of `LANES`."""
     return -(-size // LANES) * LANES
 
@@ -222,7 +227,7 @@ def _attend(
     table: Array | None,
     dtype: DTypeLike,
 ) -> Partial:
-    """Runs `flash_attention` on one part of the keys; `mixed` has type `dtype`."""
+    """Runs `forward` on one part of the keys; `mixed` has type `dtype`."""
     batch, num_queries, num_heads, head_dim = query.shape
     rows, num_keys = part.keys.shape[:2]
     width = num_heads * head_dim
@@ -242,7 +247,7 @@ def _attend(
     specs = [query_spec, key_spec, key_spec, mask_spec]
     bias_bytes = 0
     if table is not None:
-        windows = _windows(table, num_keys, tiles, sizes)
+        windows = cut_windows(table, num_keys, tiles, sizes)
         bias_bytes = 4 * batch * windows.size
         arguments.append(windows)
         specs.append(pl.BlockSpec((1, 1, *windows.shape[2:]), lambda b, i, j: (i, j, 0, 0)))
@@ -323,9 +328,9 @@ def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
         for number in range(heads):
             head = group * heads + number
             own = lane_head == number  # [1, width]
-            logits = _dot(jnp.where(own, query, 0), keys, 1)  # [queries, keys]
+            logits = dot(jnp.where(own, query, 0), keys, 1)  # [queries, keys]
             if has_bias:
-                logits += _read_bias(bias_ref[0], head, shape)
+                logits += read_bias(bias_ref[0], head, shape)
             logits = jnp.where(visible, logits, unseen)
             own_lane = head_lane == head  # [1, LANES]
             before = _only(own_lane, top_ref[0])  # [queries, 1]
@@ -333,7 +338,7 @@ def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
             weights = jnp.exp(logits - top)
             scale = jnp.exp(before - top)
             total = _only(own_lane, total_ref[0]) * scale + jnp.sum(weights, axis=1, keepdims=True)
-            mixed = sum_ref[:, lanes] * scale + _dot(weights.astype(values.dtype), values, 0)
+            mixed = sum_ref[:, lanes] * scale + dot(weights.astype(values.dtype), values, 0)
             sum_ref[:, lanes] = jnp.where(own, mixed, sum_ref[:, lanes])
             top_ref[0] = jnp.where(own_lane, top, top_ref[0])
             total_ref[0] = jnp.where(own_lane, total, total_ref[0])
@@ -348,7 +353,7 @@ def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
     jax.lax.fori_loop(0, query_ref.shape[2] // width, attend, None)
 
 
-def _dot(left: Array, right: Array, axis: int) -> Array:
+def dot(left: Array, right: Array, axis: int) -> Array:
     """Multiplies over `left`'s last axis and `right`'s `axis`, in float32."""
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
@@ -359,11 +364,11 @@ def _only(own_lane: Array, values: Array) -> Array:
     return jnp.sum(jnp.where(own_lane, values, 0), axis=1, keepdims=True)
 
 
-def _read_bias(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
+def read_bias(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
     """Expands one head's window to the bias of a tile, `shape`: each row is shifted by one more."""
     window = window_ref[0, 0, pl.ds(head, 1), :]  # [1, width]
     width = window.shape[1]
     rows = jnp.broadcast_to(window, (shape[0], width))
-    # The bias of the first query begins at `_registers(queries)`.
-    shift = width - _registers(shape[0])
+    # The bias of the first query begins at `registers(queries)`.
+    shift = width - registers(shape[0])
     return pltpu.roll(rows, shift, 1, stride=1, stride_axis=0)[:, : shape[1]]

@@ -45,7 +45,7 @@ CASES = {
 def interpreted(monkeypatch):
     """Interprets the kernel, with small tiles, in place of XLA; a list of all its calls."""
     calls = []
-    real = flash_attention.flash_attention
+    real = flash_attention.forward
 
     def counted(*args):
         calls.append(args)
@@ -56,7 +56,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(flash_attention, "QUERIES", 16)
     monkeypatch.setattr(flash_attention, "KEYS", 24)
     monkeypatch.setattr(flash_attention, "by_platform", lambda *args, tpu, default: tpu(*args))
-    monkeypatch.setattr(flash_attention, "flash_attention", counted)
+    monkeypatch.setattr(flash_attention, "forward", counted)
     return calls
 
 
@@ -155,8 +155,7 @@ def test_masks_of_all_patterns_are_as_by_xla(interpreted, packed):
     if packed:
         segments[1, 17:] = 2
     is_prefix = np.broadcast_to(np.arange(40) < 23, segments.shape)
-    attend = flash_attention.flash_attention
-    fused = jax.jit(lambda mask: attend(query, key_values, mask, tables))
+    fused = jax.jit(lambda mask: flash_attention.forward(query, key_values, mask, tables)[0])
     plain = jax.jit(lambda mask: attention._attend(query, key_values, mask, bias, None))
     for pattern in ATTENTION_PATTERNS:
         mask = make_mask(pattern, segments, is_prefix)
