@@ -32,7 +32,7 @@ from diffusion_t5x.networks.kv_cache import KeyValues
 Array = jax.Array
 
 QUERIES, KEYS = 256, 512  # Size of a tile; keys are a power of two.
-KEY_BYTES, QUERY_BYTES = 20 * 2**20, 16 * 2**20  # Fast memory for a tile of keys, a query chunk.
+TILE_BYTES, CHUNK_BYTES = 20 * 2**20, 16 * 2**20  # Fast memory for a tile, and a chunk's sums.
 
 
 class _Tiles(NamedTuple):
@@ -60,14 +60,16 @@ class _Tiles(NamedTuple):
 
 def _split(num_queries: int, num_keys: int, width: int, itemsize: int) -> _Tiles:
     """Chooses tiles that fit into fast memory for heads of `width` lanes together."""
-    # Keys, values and their gradients, twice each while they are moved, and float32 sums.
-    key_bytes = width * (8 * itemsize + 8)
-    keys = KEYS
-    while keys > LANES and (keys >= 2 * num_keys or keys * key_bytes > KEY_BYTES):
+    # Each is there twice while it is moved: keys, values and their gradients, besides float32 sums;
+    # queries, the results' gradients, and their own in float32.
+    keys, key_bytes = KEYS, width * (8 * itemsize + 8)
+    while keys > LANES and (keys >= 2 * num_keys or keys * key_bytes > TILE_BYTES):
         keys //= 2
     queries = min(QUERIES, flash_attention.registers(num_queries))
+    if queries * width * (4 * itemsize + 8) > TILE_BYTES:
+        queries = LANES
     query_tiles = pl.cdiv(num_queries, queries)
-    fits = max(1, QUERY_BYTES // (4 * width * queries))
+    fits = max(1, CHUNK_BYTES // (4 * width * queries))
     chunk = max(n for n in range(1, min(fits, query_tiles) + 1) if query_tiles % n == 0)
     return _Tiles(keys, queries, pl.cdiv(num_keys, keys), query_tiles, chunk)
 
