@@ -31,6 +31,7 @@ from diffusion_t5x.networks.kv_cache import KeyValues
 
 Array = jax.Array
 
+SUBLANES = 8  # Height of a register.
 QUERIES, KEYS = 256, 512  # Size of a tile; keys are a power of two.
 TILE_BYTES, CHUNK_BYTES = 20 * 2**20, 16 * 2**20  # Fast memory for a tile, and a chunk's sums.
 
@@ -149,8 +150,14 @@ def _backward(
         (1, tiles.queries if own_queries else 1, tiles.keys),
         lambda b, c, j, i: (b if own_rows else 0, query_tile(c, i) if own_queries else 0, j),
     )
+
+    def as_rows(x: Array) -> Array:
+        # The compiler fails on fewer rows in bfloat16 than a register has.
+        missing = max(0, SUBLANES - x.shape[1])
+        return jnp.pad(x.reshape(*x.shape[:2], width), ((0, 0), (0, missing), (0, 0)))
+
     arguments = [
-        *(x.reshape(*x.shape[:2], width) for x in (query, d_mixed, part.keys, part.values)),
+        *(as_rows(x) for x in (query, d_mixed, part.keys, part.values)),
         mask.astype(jnp.int8),
         log_sum_exp,
         delta,
@@ -160,7 +167,7 @@ def _backward(
     # tile of keys the result stays at the chunk's first tile, and is not written.
     whole = tiles.chunks * per_row == 1
     partial = jax.ShapeDtypeStruct(
-        (tiles.chunks, batch, num_keys, width), part.keys.dtype if whole else jnp.float32
+        (tiles.chunks, batch, *arguments[2].shape[1:]), part.keys.dtype if whole else jnp.float32
     )
     partial_spec = pl.BlockSpec((1, 1, tiles.keys, width), lambda b, c, j, i: (c, b, j, 0))
     out_specs = [
@@ -211,8 +218,9 @@ def _backward(
     def summed(x: Array) -> Array:
         if not whole:
             x = jnp.sum(x.reshape(tiles.chunks, rows, per_row, *x.shape[2:]), axis=(0, 2))
-        return x.reshape(part.keys.shape).astype(part.keys.dtype)
+        return x.reshape(rows, -1, num_heads, head_dim)[:, :num_keys].astype(part.keys.dtype)
 
+    d_query = d_query[:, :num_queries]
     d_part = KeyValues(summed(d_keys), summed(d_values))
     if table is None:
         return d_query, d_part, None

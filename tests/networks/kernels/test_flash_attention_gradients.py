@@ -17,9 +17,9 @@ from diffusion_t5x.training import topologies
 
 CASES = {
     "ragged tiles, queries in two chunks": Case(2, 150, (2,), (41,), (2, 64), (2, 150)),
-    "prefixes that rows share": Case(4, 18, (2, 4), (1, 18), (4, 32), (4, 1)),
+    "prefixes that rows share": Case(4, 18, (2, 4), (1, 18), (2, 64), (4, 1)),
     "no bias, heads of a register": Case(1, 16, (1,), (32,), (2, 128), (1, 16), False),
-    "a head of two registers": Case(2, 130, (1, 2), (17, 9), (1, 256), (1, 130)),
+    "four heads in a register": Case(2, 130, (1, 2), (17, 9), (4, 32), (1, 130)),
 }
 
 
@@ -57,7 +57,13 @@ def _by_distance(d_bias, key_values, queries):
     return tables
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if "four" in name else [], id=name)
+        for name, case in CASES.items()
+    ],
+)
 def test_results_and_gradients_are_those_of_float64(case):
     query, key_values, mask, tables, bias = make_arguments(case)
     cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
@@ -74,18 +80,13 @@ def test_results_and_gradients_are_those_of_float64(case):
 
 
 def test_gradients_in_bfloat16_are_as_by_xla():
-    case = Case(2, 18, (1, 2), (7, 18), (2, 64), (2, 18))
+    case = Case(2, 18, (2,), (25,), (2, 64), (2, 18))
     query, key_values, mask, tables, _ = make_arguments(case)
     query, key_values = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (query, key_values))
     cotangent = jnp.cos(jnp.arange(query.size)).reshape(query.shape).astype(jnp.bfloat16)
-    index = np.arange(18)[:, None]
 
     def by_xla(query, key_values, tables):
-        bias = [
-            table[:, np.arange(part.keys.shape[1]) - index + 17]
-            for table, part in zip(tables, key_values, strict=True)
-        ]
-        bias = jnp.concatenate(bias, axis=2)[None]
+        bias = tables[0][None, :, np.arange(25) - np.arange(18)[:, None] + 17]
         return attention._attend(query, key_values, mask, bias, None)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
