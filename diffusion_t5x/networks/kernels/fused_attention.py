@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from diffusion_t5x.networks.kernels import flash_attention, gpu_attention
+from diffusion_t5x.networks.kernels import (
+    flash_attention,
+    flash_attention_gradients,
+    gpu_attention,
+)
 from diffusion_t5x.networks.kv_cache import KeyValues
 from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
 
@@ -97,7 +101,8 @@ def attend(
         forwards["cuda"] = _on_each_device(gpu_attention.forward)
         backwards["cuda"] = _on_each_device(gpu_attention.backward)
     if "tpu" in supported:
-        forwards["tpu"] = _on_each_device(_tpu_forward)
+        forwards["tpu"] = _on_each_device(flash_attention.forward)
+        backwards["tpu"] = _on_each_device(flash_attention_gradients.backward)
 
     @jax.custom_vjp
     def attend(*arguments: Any) -> Array:
@@ -116,15 +121,6 @@ def attend(
 
     attend.defvjp(forward, backward)
     return attend(query, list(key_values), mask, tables if tables is None else list(tables))
-
-
-def _tpu_forward(
-    query: Array, key_values: Sequence[KeyValues], mask: Array, tables: Tables
-) -> tuple[Array, Array]:
-    """Runs the kernel of TPUs, whose backward pass is that of XLA and needs no log-sum-exp."""
-    batch, queries, heads, _ = query.shape
-    mixed = flash_attention.flash_attention(query, key_values, mask, tables)
-    return mixed, jnp.zeros((batch, heads, queries), jnp.float32)
 
 
 def _on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

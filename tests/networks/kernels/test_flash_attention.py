@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Case, make_arguments, reference
 from small_networks import QUICK, hidden, make, run
 
 from benchmarks.compiler import compiled_program
@@ -18,19 +19,6 @@ from diffusion_t5x.networks.kernels import flash_attention
 from diffusion_t5x.networks.kv_cache import KeyValues, grow
 from diffusion_t5x.objectives.attention_patterns import ATTENTION_PATTERNS, make_mask
 from diffusion_t5x.training import topologies
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes of queries, of each part's rows and keys, of heads, and of the mask."""
-
-    batch: int
-    queries: int
-    rows: tuple[int, ...]
-    keys: tuple[int, ...]
-    heads: tuple[int, int]
-    mask: tuple[int, int]
-    has_bias: bool = True
 
 
 CASES = {
@@ -45,7 +33,7 @@ CASES = {
 def interpreted(monkeypatch):
     """Interprets the kernel, with small tiles, in place of XLA; a list of all its calls."""
     calls = []
-    real = flash_attention.flash_attention
+    real = flash_attention.forward
 
     def counted(*args):
         calls.append(args)
@@ -56,62 +44,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(flash_attention, "QUERIES", 16)
     monkeypatch.setattr(flash_attention, "KEYS", 24)
     monkeypatch.setattr(flash_attention, "by_platform", lambda *args, tpu, default: tpu(*args))
-    monkeypatch.setattr(flash_attention, "flash_attention", counted)
+    monkeypatch.setattr(flash_attention, "forward", counted)
     return calls
-
-
-def _arguments(case):
-    """Query, key_values, mask and tables, and the bias that these stand for."""
-    rng = np.random.default_rng(0)
-    make = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    query = make(case.batch, case.queries, *case.heads)
-    key_values = [
-        KeyValues(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
-        for rows, keys in zip(case.rows, case.keys, strict=True)
-    ]
-    mask = rng.random((*case.mask, sum(case.keys))) < 0.7
-    mask[0, 0] = False  # A query that sees nothing mixes all values alike.
-    if not case.has_bias:
-        return query, key_values, mask, None, None
-    sizes = [case.queries + keys - 1 for keys in case.keys]
-    tables = [jnp.asarray(make(case.heads[0], size)) for size in sizes]
-    bias = np.empty((1, case.heads[0], case.queries, sum(case.keys)), np.float32)
-    start = 0
-    for table, keys in zip(tables, case.keys, strict=True):
-        for i in range(case.queries):
-            for j in range(keys):
-                bias[0, :, i, start + j] = np.asarray(table)[:, j - i + case.queries - 1]
-        start += keys
-    return query, key_values, mask, tables, bias
-
-
-def _reference(query, key_values, mask, bias, cotangent):
-    """Attention and its gradients (query, keys, values, bias) in float64, by their formulas."""
-    batch = len(query)
-    repeated = lambda x: np.repeat(x.astype(np.float64), batch // len(x), axis=0)  # noqa: E731
-    keys = np.concatenate([repeated(m.keys) for m in key_values], axis=1)
-    values = np.concatenate([repeated(m.values) for m in key_values], axis=1)
-    logits = np.einsum("bqhd,bkhd->bhqk", query.astype(np.float64), keys)
-    logits += 0 if bias is None else bias
-    seen = np.broadcast_to(mask[:, None], logits.shape)
-    logits = np.where(seen, logits, -1e10)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    mixed = np.einsum("bhqk,bkhd->bqhd", weights, values)
-    d_values = np.einsum("bhqk,bqhd->bkhd", weights, cotangent)
-    d_weights = np.einsum("bqhd,bkhd->bhqk", cotangent, values)
-    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * seen
-    d_query = np.einsum("bhqk,bkhd->bqhd", d_logits, keys)
-    d_keys = np.einsum("bhqk,bqhd->bkhd", d_logits, query)
-    gradients, start = [], 0
-    for part in key_values:
-        rows, count = part.keys.shape[:2]
-        positions = slice(start, start + count)
-        summed = lambda x: x.reshape(rows, -1, *x.shape[1:]).sum(1)  # noqa: E731, B023
-        gradients.append(KeyValues(summed(d_keys[:, positions]), summed(d_values[:, positions])))
-        start += count
-    d_bias = None if bias is None else d_logits.sum(0)[None]
-    return mixed, (d_query, gradients, d_bias)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +56,7 @@ def _reference(query, key_values, mask, bias, cotangent):
     ],
 )
 def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
-    query, key_values, mask, tables, bias = _arguments(case)
+    query, key_values, mask, tables, bias = make_arguments(case)
     cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
 
     def by_xla(query, key_values, mask, bias):
@@ -138,7 +72,7 @@ def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
 
     mixed, gradients = attend_and_differentiate(query, key_values, bias)
     assert len(interpreted) == 1
-    expected, expected_gradients = _reference(query, key_values, mask, bias, cotangent)
+    expected, expected_gradients = reference(query, key_values, mask, bias, cotangent)
     np.testing.assert_allclose(mixed, expected, atol=2e-5)
     for got, wanted in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
@@ -149,14 +83,13 @@ def test_attention_and_its_gradient_are_those_of_float64(interpreted, case):
 @pytest.mark.parametrize("packed", [False, True])
 def test_masks_of_all_patterns_are_as_by_xla(interpreted, packed):
     case = Case(2, 40, (2,), (40,), (2, 64), (2, 40))
-    query, key_values, _, tables, bias = _arguments(case)
+    query, key_values, _, tables, bias = make_arguments(case)
     segments = np.ones((2, 40), int)
     segments[0, :5] = 0  # padding
     if packed:
         segments[1, 17:] = 2
     is_prefix = np.broadcast_to(np.arange(40) < 23, segments.shape)
-    attend = flash_attention.flash_attention
-    fused = jax.jit(lambda mask: attend(query, key_values, mask, tables))
+    fused = jax.jit(lambda mask: flash_attention.forward(query, key_values, mask, tables)[0])
     plain = jax.jit(lambda mask: attention._attend(query, key_values, mask, bias, None))
     for pattern in ATTENTION_PATTERNS:
         mask = make_mask(pattern, segments, is_prefix)
