@@ -19,6 +19,7 @@ class Case:
     heads: tuple[int, int]
     mask: tuple[int, int]
     has_bias: bool = True
+    group: int = 1  # heads of queries for each of keys
 
 
 def make_arguments(case):
@@ -26,8 +27,9 @@ def make_arguments(case):
     rng = np.random.default_rng(0)
     make = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     query = make(case.batch, case.queries, *case.heads)
+    kv_heads = case.heads[0] // case.group, case.heads[1]
     key_values = [
-        KeyValues(make(rows, keys, *case.heads), make(rows, keys, *case.heads))
+        KeyValues(make(rows, keys, *kv_heads), make(rows, keys, *kv_heads))
         for rows, keys in zip(case.rows, case.keys, strict=True)
     ]
     mask = rng.random((*case.mask, sum(case.keys))) < 0.7
@@ -50,8 +52,10 @@ def reference(query, key_values, mask, bias, cotangent):
     """Attention and its gradients (query, keys, values, bias) in float64, by their formulas."""
     batch = len(query)
     repeated = lambda x: np.repeat(x.astype(np.float64), batch // len(x), axis=0)  # noqa: E731
-    keys = np.concatenate([repeated(m.keys) for m in key_values], axis=1)
-    values = np.concatenate([repeated(m.values) for m in key_values], axis=1)
+    group = query.shape[2] // key_values[0].keys.shape[2]
+    joined = lambda parts: np.repeat(np.concatenate(parts, axis=1), group, axis=2)  # noqa: E731
+    keys = joined([repeated(m.keys) for m in key_values])
+    values = joined([repeated(m.values) for m in key_values])
     logits = np.einsum("bqhd,bkhd->bhqk", query.astype(np.float64), keys)
     logits += 0 if bias is None else bias
     seen = np.broadcast_to(mask[:, None], logits.shape)
@@ -68,8 +72,21 @@ def reference(query, key_values, mask, bias, cotangent):
     for part in key_values:
         rows, count = part.keys.shape[:2]
         positions = slice(start, start + count)
-        summed = lambda x: x.reshape(rows, -1, *x.shape[1:]).sum(1)  # noqa: E731, B023
+        grouped = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)  # noqa: E731
+        summed = lambda x: grouped(x.reshape(rows, -1, *x.shape[1:]).sum(1))  # noqa: E731, B023
         gradients.append(KeyValues(summed(d_keys[:, positions]), summed(d_values[:, positions])))
         start += count
     d_bias = None if bias is None else d_logits.sum(0)[None]
     return mixed, (d_query, gradients, d_bias)
+
+
+def by_distance(d_bias, key_values, queries):
+    """Sums `[heads, queries, keys]` to the gradients of the tables."""
+    tables, start = [], 0
+    for part in key_values:
+        keys = part.keys.shape[1]
+        block = d_bias[:, :, start : start + keys]
+        offsets = range(1 - queries, keys)
+        tables.append(np.stack([np.trace(block, offset, 1, 2) for offset in offsets], axis=1))
+        start += keys
+    return tables

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, make_arguments, reference
+from attention_cases import Case, by_distance, make_arguments, reference
 from small_networks import QUICK
 
 from diffusion_t5x.networks import attention
@@ -44,19 +44,6 @@ def _forward_and_backward(query, key_values, mask, tables, cotangent):
     return mixed, log_sum_exp, gradients
 
 
-def _by_distance(d_bias, key_values, queries):
-    """Sums `[heads, queries, keys]` to the gradients of the tables."""
-    tables, start = [], 0
-    for part in key_values:
-        keys = part.keys.shape[1]
-        block = d_bias[:, ::-1, start : start + keys]
-        offsets = range(1 - queries, keys)
-        sums = [np.trace(block[:, ::-1], offset, 1, 2) for offset in offsets]
-        tables.append(np.stack(sums, axis=1))
-        start += keys
-    return tables
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -73,7 +60,7 @@ def test_results_and_gradients_are_those_of_float64(case):
     expected, (d_query, d_key_values, d_bias) = reference(query, key_values, mask, bias, cotangent)
     np.testing.assert_allclose(mixed, expected, atol=5e-5)
     assert log_sum_exp.shape == (case.batch, case.heads[0], case.queries)
-    d_tables = None if bias is None else _by_distance(d_bias[0], key_values, case.queries)
+    d_tables = None if bias is None else by_distance(d_bias[0], key_values, case.queries)
     wanted = d_query, d_key_values, d_tables
     assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), gradients, wanted)

@@ -1,0 +1,58 @@
+"""NVIDIA's kernels, as Pallas interprets them, against float64; and compiled for an H100."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from attention_cases import Case, by_distance, make_arguments, reference
+from small_networks import QUICK
+
+from diffusion_t5x.networks.kernels import gpu_attention
+
+CASES = {
+    "ragged tiles, two heads for each of keys": Case(2, 20, (2,), (23,), (4, 16), (2, 20), group=2),
+    "prefixes that rows share": Case(4, 18, (2, 4), (1, 18), (1, 16), (4, 1)),
+    "no bias": Case(1, 16, (1,), (17,), (2, 32), (1, 16), False),
+    "one mask, shared prefixes and heads": Case(4, 33, (1, 4), (17, 9), (4, 16), (1, 33), group=2),
+}
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def _forward_and_backward(query, key_values, mask, tables, cotangent):
+    arguments = query, key_values, mask, tables
+    mixed, log_sum_exp = gpu_attention.forward(*arguments)
+    return mixed, gpu_attention.backward(*arguments, mixed, log_sum_exp, cotangent)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if "one" in name else [], id=name)
+        for name, case in CASES.items()
+    ],
+)
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_results_and_gradients_are_those_of_float64(monkeypatch, case, causal):
+    call = functools.partial(gpu_attention.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(gpu_attention.pl, "pallas_call", call)
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(gpu_attention, name, (16, 16))
+    query, key_values, mask, tables, bias = make_arguments(case)
+    if causal and mask.shape[1] > 1:
+        mask = mask & (np.arange(mask.shape[2]) <= np.arange(case.queries)[:, None])
+    cotangent = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
+    mixed, gradients = _forward_and_backward(query, key_values, mask, tables, cotangent)
+    expected, (d_query, d_key_values, d_bias) = reference(query, key_values, mask, bias, cotangent)
+    np.testing.assert_allclose(mixed, expected, atol=2e-5)
+    d_tables = None if bias is None else by_distance(d_bias[0], key_values, case.queries)
+    wanted = d_query, d_key_values, d_tables
+    assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), gradients, wanted)
+
+
+def test_a_table_stands_for_the_bias_of_all_distances():
+    _, key_values, _, tables, bias = make_arguments(CASES["prefixes that rows share"])
+    expanded = [gpu_attention.toeplitz(table, 18) for table in tables]
+    assert [x.shape[-1] for x in expanded] == [part.keys.shape[1] for part in key_values]
+    np.testing.assert_array_equal(np.concatenate(expanded, axis=-1), bias[0])
