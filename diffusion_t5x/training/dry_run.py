@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from diffusion_t5x.runtime.train_state import Shapes, TrainState, select
-from diffusion_t5x.training import collectives, topologies
+from diffusion_t5x.training import topologies
+from diffusion_t5x.training.collectives import Sent, sent
 from diffusion_t5x.training.train_step import Trainer
 
 GIB = 2**30
@@ -55,7 +56,7 @@ class Report:
     total: int | None = None
     limit: int | None = None
     refusal: str | None = None
-    collectives: collectives.Sent | None = None
+    collectives: Sent | None = None
     compiled: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
     trained_count: int | None = None
 
@@ -174,7 +175,7 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         report,
         temporaries=temporaries,
         total=held + temporaries,
-        collectives=collectives.sent(compiled.as_text()),
+        collectives=sent(compiled.as_text()),
         compiled=compiled,
     )
 
