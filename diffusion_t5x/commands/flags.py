@@ -88,7 +88,7 @@ def _run(
     function: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, topology: bool
 ) -> Any:
     if topology:
-        text = "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, or these hosts x NVIDIA "
+        text = "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, or for hosts x NVIDIA "
         text += "cards, such as h100:2x8, instead"
         parser.add_argument("--topology", help=text)
     args = start(parser, argv)

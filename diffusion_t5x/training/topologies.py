@@ -1,4 +1,4 @@
-"""Abstract devices of TPU slices and of hosts with NVIDIA cards, to compile for without having them.
+"""Abstract devices of TPU slices and NVIDIA cards, for ahead-of-time compilation without them.
 
 A topology is a TPU generation and the chips of a slice, 'v5p:4x4x8', or an NVIDIA card and hosts x
 cards, 'h100:2x8'.
@@ -10,11 +10,13 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
 from importlib import metadata
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 from jax.experimental import topologies
 
@@ -145,25 +147,30 @@ def _prepare_libtpu(topology: str, accelerator: str) -> None:
 
 
 def _require_cuda_compiler(topology: str) -> None:
-    """Refuses to go on without the CUDA plugin of the installed JAX, and NVIDIA's assembler."""
-    found: dict[str, str | None] = {}
-    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvjitlink"):
+    """Refuses to go on without JAX's plugin for CUDA, of its version, and NVIDIA's compiler.
+
+    XLA would end the process where it misses the assembler.
+    """
+    wanted, problems = jaxlib.__version__, []
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         try:
-            found[package] = metadata.version(package)
+            found = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    wanted = jax.__version__
-    if missing := [package for package, version in found.items() if version is None]:
-        problem = f"of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    elif other := [f"{p} {v}" for p, v in found.items() if p.startswith("jax") and v != wanted]:
-        problem = f"but {' and '.join(other)} is installed beside jax {wanted}"
-    else:
-        return
-    raise RuntimeError(
-        f"topology {topology!r} needs the CUDA compiler, {problem}: "
-        f"pip install 'diffusion_t5x[cuda_compiler]' jax-cuda13-plugin=={wanted}. "
-        "No card is needed."
-    )
+            found = "not installed"
+        if found != wanted:
+            problems.append(f"{package} is {found}; expected {wanted}, as jaxlib")
+    spec = importlib.util.find_spec("nvidia")
+    parents = spec.submodule_search_locations if spec else None
+    places = [pathlib.Path(parent, "cu13") for parent in parents or ()]
+    places.append(pathlib.Path("/usr/local/cuda"))
+    for file in ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc"):
+        if not any((place / file).exists() for place in places):
+            problems.append(f"{file} is nowhere in {', '.join(map(str, places))}")
+    if problems:
+        raise RuntimeError(
+            f"topology {topology!r} needs the CUDA compiler: {'; '.join(problems)}. pip install "
+            f"'diffusion_t5x[cuda_compiler]' jax-cuda13-plugin=={wanted}. No card is needed."
+        )
 
 
 def _describe(topology: str) -> Any:
