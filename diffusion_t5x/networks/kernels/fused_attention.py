@@ -68,15 +68,14 @@ def attend(
 ) -> Array:
     """Runs a kernel where there is one, else `otherwise` with the bias that `tables` stand for.
 
-    The result is `[batch, queries, heads * head_dim]`, so that one copy of it is kept for this
-    backward pass and for that of the projection. The log-sum-exp of the logits is kept, too.
+    The forward pass keeps its result and the log-sum-exp of the logits for the backward pass.
 
     Args:
       otherwise: Attention by XLA of query, key_values, mask and bias.
       tables: For each part of the keys the bias by distance, `[shards, heads, queries + part_keys -
         1]`, from that of the last query and the first key to that of the first query and the last
         key; shards as in `sharding.per_data_shard`. None for no bias.
-      query: `[batch, queries, heads, head_dim]`.
+      query: `[batch, queries, heads, head_dim]`, the shape of the result.
       key_values: Parts of the keys and values, `[rows, part_keys, kv_heads, head_dim]`.
       mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
     """
@@ -85,9 +84,8 @@ def attend(
         return otherwise(query, key_values, mask, expand(tables, query))
 
     supported = platforms(query, key_values)
-    flat = (*query.shape[:2], -1)
     if not supported:
-        return by_xla(query, key_values, mask, tables).reshape(flat)
+        return by_xla(query, key_values, mask, tables)
 
     def by_xla_forward(query: Array, *others: Any) -> tuple[Array, Array]:
         batch, queries, heads, _ = query.shape
@@ -108,18 +106,17 @@ def attend(
 
     @jax.custom_vjp
     def attend(*arguments: Any) -> Array:
-        return forward(*arguments)[0]
+        return by_platform(*arguments, **forwards, default=by_xla_forward)[0]
 
     def forward(*arguments: Any) -> tuple[Array, Any]:
-        mixed, log_sum_exp = by_platform(*arguments, **forwards, default=by_xla_forward)
-        mixed = mixed.reshape(flat)
-        return mixed, (*arguments, mixed, log_sum_exp)
+        results = by_platform(*arguments, **forwards, default=by_xla_forward)
+        return results[0], (*arguments, *results)
 
     def backward(kept: Any, d_mixed: Array) -> tuple[Any, ...]:
-        *arguments, mixed, log_sum_exp = kept
-        arguments += [mixed.reshape(query.shape), log_sum_exp, d_mixed.reshape(query.shape)]
-        gradients = by_platform(*arguments, **backwards, default=by_xla_backward)
-        d_query, d_key_values, d_tables = gradients
+        arguments = *kept, d_mixed
+        d_query, d_key_values, d_tables = by_platform(
+            *arguments, **backwards, default=by_xla_backward
+        )
         return d_query, d_key_values, None, d_tables
 
     attend.defvjp(forward, backward)
