@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from diffusion_t5x.networks.kernels.flash_attention import ABSENT, MASKED
 from diffusion_t5x.networks.kv_cache import KeyValues
 
 Array = jax.Array
@@ -34,7 +35,6 @@ Ref: TypeAlias = Any  # An array in main memory, inside the kernel.
 Tables: TypeAlias = Sequence[Array] | None
 Sizes: TypeAlias = tuple[int, int]  # of a tile: queries, keys
 
-MASKED, ABSENT = -1e10, -1e30  # Logits of keys that are not seen, and beyond the last key.
 FORWARD, BACKWARD = (128, 64), (64, 64)
 SPLITS = 8  # Groups of texts whose gradients of the bias are added up at the same time.
 

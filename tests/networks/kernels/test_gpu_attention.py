@@ -3,12 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, by_distance, make_arguments, reference
 from small_networks import QUICK
 
-from diffusion_t5x.networks.kernels import gpu_attention
+from diffusion_t5x.networks import attention
+from diffusion_t5x.networks.kernels import fused_attention, gpu_attention
+from diffusion_t5x.networks.kv_cache import KeyValues
+from diffusion_t5x.training import topologies
 
 CASES = {
     "ragged tiles, two heads for each of keys": Case(2, 20, (2,), (23,), (4, 16), (2, 20), group=2),
@@ -56,3 +60,46 @@ def test_a_table_stands_for_the_bias_of_all_distances():
     expanded = [gpu_attention.toeplitz(table, 18) for table in tables]
     assert [x.shape[-1] for x in expanded] == [part.keys.shape[1] for part in key_values]
     np.testing.assert_array_equal(np.concatenate(expanded, axis=-1), bias[0])
+
+
+def _has_cuda_compiler():
+    try:
+        topologies.devices("h100:1x1")
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.bfloat16, 64), (jnp.float32, 256)], ids=str)
+def test_it_compiles_for_h100s_and_moves_no_row_to_another(dtype, head_dim):
+    if not _has_cuda_compiler():
+        pytest.skip("needs the CUDA compiler")
+    from flax.linen import partitioning
+
+    from benchmarks.compiler import compiled_program
+    from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
+
+    cards = topologies.devices("h100:1x2")
+    mesh = jax.sharding.Mesh(cards.reshape(2, 1), ("data", "model"))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+
+    def attend(table, query, part, mask):
+        by_xla = functools.partial(attention._attend_in_chunks, 1, 8, None)
+        return fused_attention.attend(by_xla, [table], query, [part], mask)
+
+    def run(table, query, part, mask):
+        mixed, pull = jax.vjp(functools.partial(attend, mask=mask), table, query, part)
+        return pull(mixed)
+
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+    query, keys = shape((8, 300, 4, head_dim), dtype), shape((8, 700, 2, head_dim), dtype)
+    table = shape((2, 4, 999), jnp.float32)
+    arguments = table, query, KeyValues(keys, keys), shape((8, 300, 700), bool)
+    with jax.set_mesh(mesh), partitioning.axis_rules(standard_logical_axis_rules()):
+        options = topologies.compiler_options(cards[0])
+        compiled = jax.jit(run).lower(*arguments).compile(compiler_options=options)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 4
+    assert not compiled_program.collectives(text)
+    assert compiled_program.memory(compiled).temporaries < 4 * 8 * 4 * 300 * 700 / 2
