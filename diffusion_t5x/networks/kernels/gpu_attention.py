@@ -36,6 +36,7 @@ Tables: TypeAlias = Sequence[Array] | None
 Sizes: TypeAlias = tuple[int, int]  # of a tile: queries, keys
 
 FORWARD, BACKWARD = (128, 64), (64, 64)
+WARPS, STAGES = 4, 2  # of an instance, and of the loads ahead of its products
 SPLITS = 8  # Groups of texts whose gradients of the bias are added up at the same time.
 
 
@@ -148,7 +149,7 @@ def _float32(tables: Tables) -> list[Array] | None:
 
 def _params(query: Array) -> triton.CompilerParams:
     wide = query.shape[-1] * query.dtype.itemsize > 256
-    return triton.CompilerParams(num_warps=4, num_stages=1 if wide else 2)
+    return triton.CompilerParams(num_warps=WARPS, num_stages=1 if wide else STAGES)
 
 
 def _fit(sizes: Sizes, query: Array, key_values: Sequence[KeyValues]) -> Sizes:
