@@ -16,6 +16,8 @@ from diffusion_t5x.networks.kernels import (
     flash_attention,
     flash_attention_gradients,
     gpu_attention,
+    gpu_attention_gradients,
+    gpu_tiles,
 )
 from diffusion_t5x.networks.kv_cache import KeyValues
 from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
@@ -44,7 +46,7 @@ def platforms(query: Array, key_values: Sequence[KeyValues]) -> tuple[str, ...]:
         return ()
     kind = device_kind()
     found = []
-    if not kind.startswith("TPU") and gpu_attention.supports(query):
+    if not kind.startswith("TPU") and gpu_tiles.supports(query):
         found.append("cuda")
     if not kind.startswith("NVIDIA") and flash_attention.supports(query, key_values):
         found.append("tpu")
@@ -55,7 +57,7 @@ def expand(tables: Tables, query: Array) -> Array | None:
     """Expands tables (see `attend`) to the bias `[shards, heads, queries, keys]`."""
     if tables is None:
         return None
-    parts = [gpu_attention.toeplitz(x.astype(query.dtype), query.shape[1]) for x in tables]
+    parts = [gpu_tiles.toeplitz(x.astype(query.dtype), query.shape[1]) for x in tables]
     return jnp.concatenate(parts, axis=-1)
 
 
@@ -99,7 +101,7 @@ def attend(
     backwards: dict[str, Any] = {}
     if "cuda" in supported:
         forwards["cuda"] = _on_each_device(gpu_attention.forward)
-        backwards["cuda"] = _on_each_device(gpu_attention.backward)
+        backwards["cuda"] = _on_each_device(gpu_attention_gradients.backward)
     if "tpu" in supported:
         forwards["tpu"] = _on_each_device(flash_attention.forward)
         backwards["tpu"] = _on_each_device(flash_attention_gradients.backward)

@@ -15,7 +15,7 @@ from diffusion_t5x.networks.kernels import (
     flash_attention,
     flash_attention_gradients,
     fused_attention,
-    gpu_attention,
+    gpu_tiles,
 )
 from diffusion_t5x.networks.kv_cache import KeyValues, grow
 
@@ -36,7 +36,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(flash_attention_gradients, "QUERIES", 128)
     monkeypatch.setattr(flash_attention_gradients, "KEYS", 16)
     for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu_attention, name, (16, 16))
+        monkeypatch.setattr(gpu_tiles, name, (16, 16))
 
     def choose(*args, default, **of_platform):
         return of_platform.get(calls[0], default)(*args)

@@ -10,13 +10,18 @@ from attention_cases import Case, by_distance, make_arguments, reference
 from small_networks import QUICK
 
 from diffusion_t5x.networks import attention
-from diffusion_t5x.networks.kernels import fused_attention, gpu_attention
+from diffusion_t5x.networks.kernels import (
+    fused_attention,
+    gpu_attention,
+    gpu_attention_gradients,
+    gpu_tiles,
+)
 from diffusion_t5x.networks.kv_cache import KeyValues
 from diffusion_t5x.training import topologies
 
 CASES = {
-    "ragged tiles, two heads for each of keys": Case(2, 20, (2,), (23,), (4, 16), (2, 20), group=2),
-    "prefixes that rows share": Case(4, 18, (2, 4), (1, 18), (1, 16), (4, 1)),
+    "prefixes that rows share, two heads": Case(4, 18, (2, 4), (1, 23), (2, 16), (4, 18), group=2),
+    "one row of the mask for all queries": Case(4, 18, (2, 4), (1, 18), (1, 16), (4, 1)),
     "no bias": Case(1, 16, (1,), (17,), (2, 32), (1, 16), False),
     "one mask, shared prefixes and heads": Case(4, 33, (1, 4), (17, 9), (4, 16), (1, 33), group=2),
 }
@@ -26,13 +31,13 @@ CASES = {
 def _forward_and_backward(query, key_values, mask, tables, cotangent):
     arguments = query, key_values, mask, tables
     mixed, log_sum_exp = gpu_attention.forward(*arguments)
-    return mixed, gpu_attention.backward(*arguments, mixed, log_sum_exp, cotangent)
+    return mixed, gpu_attention_gradients.backward(*arguments, mixed, log_sum_exp, cotangent)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.slow if "one" in name else [], id=name)
+        pytest.param(case, marks=[] if "two" in name else pytest.mark.slow, id=name)
         for name, case in CASES.items()
     ],
 )
@@ -41,7 +46,7 @@ def test_results_and_gradients_are_those_of_float64(monkeypatch, case, causal):
     call = functools.partial(gpu_attention.pl.pallas_call, interpret=True)
     monkeypatch.setattr(gpu_attention.pl, "pallas_call", call)
     for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu_attention, name, (16, 16))
+        monkeypatch.setattr(gpu_tiles, name, (16, 16))
     query, key_values, mask, tables, bias = make_arguments(case)
     if causal and mask.shape[1] > 1:
         mask = mask & (np.arange(mask.shape[2]) <= np.arange(case.queries)[:, None])
@@ -56,8 +61,8 @@ def test_results_and_gradients_are_those_of_float64(monkeypatch, case, causal):
 
 
 def test_a_table_stands_for_the_bias_of_all_distances():
-    _, key_values, _, tables, bias = make_arguments(CASES["prefixes that rows share"])
-    expanded = [gpu_attention.toeplitz(table, 18) for table in tables]
+    _, key_values, _, tables, bias = make_arguments(CASES["one row of the mask for all queries"])
+    expanded = [gpu_tiles.toeplitz(table, 18) for table in tables]
     assert [x.shape[-1] for x in expanded] == [part.keys.shape[1] for part in key_values]
     np.testing.assert_array_equal(np.concatenate(expanded, axis=-1), bias[0])
 
