@@ -39,8 +39,8 @@ def forward(
         `[rows, part_keys, kv_heads, head_dim]`; row `i` serves rows `i * n ... i * n + n - 1` of
         `query`, where `n = batch / rows`.
       mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
-      tables: For each part the bias by distance (see `gpu_tiles.toeplitz`), `[heads, queries + part_keys -
-        1]`. None for no bias.
+      tables: For each part the bias by distance, `[heads, queries + part_keys - 1]` (see
+        `gpu_tiles.toeplitz`). None for no bias.
 
     Returns:
       Values of the shape of `query`; and `[batch, heads, queries]` float32, the logarithm of the

@@ -38,7 +38,7 @@ def backward(
 ) -> tuple[Array, list[KeyValues], list[Array] | None]:
     """Computes the gradients of `query`, `key_values` and `tables` from that of `mixed`.
 
-    `mixed` and `log_sum_exp` are what `gpu_attention.forward` returned for the first four arguments.
+    `mixed` and `log_sum_exp` are what `gpu_attention.forward` returned for the arguments before.
     """
     batch, queries, heads, head_dim = query.shape
     delta = jnp.sum(d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)

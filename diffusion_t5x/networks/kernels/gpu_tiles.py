@@ -42,10 +42,12 @@ def toeplitz(table: Array, queries: int) -> Array:
 
 
 def in_float32(tables: Tables) -> list[Array] | None:
+    """Returns tables in the type that kernels read."""
     return None if tables is None else [table.astype(jnp.float32) for table in tables]
 
 
 def compiler_params(query: Array) -> triton.CompilerParams:
+    """Returns what an instance is compiled with; wide heads leave no room to load ahead."""
     wide = query.shape[-1] * query.dtype.itemsize > 256
     return triton.CompilerParams(num_warps=WARPS, num_stages=1 if wide else STAGES)
 
@@ -100,14 +102,17 @@ def bounds_of(seen: Array, axis: int) -> Array:
 
 
 def row_spec(size: int, head_dim: int) -> pl.BlockSpec:
+    """Describes a tile of queries of a head, `[size, head_dim]`."""
     return pl.BlockSpec((None, size, None, head_dim), lambda i, b, h: (b, i, h, 0))
 
 
 def head_spec(size: int) -> pl.BlockSpec:
+    """Describes a number for each query of a tile, `[size]`."""
     return pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))
 
 
 def bound_specs(seen: Sequence[Array]) -> list[pl.BlockSpec]:
+    """Describes the two bounds of a tile of queries, for each part."""
     own = len(seen[0]) > 1
     return [pl.BlockSpec((None, None, 2), lambda i, b, h: (b if own else 0, i, 0)) for _ in seen]
 
