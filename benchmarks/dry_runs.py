@@ -90,7 +90,7 @@ def measure(step: Step, topology: str) -> dict[str, Any]:
     sizes = {
         field.name: getattr(report, field.name)
         for field in dataclasses.fields(report)
-        if field.name != "compiled"
+        if field.name not in ("compiled", "collectives")
     }
     record = {
         **dataclasses.asdict(step),

@@ -89,7 +89,8 @@ def _program(compiled: Any, unknown_trips: int | None) -> hlo.Program:
 
 def _outputs(instruction: hlo.Instruction) -> str:
     """Returns the shape of a collective's result; an asynchronous start carries operands too."""
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    starts = ("all-gather-start", "collective-permute-start", "reduce-scatter-start")
+    if instruction.opcode in starts:
         return hlo.top_level(instruction.shape)[1]
     return instruction.shape
 

@@ -88,7 +88,10 @@ def _run(
     function: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, topology: bool
 ) -> Any:
     if topology:
-        text = "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, instead"
+        text = (
+            "with --dry_run: compile for this TPU slice, such as v5p:4x4x8, or for NVIDIA cards, "
+        )
+        text += "hosts x cards of each, such as h100:2x8, instead"
         parser.add_argument("--topology", help=text)
     args = start(parser, argv)
     chosen = getattr(args, "topology", None)

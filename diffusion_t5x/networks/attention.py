@@ -13,7 +13,7 @@ import numpy as np
 from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.config import TransformerConfig
-from diffusion_t5x.networks.kernels import flash_attention
+from diffusion_t5x.networks.kernels import flash_attention, fused_attention
 from diffusion_t5x.networks.kv_cache import KeyValues
 from diffusion_t5x.networks.layers import Dense, Norm, softcap
 from diffusion_t5x.networks.rotary import Rotation
@@ -144,9 +144,9 @@ class MultiHeadAttention(nn.Module):
             of `x` share have `batch / n` rows, and row `i` serves rows `i * n ... i * n + n - 1`.
           mask: Bool, broadcasting to `[batch, queries, keys]`; keys that are False are not seen.
           bias: `[shards, heads, queries, keys]`, added to the attention logits; row `i` uses that
-            of shard `i * shards // batch`. None for no bias.
-          tables: The same bias by distance, one table per element of `key_values`, for
-            `flash_attention`; None without a bias.
+            of shard `i * shards // batch`. None for no bias, and for `tables`.
+          tables: For `attention_kernel = 'fused'` the bias by distance instead (see
+            `fused_attention.attend`); None for no bias.
           rotation: Turns the queries; None for no rotary positions.
         """
         config = self.config
@@ -160,9 +160,12 @@ class MultiHeadAttention(nn.Module):
         chunks = _num_chunks(rows, config, batch_size, queries, mask.shape[-1])
         cap = config.attention_softcap
         attend = functools.partial(_attend_in_chunks, chunks, rows, dropout, cap=cap)
-        if config.attention_kernel == "fused" and dropout is None and cap is None:
-            attend = functools.partial(flash_attention.attend, attend, tables)
-        mixed = attend(query, key_values, mask, bias)
+        if config.attention_kernel == "xla":
+            mixed = attend(query, key_values, mask, bias)
+        elif dropout is None and cap is None:
+            mixed = fused_attention.attend(attend, tables, query, key_values, mask)
+        else:
+            mixed = attend(query, key_values, mask, fused_attention.expand(tables, query))
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
 

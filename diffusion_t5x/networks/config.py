@@ -87,9 +87,10 @@ class TransformerConfig:
     attention runs over chunks of rows, one after the other, and the backward pass recomputes their
     logits instead of saving them."""
     attention_kernel: str = "xla"
-    """'xla', or 'fused' for an experimental Pallas kernel for TPU v5 and later, which keeps no
-    attention logits in main memory. 'fused' falls back to 'xla' for gradients, with dropout, and
-    wherever `flash_attention.applies` is False, as with grouped queries, or with a soft cap."""
+    """'xla', or 'fused' for experimental Pallas kernels for NVIDIA GPUs and for TPU v5 and later,
+    which keep no attention logits in main memory, nor those of gradients. 'fused' falls back to
+    'xla' with dropout, with a soft cap, and wherever `fused_attention.platforms` names none, as for
+    grouped queries on TPUs."""
     scan_layers: bool = False
     """Compile one layer and scan over it; parameters get a leading `layers` axis."""
     relative_buckets: int = 32

@@ -34,9 +34,8 @@ class Attended(flax.struct.PyTreeNode):
     # values, or without cross-attention.
     encoded: Array | None = None
     encoded_mask: Array | None = None  # [batch, 1 or queries, encoder_length] bool, likewise
-    # [groups, heads, queries, keys], the position bias that all layers share, and the same bias by
-    # distance (see `_position_bias`); None if each layer has its own, or there is none. The stack
-    # fills them in.
+    # The position bias that all layers share, `[shards, heads, queries, keys]` or by distance (see
+    # `_position_bias`); None if each layer has its own, or there is none. The stack fills them in.
     bias: Array | None = None
     tables: list[Array] | None = None
 
@@ -151,26 +150,26 @@ def _write(
 
 def _position_bias(
     bias_of: RelativePositionBias, attended: Attended, batch_size: int
-) -> tuple[Array, list[Array] | None]:
-    """Computes the position bias, and the tables that `flash_attention` needs of it.
+) -> tuple[Array | None, list[Array] | None]:
+    """Computes the position bias, or the tables that `fused_attention` takes in its place.
 
     Returns:
-      The bias `[groups, heads, queries, keys]`; and one table `[heads, queries + keys - 1]` for
-      cached keys, unless this call writes into the cache, and one for the call's own keys. None
-      instead of tables if the kernel is not used.
+      The bias `[shards, heads, queries, keys]`, or None; and None, or one table `[shards, heads,
+      queries + keys - 1]` for cached keys, unless this call writes into the cache, and one for the
+      call's own keys.
     """
     queries, keys = attended.query_positions, attended.key_positions
-    bias = bias_of(queries, keys, batch_size)
     if bias_of.config.attention_kernel == "xla":
-        return bias, None
+        return bias_of(queries, keys, batch_size), None
     cached = 0 if attended.index is not None else len(keys) - len(queries)
     tables = []
     for start, end in ((0, cached), (cached, len(keys))):
         if start < end:
             # From the last query and the first key to the first query and the last key.
             distances = jnp.arange(end - start + len(queries) - 1)
-            tables.append(bias_of(queries[-1:], keys[start] + distances, 1)[0, :, 0])
-    return bias, tables
+            table = bias_of(queries[-1:], keys[start] + distances, batch_size)[:, :, 0]
+            tables.append(table.astype(jnp.float32))  # in which gradients of layers are added up
+    return None, tables
 
 
 class Stack(nn.Module):

@@ -1,4 +1,4 @@
-"""Reports the memory that a training step needs per device, by compiling it without running it."""
+"""Reports the memory and the collectives of a training step by compiling it without running it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import jax
 import numpy as np
 
 from diffusion_t5x.runtime.train_state import Shapes, TrainState, select
+from diffusion_t5x.training import topologies
+from diffusion_t5x.training.collectives import Sent, sent
 from diffusion_t5x.training.train_step import Trainer
 
 GIB = 2**30
 # GiB of one chip, by the `device_kind` of its devices.
 CHIP_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+# GiB of an NVIDIA card that a program cannot use: CUDA's context, and what cuBLAS, cuDNN and NCCL
+# take beside XLA's own memory.
+CUDA_GIB = 1
 
 
 class DoesNotFit(SystemExit):
@@ -36,6 +41,7 @@ class Report:
       total: All arrays that exist at once; None if the compiler refused.
       limit: Memory of a device; None if unknown.
       refusal: The compiler's message if it refused for lack of memory.
+      collectives: What the collectives of a step leave on a device; None if the compiler refused.
       compiled: The compiled step, for reading more from it.
       trained_count: Number of parameters that are not frozen; None for all.
     """
@@ -50,6 +56,7 @@ class Report:
     total: int | None = None
     limit: int | None = None
     refusal: str | None = None
+    collectives: Sent | None = None
     compiled: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
     trained_count: int | None = None
 
@@ -66,6 +73,7 @@ class Report:
         if self.trained_count is not None:
             yield f"trained: {self.trained_count:,}"
         yield f"mesh: {dict(self.mesh)} of {self.device}"
+        left = None if self.limit is None or self.total is None else self.limit - self.total
         yield "per device, GiB:"
         for name, size in (
             ("parameters", self.parameters),
@@ -74,8 +82,11 @@ class Report:
             ("activations and temporaries", self.temporaries),
             ("total", self.total),
             ("memory", self.limit),
+            ("left", left),
         ):
             yield f"  {name:<28} {'unknown' if size is None else f'{size / GIB:.3f}':>9}"
+        if self.collectives is not None:
+            yield str(self.collectives)
         if self.refusal is not None:
             yield f"the compiler refuses: {self.refusal}"
         if self.limit is not None or not self.fits:
@@ -147,7 +158,8 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         trainer.metric_shapes(state, batch),
     )
     try:
-        compiled = trainer.step.lower(state, metrics, batch).compile()
+        lowered = trainer.step.lower(state, metrics, batch)
+        compiled = lowered.compile(compiler_options=topologies.compiler_options(device))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -160,15 +172,28 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes
     return dataclasses.replace(
-        report, temporaries=temporaries, total=held + temporaries, compiled=compiled
+        report,
+        temporaries=temporaries,
+        total=held + temporaries,
+        collectives=sent(compiled.as_text()),
+        compiled=compiled,
     )
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Returns the bytes of a device by its kind, or by its own report; None if unknown."""
+    """Returns the bytes of a device by its kind, or by its own report; None if unknown.
+
+    A present NVIDIA card reports the share of it that JAX takes; an absent one has all that a
+    program may use.
+    """
     if device.device_kind in CHIP_GIB:
         return CHIP_GIB[device.device_kind] * GIB
-    return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # the device is absent, or another process's
+        cards = {card.kind: card.memory_gib for card in topologies.CARDS.values()}
+        found = cards.get(device.device_kind)
+        return None if found is None else int((found - CUDA_GIB) * GIB)
 
 
 def _bytes(tree: Any) -> int:

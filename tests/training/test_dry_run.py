@@ -74,6 +74,7 @@ def test_lines_say_each_size_and_whether_it_fits():
     sizes = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in text.splitlines()}
     assert (sizes["parameters"], sizes["optimiser"], sizes["total"]) == ("3.000", "0.500", "6.000")
     assert sizes["activations and temporaries"] == "2.000"
+    assert sizes["left"] == "89.000"
     assert text.endswith("\nfits")
     larger = dataclasses.replace(REPORT, total=95 * GIB + 1)
     assert list(larger.lines())[-1] == "does not fit"
@@ -153,6 +154,16 @@ def test_memory_is_that_of_the_chip_or_what_the_device_says():
         def memory_stats(self):
             return {"bytes_limit": 123}
 
+    class Absent:
+        def __init__(self, kind):
+            self.device_kind = kind
+
+        def memory_stats(self):
+            raise jax.errors.JaxRuntimeError("only for addressable devices")
+
+    # Of 79.1 GiB that CUDA reports, one is its own.
+    assert dry_run.device_memory(Absent("NVIDIA H100 80GB HBM3")) == pytest.approx(78.1 * GIB)
+    assert dry_run.device_memory(Absent("NVIDIA T4")) is None
     assert dry_run.device_memory(Device()) == 16 * GIB
     assert dry_run.device_memory(Present()) == 123
     assert dry_run.device_memory(jax.devices("cpu")[0]) is None
@@ -200,6 +211,30 @@ def test_without_libtpu_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "kind", "partitions"),
+    [("h100:2x4", "NVIDIA H100 80GB HBM3", 1), ("a100:2x2", "NVIDIA A100-SXM4-80GB", 2)],
+)
+def test_the_step_is_compiled_for_nvidia_cards_without_having_one(
+    tmp_path, topology, kind, partitions
+):
+    try:
+        topologies._require_cuda_compiler(topology)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    command = [*COMMAND, f"--gin.MODEL_DIR={tmp_path}/run", "--dry_run", f"--topology={topology}"]
+    command.append(f"--gin.partitioning.PjitPartitioner.num_partitions={partitions}")
+    toy.register()
+    report = train.main(command)
+    devices = int(np.prod([int(size) for size in topology.partition(":")[2].split("x")]))
+    assert report.mesh == {"data": devices // partitions, "model": partitions}
+    assert report.device == kind
+    assert report.fits
+    assert report.collectives.results["all-reduce"] > 0
+    assert not report.collectives.at_least
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_step_is_compiled_for_tpus_without_having_one(tmp_path):
     command = [*COMMAND, f"--gin.MODEL_DIR={tmp_path}/run", "--dry_run", "--topology=v5e:2x2"]
@@ -217,7 +252,7 @@ def test_the_step_is_compiled_for_tpus_without_having_one(tmp_path):
 def test_the_documented_commands_parse():
     text = (pathlib.Path(__file__).parents[2] / "docs/pods.md").read_text(encoding="utf-8")
     commands = re.findall(r"python -m diffusion_t5x.train ((?:.*\\\n)+.*)", text)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         gin.clear_config()
         flags = [flag for flag in shlex.split(command) if flag.startswith("--gin")]

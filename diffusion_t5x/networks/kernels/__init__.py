@@ -1,5 +1,5 @@
 """Experimental kernels, off by default.
 
-They have run only as Pallas interprets them, and compile ahead of time for TPUs; on a TPU they have
-never run.
+They have run as Pallas interprets them, and compile ahead of time for TPUs and NVIDIA GPUs; on
+either they have never run.
 """

@@ -16,22 +16,20 @@ units are 128 lanes wide, this costs no more than separate heads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from diffusion_t5x.networks.kv_cache import KeyValues
-from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
+from diffusion_t5x.networks.sharding import device_kind, shard_count
 
 Array = jax.Array
 Ref: TypeAlias = Any  # An array in a TPU's fast memory, inside the kernel.
-by_platform = jax.lax.platform_dependent
 
 LANES = 128  # Width of a register.
 QUERIES, KEYS = 256, 512  # Size of a tile.
@@ -53,103 +51,29 @@ class Partial(NamedTuple):
     total: Array
 
 
-def applies(query: Array, key_values: Sequence[KeyValues]) -> bool:
-    """Returns True if the kernel supports these shapes on these devices.
+def supports(query: Array, key_values: Sequence[KeyValues]) -> bool:
+    """Returns True if the kernel supports these heads on these devices.
 
-    It needs more than one query, since a single one reads its keys only once anyway, and as many
-    heads of keys as of queries. The heads of a device must fill registers: several share 128 lanes,
-    or one takes a multiple of them. Rows and heads must be split evenly among devices. TPUs before
-    v5 are not supported, since they cannot shift each row of a register by a different number of
-    places.
+    It needs as many heads of keys as of queries. The heads of a device must fill registers: several
+    share 128 lanes, or one takes a multiple of them. TPUs before v5 are not supported, since they
+    cannot shift each row of a register by a different number of places.
     """
-    if device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
-        return False
-    _, queries, num_heads, head_dim = query.shape
-    shards, head_shards = shard_count("batch"), shard_count("heads")
-    if queries == 1 or shards is None or head_shards is None:
-        return False
-    rows = min(part.keys.shape[0] for part in key_values)
+    _, _, num_heads, head_dim = query.shape
     grouped = key_values[0].keys.shape[2] != num_heads
-    if grouped or rows % shards or num_heads % head_shards:
+    if grouped or device_kind().startswith(("TPU v2", "TPU v3", "TPU v4")):
         return False
-    heads = num_heads // head_shards
+    heads = num_heads // (shard_count("heads") or 1)
     whole = LANES % head_dim == 0 or head_dim % LANES == 0
     return whole and heads * head_dim % LANES == 0 and heads <= LANES
 
 
-def attend(
-    otherwise: Callable[..., Array],
-    tables: Sequence[Array] | None,
-    query: Array,
-    key_values: Sequence[KeyValues],
-    mask: Array,
-    bias: Array | None,
-) -> Array:
-    """Runs `flash_attention` on TPUs if it applies, else `otherwise` on the last four arguments.
-
-    The kernel reads `tables` instead of `bias`, or neither. The gradient is that of `otherwise`,
-    recomputed from its arguments; nothing else is saved for it, and none flows to `tables`.
-    """
-    if not applies(query, key_values):
-        return otherwise(query, key_values, mask, bias)
-
-    def elsewhere(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        del tables
-        return otherwise(query, key_values, mask, bias)
-
-    def on_tpu(query: Array, key_values: Any, mask: Array, bias: Any, tables: Any) -> Array:
-        del bias
-        return _on_each_device(query, key_values, mask, tables)
-
-    @jax.custom_vjp
-    def attend(*arguments: Any) -> Array:
-        return by_platform(*arguments, tpu=on_tpu, default=elsewhere)
-
-    def forward(*arguments: Any) -> tuple[Array, Any]:
-        return attend(*arguments), arguments
-
-    def backward(arguments: Any, cotangent: Array) -> tuple[Any, ...]:
-        query, key_values, mask, bias, _ = arguments
-
-        def recomputed(query: Array, key_values: Any, bias: Array | None) -> Array:
-            return otherwise(query, key_values, mask, bias)
-
-        _, pull = jax.vjp(recomputed, query, key_values, bias)
-        d_query, d_key_values, d_bias = pull(cotangent)
-        return d_query, d_key_values, None, d_bias, None
-
-    attend.defvjp(forward, backward)
-    return attend(query, list(key_values), mask, bias, tables)
-
-
-def _on_each_device(
+def forward(
     query: Array,
     key_values: Sequence[KeyValues],
     mask: Array,
     tables: Sequence[Array] | None,
-) -> Array:
-    """Runs `flash_attention` on each device's rows and heads."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return flash_attention(query, key_values, mask, tables)
-    batch, heads = mesh_axes("batch"), mesh_axes("heads")
-    row_spec = PartitionSpec(batch, None, heads, None)
-    specs = (
-        row_spec,
-        jax.tree.map(lambda _: row_spec, key_values),
-        PartitionSpec(batch if mask.shape[0] > 1 else None, None, None),
-        jax.tree.map(lambda _: PartitionSpec(heads, None), tables),
-    )
-    mapped = jax.shard_map(flash_attention, in_specs=specs, out_specs=row_spec, check_vma=False)
-    return mapped(query, key_values, mask, tables)
-
-
-def flash_attention(
-    query: Array,
-    key_values: Sequence[KeyValues],
-    mask: Array,
-    tables: Sequence[Array] | None,
-) -> Array:
-    """Computes softmax attention of `query [batch, queries, heads, head_dim]`; keeps its shape.
+) -> tuple[Array, Array]:
+    """Computes softmax attention of `query [batch, queries, heads, head_dim]`.
 
     Args:
       query: The queries.
@@ -160,6 +84,10 @@ def flash_attention(
       tables: For each part the bias by distance, `[heads, queries + part_keys - 1]`, from that of
         the last query and the first key to that of the first query and the last key. None for no
         bias.
+
+    Returns:
+      The mixed values, of the shape and type of `query`; and `[batch, heads, queries]` float32, the
+      logarithm of each query's sum of exp(logit) over all keys.
     """
     parts, start = [], 0
     for number, part in enumerate(key_values):
@@ -174,22 +102,22 @@ def flash_attention(
             )
         )
         start = end
-    if len(parts) == 1:
-        return parts[0].mixed.reshape(query.shape)
-    return _merge(parts, query.shape).astype(query.dtype)
+    whole = _merge(parts, query.shape) if len(parts) > 1 else parts[0]
+    log_sum_exp = (whole.top + jnp.log(whole.total))[..., : query.shape[2]]
+    return whole.mixed.reshape(query.shape).astype(query.dtype), jnp.swapaxes(log_sum_exp, 1, 2)
 
 
-def _merge(parts: Sequence[Partial], shape: tuple[int, ...]) -> Array:
-    """Combines parts: `shape`, which is `[batch, queries, heads, head_dim]`."""
+def _merge(parts: Sequence[Partial], shape: tuple[int, ...]) -> Partial:
+    """Combines parts; `mixed` becomes `shape`, which is `[batch, queries, heads, head_dim]`."""
     top = functools.reduce(jnp.maximum, [part.top for part in parts])
     weights = [part.total * jnp.exp(part.top - top) for part in parts]
     total = functools.reduce(jnp.add, weights)
     shares = [(weight / total)[..., : shape[2], None] for weight in weights]  # [b, q, heads, 1]
     mixed = [share * part.mixed.reshape(shape) for share, part in zip(shares, parts, strict=True)]
-    return functools.reduce(jnp.add, mixed)
+    return Partial(functools.reduce(jnp.add, mixed), top, total)
 
 
-def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, int]) -> Array:
+def cut_windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, int]) -> Array:
     """Cuts out the part of a table that each tile needs: `[query tiles, key tiles, heads, width]`.
 
     The bias of a tile's first query and first key stands at a multiple of `LANES`, since whole
@@ -202,7 +130,7 @@ def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, 
       sizes: Queries and keys of a tile.
     """
     queries = table.shape[1] + 1 - keys
-    first, width = _registers(sizes[0]), sum(map(_registers, sizes))
+    first, width = registers(sizes[0]), sum(map(registers, sizes))
     # Distance from each tile's first query to its first key: [query tiles, key tiles].
     distance = jnp.arange(tiles[1]) * sizes[1] - jnp.arange(tiles[0])[:, None] * sizes[0]
     index = distance[..., None] + jnp.arange(width) - first + queries - 1  # [.., .., width]
@@ -210,7 +138,7 @@ def _windows(table: Array, keys: int, tiles: tuple[int, int], sizes: tuple[int, 
     return jnp.moveaxis(table.astype(jnp.float32)[:, index], 0, 2)
 
 
-def _registers(size: int) -> int:
+def registers(size: int) -> int:
     """Rounds up to a multiple of `LANES`."""
     return -(-size // LANES) * LANES
 
@@ -222,7 +150,7 @@ def _attend(
     table: Array | None,
     dtype: DTypeLike,
 ) -> Partial:
-    """Runs `flash_attention` on one part of the keys; `mixed` has type `dtype`."""
+    """Runs `forward` on one part of the keys; `mixed` has type `dtype`."""
     batch, num_queries, num_heads, head_dim = query.shape
     rows, num_keys = part.keys.shape[:2]
     width = num_heads * head_dim
@@ -242,7 +170,7 @@ def _attend(
     specs = [query_spec, key_spec, key_spec, mask_spec]
     bias_bytes = 0
     if table is not None:
-        windows = _windows(table, num_keys, tiles, sizes)
+        windows = cut_windows(table, num_keys, tiles, sizes)
         bias_bytes = 4 * batch * windows.size
         arguments.append(windows)
         specs.append(pl.BlockSpec((1, 1, *windows.shape[2:]), lambda b, i, j: (i, j, 0, 0)))
@@ -323,9 +251,9 @@ def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
         for number in range(heads):
             head = group * heads + number
             own = lane_head == number  # [1, width]
-            logits = _dot(jnp.where(own, query, 0), keys, 1)  # [queries, keys]
+            logits = dot(jnp.where(own, query, 0), keys, 1)  # [queries, keys]
             if has_bias:
-                logits += _read_bias(bias_ref[0], head, shape)
+                logits += read_bias(bias_ref[0], head, shape)
             logits = jnp.where(visible, logits, unseen)
             own_lane = head_lane == head  # [1, LANES]
             before = _only(own_lane, top_ref[0])  # [queries, 1]
@@ -333,7 +261,7 @@ def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
             weights = jnp.exp(logits - top)
             scale = jnp.exp(before - top)
             total = _only(own_lane, total_ref[0]) * scale + jnp.sum(weights, axis=1, keepdims=True)
-            mixed = sum_ref[:, lanes] * scale + _dot(weights.astype(values.dtype), values, 0)
+            mixed = sum_ref[:, lanes] * scale + dot(weights.astype(values.dtype), values, 0)
             sum_ref[:, lanes] = jnp.where(own, mixed, sum_ref[:, lanes])
             top_ref[0] = jnp.where(own_lane, top, top_ref[0])
             total_ref[0] = jnp.where(own_lane, total, total_ref[0])
@@ -348,7 +276,7 @@ def _kernel(head_dim: int, num_keys: int, has_bias: bool, *refs: Ref) -> None:
     jax.lax.fori_loop(0, query_ref.shape[2] // width, attend, None)
 
 
-def _dot(left: Array, right: Array, axis: int) -> Array:
+def dot(left: Array, right: Array, axis: int) -> Array:
     """Multiplies over `left`'s last axis and `right`'s `axis`, in float32."""
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
@@ -359,11 +287,11 @@ def _only(own_lane: Array, values: Array) -> Array:
     return jnp.sum(jnp.where(own_lane, values, 0), axis=1, keepdims=True)
 
 
-def _read_bias(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
+def read_bias(window_ref: Ref, head: Array, shape: tuple[int, int]) -> Array:
     """Expands one head's window to the bias of a tile, `shape`: each row is shifted by one more."""
     window = window_ref[0, 0, pl.ds(head, 1), :]  # [1, width]
     width = window.shape[1]
     rows = jnp.broadcast_to(window, (shape[0], width))
-    # The bias of the first query begins at `_registers(queries)`.
-    shift = width - _registers(shape[0])
+    # The bias of the first query begins at `registers(queries)`.
+    shift = width - registers(shape[0])
     return pltpu.roll(rows, shift, 1, stride=1, stride_axis=0)[:, : shape[1]]

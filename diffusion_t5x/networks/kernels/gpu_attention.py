@@ -1,0 +1,126 @@
+"""Attention with T5's position bias as NVIDIA kernels that keep no logits in main memory.
+
+They run through Pallas's Triton backend, forward as in FlashAttention (Dao et al. 2022, arXiv
+2205.14135). The bias of a tile is gathered from a row of numbers by distance.
+
+Tiles that no query of theirs sees at the beginning and at the end of a row are skipped, as are half
+of them if attention is causal.
+
+cuDNN's attention (`jax.nn.dot_product_attention`) is no substitute: it takes T5's bias and masks
+that differ by row only as their sum, `[batch, heads, queries, keys]`, which is as large as the
+logits; and it compiles only where cuDNN is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from diffusion_t5x.networks.kernels import gpu_tiles
+from diffusion_t5x.networks.kernels.flash_attention import ABSENT
+from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Sizes, Tables
+from diffusion_t5x.networks.kv_cache import KeyValues
+
+
+def forward(
+    query: Array, key_values: Sequence[KeyValues], mask: Array, tables: Tables
+) -> tuple[Array, Array]:
+    """Computes softmax attention of `query [batch, queries, heads, head_dim]`.
+
+    Args:
+      query: The queries.
+      key_values: Parts of the keys and values, in the order of `keys` below. A part has
+        `[rows, part_keys, kv_heads, head_dim]`; row `i` serves rows `i * n ... i * n + n - 1` of
+        `query`, where `n = batch / rows`.
+      mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
+      tables: For each part the bias by distance, `[heads, queries + part_keys - 1]` (see
+        `gpu_tiles.toeplitz`). None for no bias.
+
+    Returns:
+      Values of the shape of `query`; and `[batch, heads, queries]` float32, the logarithm of the
+      sum of exp(logit).
+    """
+    batch, queries, heads, head_dim = query.shape
+    sizes = gpu_tiles.fit(gpu_tiles.FORWARD, query, key_values)
+    tiled = gpu_tiles.row_spec(sizes[0], head_dim)
+    seen = gpu_tiles.seen_tiles(mask, key_values, sizes, queries)
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, sizes, queries),
+        grid=(pl.cdiv(queries, sizes[0]), batch, heads),
+        in_specs=[
+            tiled,
+            *gpu_tiles.specs(query, key_values, mask, tables),
+            gpu_tiles.bound_specs(seen),
+        ],
+        out_specs=[tiled, gpu_tiles.head_spec(sizes[0])],
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+        ],
+        compiler_params=gpu_tiles.compiler_params(query),
+        name="attention_forward",
+    )(
+        query,
+        list(key_values),
+        mask,
+        gpu_tiles.in_float32(tables),
+        [gpu_tiles.bounds_of(s, 2) for s in seen],
+    )
+
+
+def _forward_kernel(
+    sizes: Sizes,
+    num_queries: int,
+    query_ref: Ref,
+    parts: Sequence[Any],
+    mask_ref: Ref,
+    tables: Any,
+    bounds: Sequence[Ref],
+    mixed_ref: Ref,
+    log_sum_exp_ref: Ref,
+) -> None:
+    """Attends from one tile of queries of a head to all keys."""
+    first = pl.program_id(0) * sizes[0]
+    inside = first + jnp.arange(sizes[0]) < num_queries
+    query = triton.load(query_ref, mask=inside[:, None], other=0)
+    carry = (
+        jnp.zeros(query.shape, jnp.float32),
+        jnp.full(sizes[0], ABSENT, jnp.float32),
+        jnp.zeros(sizes[0], jnp.float32),
+    )
+    before = 0
+    for number, (part, bound) in enumerate(zip(parts, bounds, strict=True)):
+        num_keys = part.keys.shape[0]
+        counts = num_queries, num_keys, before, mask_ref.shape[0]
+        table_of = None if tables is None else lambda index, n=number: tables[n].at[index]
+
+        def step(j: Array, carry: Any, part: Any = part, counts: Any = counts,
+                 table_of: Any = table_of) -> Any:  # fmt: skip
+            mixed, before_top, total = carry
+            start = j * sizes[1]
+            keys = gpu_tiles.load_rows(part.keys, start, sizes[1], counts[1])
+            logits, _ = gpu_tiles.logits_of(
+                query, keys, lambda i: mask_ref.at[i], table_of, (first, start), counts
+            )
+            top = jnp.maximum(before_top, jnp.max(logits, axis=1))
+            weights = jnp.exp(logits - top[:, None])
+            scale = jnp.exp(before_top - top)
+            total = total * scale + jnp.sum(weights, axis=1)
+            values = gpu_tiles.load_rows(part.values, start, sizes[1], counts[1])
+            mixed = mixed * scale[:, None] + gpu_tiles.dot(
+                weights.astype(values.dtype), values, (1, 0)
+            )
+            return mixed, top, total
+
+        carry = jax.lax.fori_loop(bound[0], bound[1], step, carry)
+        before += num_keys
+    mixed, top, total = carry
+    result = (mixed / total[:, None]).astype(mixed_ref.dtype)
+    triton.store(mixed_ref, result, mask=inside[:, None])
+    triton.store(log_sum_exp_ref, top + jnp.log(total), mask=inside)

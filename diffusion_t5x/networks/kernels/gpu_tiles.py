@@ -1,0 +1,202 @@
+"""Tiles of NVIDIA's attention kernels: their sizes, what they read, and their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from diffusion_t5x.networks.kernels.flash_attention import ABSENT, MASKED
+from diffusion_t5x.networks.kv_cache import KeyValues
+
+Array = jax.Array
+Ref: TypeAlias = Any  # An array in main memory, inside the kernel.
+Tables: TypeAlias = Sequence[Array] | None
+Sizes: TypeAlias = tuple[int, int]  # of a tile: queries, keys
+
+FORWARD, BACKWARD = (128, 64), (64, 64)
+WARPS, STAGES = 4, 2  # of an instance, and of the loads ahead of its products
+
+
+def supports(query: Array) -> bool:
+    """Returns True if the kernels take these heads: 16, 32, 64, 128 or 256 wide."""
+    return query.shape[-1] in (16, 32, 64, 128, 256)
+
+
+def toeplitz(table: Array, queries: int) -> Array:
+    """Expands a bias by distance, `[..., queries + keys - 1]`, to `[..., queries, keys]`.
+
+    The first number is that of the last query and the first key, the last that of the first query
+    and the last key.
+    """
+    *others, size = table.shape
+    padded = jnp.pad(table, [(0, 0)] * len(others) + [(0, 1)])
+    # Each row of `size` numbers begins one earlier in the period of `size + 1`.
+    rows = jnp.broadcast_to(padded[..., None, :], (*others, queries, size + 1))
+    rows = rows.reshape(*others, -1)[..., : queries * size].reshape(*others, queries, size)
+    return rows[..., queries - 1 :]
+
+
+def in_float32(tables: Tables) -> list[Array] | None:
+    """Returns tables in the type that kernels read."""
+    return None if tables is None else [table.astype(jnp.float32) for table in tables]
+
+
+def compiler_params(query: Array) -> triton.CompilerParams:
+    """Returns what an instance is compiled with; wide heads leave no room to load ahead."""
+    wide = query.shape[-1] * query.dtype.itemsize > 256
+    return triton.CompilerParams(num_warps=WARPS, num_stages=1 if wide else STAGES)
+
+
+def fit(sizes: Sizes, query: Array, key_values: Sequence[KeyValues]) -> Sizes:
+    """Shrinks tiles for short texts, and for heads of more than 256 bytes."""
+    wide = 2 if query.shape[-1] * query.dtype.itemsize > 256 else 1
+    lengths = query.shape[1], max(part.keys.shape[1] for part in key_values)
+    fitted = [
+        max(16, min(size // wide, pl.next_power_of_2(length)))
+        for size, length in zip(sizes, lengths, strict=True)
+    ]
+    return fitted[0], fitted[1]
+
+
+def seen_tiles(
+    mask: Array, key_values: Sequence[KeyValues], sizes: Sizes, queries: int
+) -> list[Array]:
+    """Finds the tiles that matter, `[batch or 1, query tiles, key tiles]` bool for each part.
+
+    A query that sees no key mixes all values alike, so that all of its tiles matter.
+    """
+    blind = ~jnp.any(mask, axis=-1, keepdims=True)  # [batch or 1, queries or 1, 1]
+    tiles, start = [], 0
+    for part in key_values:
+        keys = part.keys.shape[1]
+        seen = mask[..., start : start + keys] | blind
+        if mask.shape[1] > 1:
+            seen = any_of(seen, 1, sizes[0])
+        seen = any_of(seen, 2, sizes[1])
+        tiles.append(jnp.broadcast_to(seen, (len(mask), pl.cdiv(queries, sizes[0]), seen.shape[2])))
+        start += keys
+    return tiles
+
+
+def any_of(x: Array, axis: int, size: int) -> Array:
+    """Reduces groups of `size` neighbours along an axis of a bool array."""
+    groups = pl.cdiv(x.shape[axis], size)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, groups * size - x.shape[axis])
+    x = jnp.pad(x, padding)
+    return x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :]).any(axis + 1)
+
+
+def bounds_of(seen: Array, axis: int) -> Array:
+    """Computes the first tile seen along an axis, and the one after the last: `[..., 2]`."""
+    count = seen.shape[axis]
+    first = jnp.argmax(seen, axis)
+    last = count - jnp.argmax(jnp.flip(seen, axis), axis)
+    none = ~jnp.any(seen, axis)
+    return jnp.where(none[..., None], 0, jnp.stack([first, last], -1)).astype(jnp.int32)
+
+
+def row_spec(size: int, head_dim: int) -> pl.BlockSpec:
+    """Describes a tile of queries of a head, `[size, head_dim]`."""
+    return pl.BlockSpec((None, size, None, head_dim), lambda i, b, h: (b, i, h, 0))
+
+
+def head_spec(size: int) -> pl.BlockSpec:
+    """Describes a number for each query of a tile, `[size]`."""
+    return pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))
+
+
+def bound_specs(seen: Sequence[Array]) -> list[pl.BlockSpec]:
+    """Describes the two bounds of a tile of queries, for each part."""
+    own = len(seen[0]) > 1
+    return [pl.BlockSpec((None, None, 2), lambda i, b, h: (b if own else 0, i, 0)) for _ in seen]
+
+
+def specs(
+    query: Array, key_values: Sequence[KeyValues], mask: Array, tables: Tables
+) -> tuple[Any, ...]:
+    """Describes what an instance for a tile of queries sees of keys and values, mask and tables."""
+    batch, _, heads, head_dim = query.shape
+
+    def of_part(part: KeyValues) -> KeyValues:
+        rows, keys, kv_heads, _ = part.keys.shape
+        group, per_row = heads // kv_heads, batch // rows
+        spec = pl.BlockSpec(
+            (None, keys, None, head_dim), lambda i, b, h: (b // per_row, 0, h // group, 0)
+        )
+        return KeyValues(spec, spec)  # type: ignore[arg-type]
+
+    own = len(mask) > 1
+    mask_spec = pl.BlockSpec((None, *mask.shape[1:]), lambda i, b, h: (b if own else 0, 0, 0))
+    table_specs = None
+    if tables is not None:
+        table_specs = [
+            pl.BlockSpec((None, table.shape[1]), lambda i, b, h: (h, 0)) for table in tables
+        ]
+    return list(map(of_part, key_values)), mask_spec, table_specs
+
+
+def load_rows(ref: Ref, first: Any, size: int, count: int, *index: Any) -> Array:
+    """Reads `size` rows of `[count, head_dim]`, 0 beyond the last; `index` picks leading axes."""
+    inside = first + jnp.arange(size) < count
+    rows = ref.at[(*index, pl.ds(first, size), slice(None))]
+    return triton.load(rows, mask=inside[:, None], other=0)
+
+
+def load_row(ref: Ref, first: Any, size: int, count: int, *index: Any) -> Array:
+    """Reads `size` numbers of `[count]`, 0 beyond the last; `index` picks leading axes."""
+    inside = first + jnp.arange(size) < count
+    return triton.load(ref.at[(*index, pl.ds(first, size))], mask=inside, other=0)
+
+
+def zero() -> Array:
+    """Returns an index that Pallas can interpret, as it cannot Python's."""
+    return jnp.zeros((), jnp.int32)
+
+
+def dot(left: Array, right: Array, axes: tuple[int, int]) -> Array:
+    """Multiplies over an axis of each, in float32."""
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+
+def logits_of(
+    query: Array,
+    keys: Array,
+    mask_of: Callable[[Any], Any],
+    table_of: Callable[[Any], Any] | None,
+    firsts: tuple[Any, Any],
+    counts: tuple[int, int, int, int],
+) -> tuple[Array, Array]:
+    """Computes a tile of logits, and which of them are seen: `[tile queries, tile keys]` each.
+
+    Args:
+      query: `[tile queries, head_dim]`.
+      keys: `[tile keys, head_dim]`.
+      mask_of: Returns the mask's ref at the indices of queries and of keys.
+      table_of: Returns the table's ref at an index; None for no bias.
+      firsts: First query, and first key in its part.
+      counts: Number of queries, of keys in the part, of keys before the part, of the mask's rows.
+    """
+    num_queries, num_keys, before, mask_rows = counts
+    rows = firsts[0] + jnp.arange(query.shape[0])
+    columns = firsts[1] + jnp.arange(keys.shape[0])
+    logits = dot(query, keys, (1, 1))
+    inside = (rows < num_queries)[:, None] & (columns < num_keys)[None]
+    if table_of is not None:
+        index = columns[None] - rows[:, None] + num_queries - 1
+        logits += triton.load(table_of(index), mask=inside, other=0)
+    span = pl.ds(before + firsts[1], keys.shape[0])
+    if mask_rows > 1:
+        ref = mask_of((pl.ds(firsts[0], query.shape[0]), span))
+        visible = triton.load(ref, mask=inside, other=False)
+    else:
+        row = triton.load(mask_of((zero(), span)), mask=columns < num_keys, other=False)
+        visible = row[None] & inside
+    logits = jnp.where(visible, logits, MASKED)
+    return jnp.where((columns < num_keys)[None], logits, ABSENT), visible
