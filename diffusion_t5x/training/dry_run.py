@@ -166,8 +166,8 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         # The first line says how much is missing; a list of the largest arrays follows.
         refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
         return dataclasses.replace(report, refusal=refusal)
-    memory = compiled.memory_analysis()
-    assert memory is not None, device.device_kind
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None, device.device_kind
     # Outputs that take the place of donated arguments count once.
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes
@@ -175,7 +175,7 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         report,
         temporaries=temporaries,
         total=held + temporaries,
-        collectives=sent(compiled.as_text()),
+        collectives=sent(hlo),
         compiled=compiled,
     )
 

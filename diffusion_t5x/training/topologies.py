@@ -80,7 +80,7 @@ def accelerator_type(topology: str) -> str:
     """Returns the accelerator name of a TPU topology, such as 'v5p-32' for 'v5p:2x2x4'.
 
     Raises:
-      ValueError: If the topology does not have the form 'v5p:4x4x8'.
+      ValueError: If the topology, of one of `GENERATIONS`, does not have the form 'v5p:4x4x8'.
     """
     generation = topology.partition(":")[0]
     dimensions = 3 if generation in ("v4", "v5p") else 2

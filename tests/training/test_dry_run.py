@@ -129,7 +129,7 @@ def test_what_a_compiler_refuses_is_reported_and_other_errors_are_not():
         def __init__(self, message):
             self.message = message
 
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(self.message)
 
     trainer, state, batch = _step()

@@ -9,6 +9,7 @@ import jaxlib
 import numpy as np
 import pytest
 
+from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.training import topologies
 
 
@@ -111,6 +112,20 @@ def test_the_compiler_takes_each_card(name):
     options = topologies.compiler_options(cards[0])
     compiled = jax.jit(lambda x: x.sum(0)).lower(x).compile(compiler_options=options)
     assert "all-reduce" in compiled.as_text()
+
+
+@pytest.mark.skipif(not _has_cuda_compiler(), reason="needs the CUDA compiler")
+def test_meshes_over_hosts_of_cards_have_neighbours_within_a_host():
+    cards = topologies.devices("h100:2x4")
+    split = PjitPartitioner(2, devices=cards).mesh
+    assert dict(split.shape) == {"data": 4, "model": 2}
+    for mesh in (split, PjitPartitioner(4, devices=cards).mesh):
+        assert all(len({card.process_index for card in row}) == 1 for row in mesh.devices)
+    hosts = PjitPartitioner(devices=cards, ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)).mesh
+    for index, host in enumerate(hosts.devices):
+        assert {card.process_index for card in host.flat} == {index}
+    with pytest.raises(ValueError, match=r"dcn_mesh_shape.*2 processes.*such as \(2, 1, 1\)"):
+        PjitPartitioner(devices=cards, ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(4, 1, 1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
