@@ -20,7 +20,6 @@ from diffusion_t5x.networks.kv_cache import KeyValues, grow
 from diffusion_t5x.objectives.attention_patterns import ATTENTION_PATTERNS, make_mask
 from diffusion_t5x.training import topologies
 
-
 CASES = {
     "ragged tiles": Case(2, 37, (2,), (41,), (2, 64), (2, 37)),
     "prefixes that canvases share": Case(4, 18, (2, 4), (24, 18), (4, 32), (4, 1)),
