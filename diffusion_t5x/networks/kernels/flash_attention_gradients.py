@@ -306,7 +306,7 @@ def _kernel(head_dim: int, all_keys: int, tiles: _Tiles, *arrays: Ref) -> None:
             query, d_own = jnp.where(own, queries, 0), jnp.where(own, d_mixed, 0)
             logits = flash_attention.dot(keys, query, 1)  # [keys, queries]
             if refs.window is not None:
-                logits += flash_attention.read_bias(refs.window, head, seen.shape)
+                logits += flash_attention.read_bias(refs.window, head, (tiles.keys, tiles.queries))
             log_sum = refs.log_sum_exp[0, pl.ds(head, 1), :]  # [1, queries]
             # A query that sees nothing mixes all values alike.
             unseen = jnp.where(log_sum < MASKED / 2, -math.log(all_keys), MASKED)
@@ -350,11 +350,12 @@ def _clear(refs: _Refs, own_queries: Any) -> None:
     def _() -> None:
         refs.query_sum[own_queries, :] = jnp.zeros(refs.query.shape[1:], jnp.float32)
 
-    if refs.d_table is not None:
+    d_table = refs.d_table
+    if d_table is not None:
 
         @pl.when((chunk == 0) & (key_tile == 0) & (in_chunk == 0))
         def _() -> None:
-            refs.d_table[...] = jnp.zeros_like(refs.d_table)
+            d_table[...] = jnp.zeros_like(d_table)
 
 
 def _read_mask(mask_ref: Ref, tiles: _Tiles, queries_left: Array, keys_left: Array) -> Array:
