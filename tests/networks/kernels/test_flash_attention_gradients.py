@@ -88,14 +88,16 @@ def test_gradients_in_bfloat16_are_as_by_xla():
         strict=True,
     ):
         assert got.dtype == wanted.dtype
-        got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-        np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
+        assert jnp.abs(got - wanted).max() < 0.03 * jnp.abs(wanted).max()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(
     ("lengths", "heads", "dtype"),
-    [((300, 700), (12, 64), jnp.bfloat16), ((1100, 1100), (32, 128), jnp.float32)],
+    [
+        ((300, 700), (12, 64), jnp.bfloat16),
+        pytest.param((2000, 2048), (32, 128), jnp.float32, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_it_compiles_for_tpus_and_keeps_no_logits(monkeypatch, lengths, heads, dtype):
@@ -105,8 +107,8 @@ def test_it_compiles_for_tpus_and_keeps_no_logits(monkeypatch, lengths, heads, d
 
     queries, keys = lengths
     shape = jax.ShapeDtypeStruct
-    query, part = shape((8, queries, *heads), dtype), shape((8, keys, *heads), dtype)
-    log_sum_exp = shape((8, heads[0], queries), jnp.float32)
+    query, part = shape((2, queries, *heads), dtype), shape((2, keys, *heads), dtype)
+    log_sum_exp = shape((2, heads[0], queries), jnp.float32)
 
     def run(table, batch):
         query, part, mask, log_sum_exp = batch
@@ -114,12 +116,12 @@ def test_it_compiles_for_tpus_and_keeps_no_logits(monkeypatch, lengths, heads, d
             query, [part], mask, [table], query, log_sum_exp, query
         )
 
-    batch = query, KeyValues(part, part), shape((8, queries, keys), bool), log_sum_exp
+    batch = query, KeyValues(part, part), shape((2, queries, keys), bool), log_sum_exp
     program = run, (shape((heads[0], queries + keys - 1), jnp.float32), batch)
     compiled = tpu.compile_for(program, topologies.devices("v5p:2x2x1")[:1])
     assert "flash_attention_gradients" in compiled.as_text()
-    logits = 4 * 8 * heads[0] * queries * keys
+    logits = 4 * 2 * heads[0] * queries * keys
     assert compiled_program.memory(compiled).temporaries < logits
-    flops = 10 * 8 * queries * keys * heads[0] * heads[1]
+    flops = 10 * 2 * queries * keys * heads[0] * heads[1]
     rate = compiled_program.TPU_RATES["TPU v5"][0]
     assert compiled_program.estimated_seconds(compiled) > flops / rate
