@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -26,6 +28,11 @@ def softcap(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+# For functions that are cheap to compute: for the gradient, scanned layers keep what they take, in
+# the activations' type, and not what they compute from it in float32.
+_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class Norm(nn.Module):
     """Normalisation of the last axis, over all of `TransformerConfig.norm`.
 
@@ -41,15 +48,18 @@ class Norm(nn.Module):
         kind, shape, axes = self.config.norm, (x.shape[-1],), (self.axis,)
         begin = nn.initializers.zeros if kind == "rms_plus_one" else nn.initializers.ones
         scale = nn_partitioning.param_with_axes("scale", begin, shape, jnp.float32, axes=axes)
+        bias = _bias(self.axis, shape[0]) if kind == "layer" else None
+        return _recompute(self._normalize)(x, scale, bias)
+
+    @nn.nowrap
+    def _normalize(self, x: Array, scale: Array, bias: Array | None) -> Array:
         x = x.astype(jnp.float32)
-        if kind == "layer":
+        if bias is not None:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(variance + self.config.norm_epsilon)
-        x = x * (1 + scale if kind == "rms_plus_one" else scale)
-        if kind == "layer":
-            x = x + _bias(self.axis, shape[0])
-        return x.astype(self.config.dtype)
+        x = x * (1 + scale if self.config.norm == "rms_plus_one" else scale)
+        return (x if bias is None else x + bias).astype(self.config.dtype)
 
 
 def _bias(axis: str, features: int) -> Array:
@@ -136,16 +146,21 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         config = self.config
-        product = None
-        for index, name in enumerate(config.mlp_activations):
+        inputs = []
+        for index, _ in enumerate(config.mlp_activations):
             dense = Dense(config, config.mlp_dim, ("embed", "mlp"), use_bias=config.mlp_bias,
                           name=f"wi_{index}")  # fmt: skip
-            y = _activate(name, dense(x))
-            product = y if product is None else product * y
+            inputs.append(dense(x))
+        product = _recompute(self._activated_product)(inputs)
         product = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(product, deterministic)
         product = nn_partitioning.with_sharding_constraint(product, ("batch", "length", "mlp"))
         out = Dense(config, config.embed_dim, ("mlp", "embed"), use_bias=config.mlp_bias, name="wo")
         return out(product)
+
+    @nn.nowrap
+    def _activated_product(self, inputs: Sequence[Array]) -> Array:
+        names = self.config.mlp_activations
+        return functools.reduce(jnp.multiply, map(_activate, names, inputs))
 
 
 def _activate(name: str, x: Array) -> Array:
