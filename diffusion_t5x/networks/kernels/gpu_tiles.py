@@ -84,12 +84,16 @@ def seen_tiles(
 
 
 def any_of(x: Array, axis: int, size: int) -> Array:
-    """Reduces groups of `size` neighbours along an axis of a bool array."""
-    groups = pl.cdiv(x.shape[axis], size)
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, groups * size - x.shape[axis])
-    x = jnp.pad(x, padding)
-    return x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :]).any(axis + 1)
+    """Reduces groups of `size` neighbours along an axis of a bool array.
+
+    Nothing is padded, since XLA moves out of a loop over layers only what does not grow.
+    """
+    count = x.shape[axis] // size
+    whole, rest = jnp.split(x, [count * size], axis)
+    parts = [whole.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]).any(axis + 1)]
+    if rest.shape[axis]:
+        parts.append(rest.any(axis, keepdims=True))
+    return jnp.concatenate(parts, axis)
 
 
 def bounds_of(seen: Array, axis: int) -> Array:
