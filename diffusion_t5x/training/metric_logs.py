@@ -74,6 +74,13 @@ class MetricLog:
         rates = {"steps_per_second": rate, "examples_per_second": rate * self._batch_size}
         self.write(step, "train", {**metrics, "seconds": self._seconds, **rates})
 
+    def compiled(self, step: int, seconds: dict[str, float]) -> None:
+        """Writes a line of the seconds that programs took to compile, if any, and empties them."""
+        if seconds:
+            named = {f"{name.replace(' ', '_')}_seconds": s for name, s in seconds.items()}
+            self.write(step, "compile", named)
+        seconds.clear()
+
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Writes a line of metrics, JSON values, and the finite numbers to TensorBoard."""
         self._log.append({"step": step, "split": split, **metrics})
