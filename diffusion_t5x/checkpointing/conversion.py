@@ -247,9 +247,7 @@ def _without_copies() -> Iterator[None]:
         handlers.register_type_handler(kind, usual, override=True)
 
 
-def describe_network(
-    params: Mapping[str, StoredArray], layout: str, *, start_token: bool
-) -> str:
+def describe_network(params: Mapping[str, StoredArray], layout: str, *, start_token: bool) -> str:
     """Returns gin bindings of the `TransformerConfig` that parameters belong to.
 
     Args:

@@ -1,7 +1,7 @@
 """Layers apart or stacked (`TransformerConfig.scan_layers`): the same arrays by other names.
 
-A network, and an optimiser state that has arrays of its parameters' names, holds either an array for
-each layer, such as 'decoder/layers_0/mlp/wo/kernel', or one with a leading axis of layers,
+A network, and an optimiser state that has arrays of its parameters' names, holds either an array
+for each layer, such as 'decoder/layers_0/mlp/wo/kernel', or one with a leading axis of layers,
 'decoder/layers/mlp/wo/kernel'. What Adafactor has in place of an array that it does not need, a
 zero, is the same in both.
 """
