@@ -117,6 +117,18 @@ def test_no_file_is_without_its_test():
     assert found == known
 
 
+def test_models_of_eight_layers_and_more_have_them_scanned():
+    for model in (*SIZE_FILES, *FAMILY_FILES):
+        gin.clear_config()
+        gin.parse_config_file(model, skip_unknown=True)
+        config = {
+            name: gin.query_parameter(f"config.TransformerConfig.{name}")
+            for name in ("num_layers", "scan_layers")
+            if name == "num_layers" or "tiny" not in model
+        }
+        assert config.get("scan_layers", False) == (config["num_layers"] >= 8), model
+
+
 @pytest.mark.parametrize("run", [*RUNS, SAMPLE])
 def test_every_composition_parses(run):
     # Gin refuses unknown functions and parameters, and macros that are read but not set.
