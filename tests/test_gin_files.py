@@ -17,7 +17,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.interop import hf_configs
-from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.config import SCANNED_FROM, TransformerConfig
 from diffusion_t5x.networks.low_rank import LowRank
 from diffusion_t5x.runtime.train_state import INIT_SHAPES
 from diffusion_t5x.training.loop import train
@@ -118,15 +118,10 @@ def test_no_file_is_without_its_test():
 
 
 def test_models_of_eight_layers_and_more_have_them_scanned():
-    for model in (*SIZE_FILES, *FAMILY_FILES):
-        gin.clear_config()
-        gin.parse_config_file(model, skip_unknown=True)
-        config = {
-            name: gin.query_parameter(f"config.TransformerConfig.{name}")
-            for name in ("num_layers", "scan_layers")
-            if name == "num_layers" or "tiny" not in model
-        }
-        assert config.get("scan_layers", False) == (config["num_layers"] >= 8), model
+    for model in (*MODELS[: len(SIZES)], *FAMILY_FILES):
+        _parse(model)
+        config = gin.get_configurable(TransformerConfig)()
+        assert config.scan_layers == (config.num_layers >= SCANNED_FROM), model
 
 
 @pytest.mark.parametrize("run", [*RUNS, SAMPLE])

@@ -116,11 +116,11 @@ def convert(
                 result[stacked] = _jit(jnp.stack, wanted.sharding)(layers)
     else:
         for stacked, names in _groups(expected).items():
-            layers, wanted = arrays.pop(stacked), expected[names[0]]
-            if layers.shape == wanted.shape:  # arrays of their own, which steps may donate
-                result |= {name: jnp.array(layers, copy=True) for name in names}
+            whole, wanted = arrays.pop(stacked), expected[names[0]]
+            if whole.shape == wanted.shape:  # arrays of their own, which steps may donate
+                result |= {name: jnp.array(whole, copy=True) for name in names}
             else:
-                parts = _jit(jnp.unstack, (wanted.sharding,) * len(names))(layers)
+                parts = _jit(jnp.unstack, (wanted.sharding,) * len(names))(whole)
                 result |= dict(zip(names, parts, strict=True))
     result |= arrays
     arrays.clear()
