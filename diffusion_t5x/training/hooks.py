@@ -104,11 +104,12 @@ def evaluation(
                 if split in known:
                     continue
                 try:
-                    log.write(run.step, split, evaluate(run.state))
+                    values = evaluate(run.state)
+                    log.compiled(run.step, compile_seconds)
+                    log.write(run.step, split, values)
                 except MetricError as error:
                     failed.append(error)
                     print(f"step {run.step}: {error}", flush=True)
-        log.compiled(run.step, compile_seconds)
         if failed and on_metric_error == "stop":
             raise failed[0]
         # A run without its metric cannot be judged.
