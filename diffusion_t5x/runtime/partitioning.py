@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -246,7 +247,8 @@ class PjitPartitioner:
     def compile(self, name: str, function: JittedFunction, *args: Any) -> jax.stages.Compiled:
         """Traces and compiles a function, and counts the seconds in `compile_seconds`.
 
-        They are printed if somebody has waited for them: from `WORTH_TELLING_SECONDS` on.
+        They are printed if somebody has waited for them, from `WORTH_TELLING_SECONDS` on: to standard
+        error, like progress, since results of commands are on standard output.
 
         Args:
           name: What the program is, for people, such as 'training step'.
@@ -257,7 +259,7 @@ class PjitPartitioner:
         seconds = time.monotonic() - started
         self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + seconds
         if seconds >= WORTH_TELLING_SECONDS and jax.process_index() == 0:
-            print(f"compiled {name} in {seconds:.1f} s", flush=True)
+            print(f"compiled {name} in {seconds:.1f} s", file=sys.stderr, flush=True)
         return compiled
 
 
