@@ -247,8 +247,8 @@ class PjitPartitioner:
     def compile(self, name: str, function: JittedFunction, *args: Any) -> jax.stages.Compiled:
         """Traces and compiles a function, and counts the seconds in `compile_seconds`.
 
-        They are printed if somebody has waited for them, from `WORTH_TELLING_SECONDS` on: to standard
-        error, like progress, since results of commands are on standard output.
+        They are printed if somebody has waited for them, from `WORTH_TELLING_SECONDS` on, and to
+        standard error, like progress: results are on standard output.
 
         Args:
           name: What the program is, for people, such as 'training step'.
