@@ -17,7 +17,7 @@ from diffusion_t5x.data import datasets
 from diffusion_t5x.decoding import stopping
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.interop import hf_configs
-from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.config import SCANNED_FROM, TransformerConfig
 from diffusion_t5x.networks.low_rank import LowRank
 from diffusion_t5x.runtime.train_state import INIT_SHAPES
 from diffusion_t5x.training.loop import train
@@ -115,6 +115,13 @@ def test_no_file_is_without_its_test():
     folders = ("models/", "objectives/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
     assert found == known
+
+
+def test_models_of_eight_layers_and_more_have_them_scanned():
+    for model in (*MODELS[: len(SIZES)], *FAMILY_FILES):
+        _parse(model)
+        config = gin.get_configurable(TransformerConfig)()
+        assert config.scan_layers == (config.num_layers >= SCANNED_FROM), model
 
 
 @pytest.mark.parametrize("run", [*RUNS, SAMPLE])

@@ -32,6 +32,7 @@ from diffusion_t5x.checkpointing.reading import (
 from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks, tensor_files
 from diffusion_t5x.interop.low_rank import is_low_rank, merge_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, read_each, read_together
+from diffusion_t5x.networks.config import SCANNED_FROM
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.terminal import print_table
@@ -140,7 +141,7 @@ def convert(
         hf_export.copy_settings(path, beside)
         notes += (f"--gin_file=models/hugging_face.gin --gin.HF_MODEL={beside} is its model.",)
     elif model is None and layout not in T5X_NETWORKS:
-        text = describe_network(stored, start_token=needs_start)
+        text = describe_network(stored, layout, start_token=needs_start)
         write_atomically(directory / "network.gin", text)
         notes += (f"give {directory}/network.gin after a model file to build this network.",)
     return Conversion(str(final), step, arrays, dropped, notes)
@@ -246,12 +247,14 @@ def _without_copies() -> Iterator[None]:
         handlers.register_type_handler(kind, usual, override=True)
 
 
-def describe_network(params: Mapping[str, StoredArray], *, start_token: bool) -> str:
+def describe_network(params: Mapping[str, StoredArray], layout: str, *, start_token: bool) -> str:
     """Returns gin bindings of the `TransformerConfig` that parameters belong to.
 
     Args:
       params: Parameters of each layer under our names. They do not determine the activations: one
         input projection is taken for T5's ReLU, two for the gated GELU of T5 1.1.
+      layout: That of the checkpoint written, of `FORMATS`. Ours is read with layers scanned or not;
+        T5X reads arrays by the names that they were written under, of single layers.
       start_token: The setting of this name, which parameters do not determine either.
     """
     shape = {name: array.shape for name, array in params.items()}
@@ -277,6 +280,7 @@ def describe_network(params: Mapping[str, StoredArray], *, start_token: bool) ->
         "decoder_relative_buckets": decoder_buckets,
         "relative_bias_per_layer": "decoder/relpos_bias/rel_embedding" not in shape,
         "start_token": start_token,
+        "scan_layers": layout == OURS and count_layers("decoder") >= SCANNED_FROM,
     }
     head = f"""# The network of a converted checkpoint; give it after a model file.
 from __gin__ import dynamic_registration

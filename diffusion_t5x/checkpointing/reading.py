@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion_t5x import paths
-from diffusion_t5x.checkpointing import integrity
+from diffusion_t5x.checkpointing import integrity, layer_layouts
 from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.low_rank import is_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
@@ -185,7 +185,17 @@ def _open_fitting(path: str, abstract_params: Any) -> dict[str, StoredArray]:
 
 
 def _restore_item(path: str, item: str, abstract: Any) -> Any:
-    return ocp.StandardCheckpointer().restore(check_item(path, item, abstract), abstract)
+    """Restores an item of ours, whose layers may be stacked where the model's are apart."""
+    directory, expected = check_item(path, item, abstract), named_leaves(abstract)
+    tree = _stored_tree(directory)
+    stored = named_leaves(tree)
+    if not layer_layouts.differ(stored, expected):
+        return ocp.StandardCheckpointer().restore(directory, abstract)
+    described = layer_layouts.abstract_as_stored(stored, expected)
+    described = jax.tree.unflatten(jax.tree.structure(tree), list(described.values()))
+    arrays = named_leaves(ocp.StandardCheckpointer().restore(directory, described))
+    converted = layer_layouts.convert(arrays, expected)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [converted[n] for n in expected])
 
 
 def _item(path: str, item: str) -> epath.Path:
@@ -197,16 +207,26 @@ def _item(path: str, item: str) -> epath.Path:
 
 def _stored_leaves(item: epath.Path) -> dict[str, Any]:
     """Returns the shapes and dtypes of the arrays in an Orbax item, by name."""
+    return named_leaves(_stored_tree(item))
+
+
+def _stored_tree(item: epath.Path) -> Any:
     metadata = ocp.StandardCheckpointer().metadata(item).item_metadata
-    return named_leaves(getattr(metadata, "tree", metadata))
+    return getattr(metadata, "tree", metadata)
 
 
 def _check_fit(path: str, item: str, stored: Mapping[str, Any], abstract: Any) -> None:
-    lines = compare(stored, named_leaves(abstract))
+    expected = named_leaves(abstract)
+    if differ := layer_layouts.differ(stored, expected):
+        stored = layer_layouts.shapes_as(stored, expected)
+    lines = compare(stored, expected)
     if not lines:
         return
     part, hint = "model", t5x_networks.hint(lines)
     if item == "optimizer":
         part = "optimiser"
         hint = "\nRestoreCheckpointConfig.params_only = True starts with a fresh optimiser state."
+    if differ:
+        keep = not layer_layouts.is_stacked(expected)
+        hint += f"\nTransformerConfig.scan_layers = {keep} is the layout of the checkpoint."
     raise CheckpointMismatchError(f"{path} does not fit this {part}:\n" + "\n".join(lines) + hint)

@@ -6,7 +6,7 @@ import abc
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -55,6 +55,8 @@ def prediction_fields(tokens: np.ndarray, scores: np.ndarray, vocabulary: Any) -
 
 class CompiledFunction(abc.ABC, Generic[Output]):
     """A function of a model's parameters and a batch, compiled once per shape."""
+
+    NAME: ClassVar[str]  # of the program, for people
 
     def __init__(
         self,
@@ -105,7 +107,8 @@ class CompiledFunction(abc.ABC, Generic[Output]):
         args = params, self._partitioner.shard_batch(layout.local_rows(padded)), rng
         shapes = tuple((name, value.shape) for name, value in sorted(padded.items()))
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._function.lower(*args).compile()
+            compiled = self._partitioner.compile(self.NAME, self._function, *args)
+            self._compiled[shapes] = compiled
         started = time.monotonic()
         result = self._partitioner.gather(self._compiled[shapes](*args))
         return self._split(result, rows), time.monotonic() - started
@@ -136,6 +139,8 @@ class CompiledFunction(abc.ABC, Generic[Output]):
 class Predictor(CompiledFunction[Prediction]):
     """A model's `predict_batch_with_aux`, compiled."""
 
+    NAME = "prediction"
+
     def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
         return self._model.predict_batch_with_aux(params, batch, rng, **self._flags)
 
@@ -149,6 +154,8 @@ class Predictor(CompiledFunction[Prediction]):
 
 class Scorer(CompiledFunction[float]):
     """A model's `score_batch`, compiled."""
+
+    NAME = "score"
 
     def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
         return self._model.score_batch(params, batch, **self._flags)

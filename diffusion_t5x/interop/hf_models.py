@@ -21,7 +21,7 @@ from diffusion_t5x.interop import gguf_files, hf_configs, hf_names, tensor_files
 from diffusion_t5x.interop.stored_arrays import StoredArray
 from diffusion_t5x.interop.tensor_files import CONFIG, ModelFiles
 from diffusion_t5x.names import nearest
-from diffusion_t5x.networks.config import TransformerConfig
+from diffusion_t5x.networks.config import SCANNED_FROM, TransformerConfig
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.runtime.train_state import named_leaves
 
@@ -78,11 +78,14 @@ def network_fields(path: str | os.PathLike[str], config: Mapping[str, Any]) -> d
 def network_config(path: str, make: Callable[..., TransformerConfig]) -> TransformerConfig:
     """Returns the configuration of a model's network; what gin binds in `make` takes precedence.
 
+    Layers are scanned from `SCANNED_FROM` on.
+
     Args:
       path: The model, as for `read_config`.
       make: `TransformerConfig`, as gin knows it.
     """
     fields = network_fields(path, read_config(path))
+    fields["scan_layers"] = fields["num_layers"] >= SCANNED_FROM
     bound = gin.get_bindings("networks.config.TransformerConfig", resolve_references=False)
     return make(**{name: value for name, value in fields.items() if name not in bound})
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from diffusion_t5x.data.data_shards import DataLayout
 LogicalAxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 Batch = Mapping[str, np.ndarray]
 MESH_AXES = ("replica", "data", "model")
+# A person who waits for less wonders about nothing, and small runs stay quiet.
+WORTH_TELLING_SECONDS = 1.0
 
 
 def standard_logical_axis_rules(
@@ -131,6 +135,7 @@ class PjitPartitioner:
       batch_sharding: Sharding of batches, over 'data', and over 'replica' if there is one.
       replicated: Sharding of arrays that every device holds whole.
       num_data_shards: Number of data-parallel shards, each of which reads its own examples.
+      compile_seconds: Wall seconds that `compile` took, by name of the program.
     """
 
     def __init__(
@@ -175,6 +180,7 @@ class PjitPartitioner:
         self.num_data_shards = math.prod(self.mesh.shape[axis] for axis in data_axes)
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(data_axes))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.compile_seconds: dict[str, float] = {}
         here = jax.process_index()
         # The processes of each data shard's devices: [num_data_shards][devices of a shard].
         owners = [
@@ -237,6 +243,24 @@ class PjitPartitioner:
                 return fn(*args)
 
         return JittedFunction(jax.jit(in_context, **kwargs), self.mesh)
+
+    def compile(self, name: str, function: JittedFunction, *args: Any) -> jax.stages.Compiled:
+        """Traces and compiles a function, and counts the seconds in `compile_seconds`.
+
+        They are printed if somebody has waited for them, from `WORTH_TELLING_SECONDS` on, and to
+        standard error, like progress: results are on standard output.
+
+        Args:
+          name: What the program is, for people, such as 'training step'.
+          *args: Arguments to compile for, or their `jax.ShapeDtypeStruct`s.
+        """
+        started = time.monotonic()
+        compiled = function.lower(*args).compile()
+        seconds = time.monotonic() - started
+        self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + seconds
+        if seconds >= WORTH_TELLING_SECONDS and jax.process_index() == 0:
+            print(f"compiled {name} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        return compiled
 
 
 class JittedFunction:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.interfaces import Model
-from diffusion_t5x.runtime.partitioning import PjitPartitioner
+from diffusion_t5x.runtime.partitioning import JittedFunction, PjitPartitioner
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Input shapes for initialising a network whose parameters alone are wanted: they do not depend on
@@ -84,6 +84,20 @@ def abstract_train_state(
     return TrainState(place((), jax.ShapeDtypeStruct((), jnp.int32)), params, opt_state)
 
 
+def initialisation(
+    model: Model, partitioner: PjitPartitioner, shapes: Shapes, types: Mapping[str, Any]
+) -> JittedFunction:
+    """Returns the function of a key that initialises a train state."""
+    abstract = abstract_train_state(model, partitioner, shapes, types)
+
+    def init(rng: jax.Array) -> TrainState:
+        params = model.get_initial_variables(rng, shapes, types)["params"]
+        opt_state = model.optimizer_def.init(select(params, model.is_trained))
+        return TrainState(jnp.int32(0), params, opt_state)
+
+    return partitioner.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+
+
 def create_train_state(
     model: Model,
     partitioner: PjitPartitioner,
@@ -92,15 +106,9 @@ def create_train_state(
     rng: jax.Array,
 ) -> TrainState:
     """Initialises a train state in its shards: no device ever holds a sharded array whole."""
-    abstract = abstract_train_state(model, partitioner, shapes, types)
-
-    def init(rng: jax.Array) -> TrainState:
-        params = model.get_initial_variables(rng, shapes, types)["params"]
-        opt_state = model.optimizer_def.init(select(params, model.is_trained))
-        return TrainState(jnp.int32(0), params, opt_state)
-
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return partitioner.jit(init, out_shardings=shardings)(rng)
+    init = initialisation(model, partitioner, shapes, types)
+    state: TrainState = partitioner.compile("initialisation", init, rng)(rng)
+    return state
 
 
 def select(params: Any, keep: Callable[[str], bool]) -> Any:

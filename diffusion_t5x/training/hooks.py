@@ -81,6 +81,7 @@ def evaluation(
     early_stopping: EarlyStopping,
     watchdog: Watchdog,
     on_metric_error: str,
+    compile_seconds: dict[str, float],
 ) -> Callable[[Run], None]:
     """Returns a hook that evaluates, logs each result at once, and may stop training early.
 
@@ -89,7 +90,8 @@ def evaluation(
     evaluations may take any time.
 
     A metric that fails is reported. With `on_metric_error` 'stop' the error is raised once the
-    other evaluations are logged.
+    other evaluations are logged. `compile_seconds`, of the programs that evaluations compiled, are
+    logged and emptied.
     """
 
     def hook(run: Run) -> None:
@@ -102,7 +104,9 @@ def evaluation(
                 if split in known:
                     continue
                 try:
-                    log.write(run.step, split, evaluate(run.state))
+                    values = evaluate(run.state)
+                    log.compiled(run.step, compile_seconds)
+                    log.write(run.step, split, values)
                 except MetricError as error:
                     failed.append(error)
                     print(f"step {run.step}: {error}", flush=True)
@@ -149,9 +153,10 @@ def loss_evaluation(
     layout = trainer.partitioner.data_layout(cfg.batch_size)
     converter = trainer.model.FEATURE_CONVERTER_CLS
     shapes: Metrics | None = None
+    step: Callable[..., Metrics] | None = None  # compiled
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        nonlocal shapes
+        nonlocal shapes, step
         metrics: Metrics | None = None
         for rows in datasets.get_eval_batches(
             cfg, converter, layout=layout, num_batches=num_batches, seed=random_seed
@@ -160,7 +165,9 @@ def loss_evaluation(
             if metrics is None:
                 shapes = shapes or trainer.eval_metric_shapes(state, batch)
                 metrics = trainer.empty_metrics(shapes)
-            metrics = trainer.eval_step(state.params, metrics, batch)
+            args = state.params, metrics, batch
+            step = step or trainer.partitioner.compile("eval step", trainer.eval_step, *args)
+            metrics = step(*args)
         if metrics is None:
             raise no_example(cfg.split, str(cfg.mixture_or_task_name))
         return compute(metrics)

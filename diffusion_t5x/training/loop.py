@@ -193,7 +193,14 @@ def train(
 
         # Hooks: the work between steps, in this order. Saved first, a step survives an evaluation
         # that fails or is killed.
-        evaluate = hooks.evaluation(evaluations, log, early_stopping, watchdog, on_metric_error)
+        evaluate = hooks.evaluation(
+            evaluations,
+            log,
+            early_stopping,
+            watchdog,
+            on_metric_error,
+            partitioner.compile_seconds,
+        )
         save, finish = hooks.saving(checkpointer, iterator, log)
         periodic = [
             (log_period, hooks.logging(log, trainer, nonfinite)),
@@ -229,10 +236,12 @@ def _run_steps(
     """Compiles the step and runs it until the run ends; arguments and errors as in `train`."""
     # Compilation, once the first batch is there: data fail sooner than a compiler ends.
     rows = next(iterator)
-    batch = trainer.partitioner.shard_batch(rows)
+    partitioner = trainer.partitioner
+    batch = partitioner.shard_batch(rows)
     metrics = trainer.empty_metrics(trainer.metric_shapes(state, batch))
     run = hooks.Run(int(state.step), last_step, state, metrics)
-    run_step = trainer.step.lower(state, metrics, batch).compile()
+    run_step = partitioner.compile("training step", trainer.step, state, metrics, batch)
+    log.compiled(run.step, partitioner.compile_seconds)
     in_flight: collections.deque[tuple[Health, datasets.Batch]] = collections.deque()
     progress = Progress(last_step, "training", "steps", initial=run.step)
     with stop_on_signals() as stop, progress, watchdog:
@@ -264,7 +273,7 @@ def _run_steps(
             if run.ends:
                 break
             rows = next(iterator)
-            batch = trainer.partitioner.shard_batch(rows)
+            batch = partitioner.shard_batch(rows)
     if run.preempted:
         raise stop.ended(run.step)
     if run.stopped_early:

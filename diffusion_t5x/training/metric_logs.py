@@ -17,6 +17,8 @@ from diffusion_t5x.runtime.train_state import TrainState, named_leaves
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
 
+COMPILE = "compile"  # the split of lines that say how long programs took to compile
+
 
 def write_model_info(model_dir: str, abstract_state: TrainState) -> None:
     """Writes names, shapes and shardings of all parameters to `model-info.txt`."""
@@ -35,8 +37,9 @@ def write_model_info(model_dir: str, abstract_state: TrainState) -> None:
 
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`."""
-    return read_lines(epath.Path(model_dir) / "metrics.jsonl")
+    """Returns the lines of a run's `metrics.jsonl`, but for the seconds of compilation."""
+    lines = read_lines(epath.Path(model_dir) / "metrics.jsonl")
+    return [line for line in lines if line["split"] != COMPILE]
 
 
 class MetricLog:
@@ -73,6 +76,13 @@ class MetricLog:
         self.last_step, self._last_seconds = step, self._seconds
         rates = {"steps_per_second": rate, "examples_per_second": rate * self._batch_size}
         self.write(step, "train", {**metrics, "seconds": self._seconds, **rates})
+
+    def compiled(self, step: int, seconds: dict[str, float]) -> None:
+        """Writes a line of the seconds that programs took to compile, if any, and empties them."""
+        if seconds:
+            named = {f"{name.replace(' ', '_')}_seconds": s for name, s in seconds.items()}
+            self.write(step, COMPILE, named)
+        seconds.clear()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Writes a line of metrics, JSON values, and the finite numbers to TensorBoard."""

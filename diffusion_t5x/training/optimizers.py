@@ -27,16 +27,43 @@ def adafactor(
     momentum: float | None = None,
     min_dim_size_to_factor: int = 128,
 ) -> optax.GradientTransformation:
-    """Returns Adafactor (Shazeer and Stern 2018) with T5's defaults; see `optax.adafactor`."""
-    return optax.adafactor(
-        learning_rate=None,
-        decay_rate=decay_rate,
-        decay_offset=decay_offset,
-        multiply_by_parameter_scale=multiply_by_parameter_scale,
-        clipping_threshold=clipping_threshold,
-        momentum=momentum,
-        min_dim_size_to_factor=min_dim_size_to_factor,
-    )
+    """Returns Adafactor (Shazeer and Stern 2018) with T5's defaults; see `optax.adafactor`.
+
+    Each layer is clipped and scaled by itself, also where layers are stacked.
+    """
+    steps = [
+        optax.scale_by_factored_rms(
+            decay_rate=decay_rate,
+            step_offset=decay_offset,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+        ),
+    ]
+    if clipping_threshold is not None:
+        steps.append(_per_layer(optax.clip_by_block_rms(clipping_threshold)))
+    if multiply_by_parameter_scale:
+        steps.append(_per_layer(optax.scale_by_param_block_rms()))
+    if momentum is not None:
+        steps.append(optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32))
+    return optax.chain(*steps, optax.scale(-1))
+
+
+def _per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Has a transformation without state see the layers of stacked parameters one by one.
+
+    So a network learns the same whether its layers are stacked or apart, as with T5X's Adafactor.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        def of_leaf(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+            def one(update: jax.Array, param: jax.Array) -> jax.Array:
+                return transformation.update(update, state, param)[0]
+
+            stacked = jax.tree_util.DictKey("layers") in path
+            return (jax.vmap(one) if stacked else one)(update, param)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, updates, params), state
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def adamw(

@@ -14,7 +14,8 @@ from diffusion_t5x.interfaces import Model
 from diffusion_t5x.runtime import resumable
 
 FILE = "run.json"
-# Settings that may change when a run resumes: they change speed, memory or regularisation alone.
+# Settings that may change when a run resumes: they change speed, memory or regularisation alone, or
+# the layout of checkpoints, which are read in either.
 FREE = frozenset(
     {
         "dropout_rate",
@@ -22,6 +23,7 @@ FREE = frozenset(
         "remat",
         "attention_block_logits",
         "attention_kernel",
+        "scan_layers",
         "block_logits",
         "parent",
         "name",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from diffusion_t5x.runtime import partitioning
 from diffusion_t5x.runtime.partitioning import (
     PjitPartitioner,
     multi_slice_mesh,
@@ -146,6 +148,20 @@ def test_more_devices_than_heads_of_keys_share_them():
     results = _on_eight_devices("sharded_grouped")
     _check_shardings(*results)
     assert [one["shard"] for one in results] == [[264, 16], [66, 8]]
+
+
+def test_a_compiled_program_is_traced_once_and_its_seconds_are_counted(monkeypatch, capsys):
+    partitioner, traces = PjitPartitioner(), []
+    function = partitioner.jit(lambda x: traces.append(x.shape) or 2 * x)
+    monkeypatch.setattr(partitioning, "WORTH_TELLING_SECONDS", np.inf)
+    double = partitioner.compile("doubling", function, np.ones(3, np.float32))
+    assert capsys.readouterr() == ("", "")  # nobody has waited for it
+    monkeypatch.setattr(partitioning, "WORTH_TELLING_SECONDS", 0.0)
+    partitioner.compile("doubling", function, np.ones(4, np.float32))
+    assert re.fullmatch(r"compiled doubling in \d+\.\d s\n", capsys.readouterr().err)
+    np.testing.assert_array_equal(double(np.ones(3, np.float32)), 2.0)
+    assert traces == [(3,), (4,)]
+    assert partitioner.compile_seconds.keys() == {"doubling"}
 
 
 @pytest.mark.slow

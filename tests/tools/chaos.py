@@ -37,6 +37,7 @@ from etils import epath
 
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import infer, train
+from diffusion_t5x.training.metric_logs import read_metrics
 
 STEPS = 24
 MODEL = [
@@ -154,8 +155,8 @@ def _params(root: epath.Path) -> str:
 def _metrics(root: epath.Path) -> list[dict]:
     """Returns the lines of a run's metrics without times and rates."""
     clocks = {"seconds", "steps_per_second", "examples_per_second"}
-    lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+    lines = read_metrics(str(root / "run"))
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
 
 def _evaluations(root: epath.Path) -> list[dict]:

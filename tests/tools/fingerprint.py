@@ -18,6 +18,7 @@ import tempfile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from diffusion_t5x import infer, train
+from diffusion_t5x.training.metric_logs import read_metrics
 
 TINY, ENCODER_DECODER, FAST = (
     "models/tiny.gin",
@@ -56,8 +57,7 @@ def fingerprint(way: str, directory: pathlib.Path) -> dict[str, object]:
     files = [f"--gin_file={model}", f"--gin_file={objective}"]
     common = [*COMMON, *(["--gin.BLOCK_LENGTH=8"] if way == "diffusion_blocks" else [])]
     train.main([*files, *TRAINING, *common, f"--gin.MODEL_DIR={directory}/run"])
-    lines = map(json.loads, (directory / "run/metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines]
+    losses = [line["loss"] for line in read_metrics(f"{directory}/run")]
     infer.main([
         *files, "--gin_file=runs/infer.gin", *(f"--gin_file={file}" for file in decoder), *common,
         f"--gin.CHECKPOINT_PATH={directory}/run", f"--gin.INFER_OUTPUT_DIR={directory}/infer",

@@ -92,6 +92,20 @@ def test_what_was_logged_beyond_the_restored_step_is_dropped(tmp_path, events):
     assert [line["loss"] for line in read_metrics(str(tmp_path))] == [1.0, 2.0, 30.0]
 
 
+def test_seconds_of_compilation_are_a_line_of_their_own_and_logged_once(tmp_path, events):
+    seconds = {"training step": 12.5, "initialisation": 3.0}
+    with MetricLog(str(tmp_path), 0, 8) as log:
+        log.compiled(0, seconds)
+        log.compiled(4, seconds)
+        log.write(4, "train", {"loss": 1.0})
+    first, *others = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first) == {
+        "step": 0, "split": "compile", "training_step_seconds": 12.5, "initialisation_seconds": 3.0
+    }  # fmt: skip
+    # Those who read metrics get metrics.
+    assert [json.loads(line) for line in others] == read_metrics(str(tmp_path)) != []
+
+
 def test_rates_are_those_since_the_last_line_and_seconds_those_of_the_run(tmp_path, events):
     with MetricLog(str(tmp_path), 0, batch_size=8) as log:
         log.count(4.0)
