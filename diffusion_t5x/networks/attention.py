@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -133,6 +134,7 @@ class MultiHeadAttention(nn.Module):
         mask: Array,
         bias: Array | None,
         tables: Sequence[Array] | None,
+        seen: Any,
         rotation: Rotation | None,
         *,
         deterministic: bool,
@@ -147,6 +149,7 @@ class MultiHeadAttention(nn.Module):
             of shard `i * shards // batch`. None for no bias, and for `tables`.
           tables: For `attention_kernel = 'fused'` the bias by distance instead (see
             `fused_attention.attend`); None for no bias.
+          seen: For it, what `fused_attention.see` returns for the mask; None to find that out.
           rotation: Turns the queries; None for no rotary positions.
         """
         config = self.config
@@ -163,7 +166,7 @@ class MultiHeadAttention(nn.Module):
         if config.attention_kernel == "xla":
             mixed = attend(query, key_values, mask, bias)
         elif dropout is None and cap is None:
-            mixed = fused_attention.attend(attend, tables, query, key_values, mask)
+            mixed = fused_attention.attend(attend, tables, query, key_values, mask, seen)
         else:
             mixed = attend(query, key_values, mask, fused_attention.expand(tables, query))
         return self.out(mixed.reshape(*mixed.shape[:2], -1))

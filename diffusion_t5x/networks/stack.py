@@ -14,6 +14,7 @@ from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.attention import MultiHeadAttention, RelativePositionBias
 from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
+from diffusion_t5x.networks.kernels import fused_attention
 from diffusion_t5x.networks.kv_cache import KeyValues, KVCache, PerLayer
 from diffusion_t5x.networks.layers import HIDDEN_AXES, GatedMlp, Norm
 from diffusion_t5x.networks.rotary import frequencies, rotation
@@ -38,6 +39,7 @@ class Attended(flax.struct.PyTreeNode):
     # `_position_bias`); None if each layer has its own, or there is none. The stack fills them in.
     bias: Array | None = None
     tables: list[Array] | None = None
+    seen: Any = None  # what `fused_attention.see` finds in `mask`, if all layers share that
 
 
 class LayerKind(flax.struct.PyTreeNode):
@@ -103,7 +105,8 @@ class TransformerLayer(nn.Module):
         if config.relative_bias_per_layer:
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
             bias, tables = _position_bias(bias_of, attended, x.shape[0])
-        y = attention(y, key_values, mask, bias, tables, turn, deterministic=deterministic)
+        shared = bias, tables, attended.seen, turn
+        y = attention(y, key_values, mask, *shared, deterministic=deterministic)
         if config.post_norms:
             y = Norm(config, name="post_self_attention_layer_norm")(y)
         x = x + dropout(y, deterministic=deterministic)
@@ -113,7 +116,7 @@ class TransformerLayer(nn.Module):
             if encoded is None:
                 assert attended.encoded is not None
                 encoded = cross.keys_values(attended.encoded, None)
-            others = [encoded], attended.encoded_mask, None, None, None
+            others = [encoded], attended.encoded_mask, None, None, None, None
             y = cross(y, *others, deterministic=deterministic)
             x = x + dropout(y, deterministic=deterministic)
         y = Norm(config, name="pre_mlp_layer_norm")(x)
@@ -161,15 +164,20 @@ def _position_bias(
     queries, keys = attended.query_positions, attended.key_positions
     if bias_of.config.attention_kernel == "xla":
         return bias_of(queries, keys, batch_size), None
-    cached = 0 if attended.index is not None else len(keys) - len(queries)
-    tables = []
-    for start, end in ((0, cached), (cached, len(keys))):
-        if start < end:
-            # From the last query and the first key to the first query and the last key.
-            distances = jnp.arange(end - start + len(queries) - 1)
-            table = bias_of(queries[-1:], keys[start] + distances, batch_size)[:, :, 0]
-            tables.append(table.astype(jnp.float32))  # in which gradients of layers are added up
+    tables, start = [], 0
+    for count in _part_lengths(attended):
+        # From the last query and the first key to the first query and the last key.
+        distances = jnp.arange(count + len(queries) - 1)
+        table = bias_of(queries[-1:], keys[start] + distances, batch_size)[:, :, 0]
+        tables.append(table.astype(jnp.float32))  # in which gradients of layers are added up
+        start += count
     return None, tables
+
+
+def _part_lengths(attended: Attended) -> list[int]:
+    """Returns the number of cached keys, if they are apart from the call's own, and of those."""
+    queries, keys = len(attended.query_positions), len(attended.key_positions)
+    return [keys] if attended.index is not None or keys == queries else [keys - queries, queries]
 
 
 class Stack(nn.Module):
@@ -200,6 +208,11 @@ class Stack(nn.Module):
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
             bias, tables = _position_bias(bias_of, attended, x.shape[0])
             attended = attended.replace(bias=bias, tables=tables)
+        if config.attention_kernel == "fused" and config.sliding_window is None:
+            shape = (*x.shape[:2], config.num_heads, config.head_dim)
+            query = jax.ShapeDtypeStruct(shape, config.dtype)
+            found = fused_attention.see(query, attended.mask, _part_lengths(attended))
+            attended = attended.replace(seen=found)
         layer = TransformerLayer
         if config.remat != "none":
             layer = nn_partitioning.remat(

@@ -19,6 +19,7 @@ from diffusion_t5x.networks.kernels import (
     gpu_attention_gradients,
     gpu_tiles,
 )
+from diffusion_t5x.networks.kernels.gpu_tiles import Seen
 from diffusion_t5x.networks.kv_cache import KeyValues
 from diffusion_t5x.networks.sharding import device_kind, mesh_axes, shard_count
 
@@ -53,6 +54,20 @@ def platforms(query: Array, key_values: Sequence[KeyValues]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def see(query: Array, mask: Array, keys: Sequence[int]) -> Seen | None:
+    """Finds out once for several layers what a kernel has to know of their mask; None for nothing.
+
+    Args:
+      query: Anything of the shape and type of the queries.
+      mask: As of `attend`.
+      keys: Number of keys of each part.
+    """
+    kind = device_kind()
+    if kind.startswith("TPU") or query.shape[1] == 1 or not gpu_tiles.supports(query):
+        return None
+    return gpu_tiles.see(mask, query.shape[1], keys, gpu_tiles.is_wide(query))
+
+
 def expand(tables: Tables, query: Array) -> Array | None:
     """Expands tables (see `attend`) to the bias `[shards, heads, queries, keys]`."""
     if tables is None:
@@ -67,6 +82,7 @@ def attend(
     query: Array,
     key_values: Sequence[KeyValues],
     mask: Array,
+    seen: Seen | None,
 ) -> Array:
     """Runs a kernel where there is one, else `otherwise` with the bias that `tables` stand for.
 
@@ -80,6 +96,7 @@ def attend(
       query: `[batch, queries, heads, head_dim]`, the shape of the result.
       key_values: Parts of the keys and values, `[rows, part_keys, kv_heads, head_dim]`.
       mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
+      seen: What `see` returns for the mask; None to find that out.
     """
 
     def by_xla(query: Array, key_values: Any, mask: Array, tables: Any) -> Array:
@@ -89,11 +106,17 @@ def attend(
     if not supported:
         return by_xla(query, key_values, mask, tables)
 
+    if seen is None:
+        seen = see(query, mask, [part.keys.shape[1] for part in key_values])
+
     def by_xla_forward(query: Array, *others: Any) -> tuple[Array, Array]:
         batch, queries, heads, _ = query.shape
-        return by_xla(query, *others), jnp.zeros((batch, heads, queries), jnp.float32)
+        return by_xla(query, *others[:-1]), jnp.zeros((batch, heads, queries), jnp.float32)
 
-    def by_xla_backward(query: Array, key_values: Any, mask: Array, tables: Any, *kept: Any) -> Any:
+    def by_xla_backward(
+        query: Array, key_values: Any, mask: Array, tables: Any, seen: Any, *kept: Any
+    ) -> Any:
+        del seen
         _, pull = jax.vjp(lambda q, k, t: by_xla(q, k, mask, t), query, key_values, tables)
         return pull(kept[-1])
 
@@ -103,8 +126,8 @@ def attend(
         forwards["cuda"] = _on_each_device(gpu_attention.forward)
         backwards["cuda"] = _on_each_device(gpu_attention_gradients.backward)
     if "tpu" in supported:
-        forwards["tpu"] = _on_each_device(flash_attention.forward)
-        backwards["tpu"] = _on_each_device(flash_attention_gradients.backward)
+        forwards["tpu"] = _on_each_device(_unseen(flash_attention.forward))
+        backwards["tpu"] = _on_each_device(_unseen(flash_attention_gradients.backward))
 
     @jax.custom_vjp
     def attend(*arguments: Any) -> Array:
@@ -119,10 +142,10 @@ def attend(
         d_query, d_key_values, d_tables = by_platform(
             *arguments, **backwards, default=by_xla_backward
         )
-        return d_query, d_key_values, None, d_tables
+        return d_query, d_key_values, None, d_tables, None
 
     attend.defvjp(forward, backward)
-    return attend(query, list(key_values), mask, tables if tables is None else list(tables))
+    return attend(query, list(key_values), mask, tables if tables is None else list(tables), seen)
 
 
 def _on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,16 +154,20 @@ def _on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     It gets and returns tables without the axis of shards, `[heads, queries + part_keys - 1]`.
     """
 
-    def run(query: Array, key_values: Any, mask: Array, tables: Any, *kept: Array) -> Any:
+    def run(
+        query: Array, key_values: Any, mask: Array, tables: Any, seen: Any, *kept: Array
+    ) -> Any:
         own = jax.tree.map(lambda table: table[0], tables)
-        results = kernel(query, key_values, mask, own, *kept)
+        results = kernel(query, key_values, mask, own, seen, *kept)
         if not kept:
             return results
         d_query, d_key_values, d_tables = results
         return d_query, d_key_values, jax.tree.map(lambda table: table[None], d_tables)
 
-    def mapped(query: Array, key_values: Any, mask: Array, tables: Any, *kept: Array) -> Any:
-        arguments = query, key_values, mask, tables, *kept
+    def mapped(
+        query: Array, key_values: Any, mask: Array, tables: Any, seen: Any, *kept: Array
+    ) -> Any:
+        arguments = query, key_values, mask, tables, seen, *kept
         if jax.sharding.get_abstract_mesh().size <= 1:
             return run(*arguments)
         batch, heads = mesh_axes("batch"), mesh_axes("heads")
@@ -148,12 +175,23 @@ def _on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
         parts = jax.tree.map(lambda _: row, key_values)
         table_specs = jax.tree.map(lambda _: per_head, tables)
         mask_spec = PartitionSpec(batch if len(mask) > 1 else None)
-        in_specs = row, parts, mask_spec, table_specs, *((row, per_head, row) if kept else ())
+        seen_specs = jax.tree.map(lambda _: mask_spec, seen)
+        if seen is not None:
+            everywhere = [PartitionSpec() for _ in seen.diagonals]
+            seen_specs = seen_specs.replace(diagonals=everywhere)
+        in_specs = row, parts, mask_spec, table_specs, seen_specs
         return jax.shard_map(
             run,
-            in_specs=in_specs,
+            in_specs=(*in_specs, *((row, per_head, row) if kept else ())),
             out_specs=(row, parts, table_specs) if kept else (row, per_head),
             check_vma=False,
         )(*arguments)
 
     return mapped
+
+
+def _unseen(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Drops the argument that only one platform's kernels read."""
+    return lambda query, key_values, mask, tables, seen, *kept: kernel(
+        query, key_values, mask, tables, *kept
+    )

@@ -24,12 +24,12 @@ from jax.experimental.pallas import triton
 
 from diffusion_t5x.networks.kernels import gpu_tiles
 from diffusion_t5x.networks.kernels.flash_attention import ABSENT
-from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Sizes, Tables
+from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Seen, Sizes, Tables
 from diffusion_t5x.networks.kv_cache import KeyValues
 
 
 def forward(
-    query: Array, key_values: Sequence[KeyValues], mask: Array, tables: Tables
+    query: Array, key_values: Sequence[KeyValues], mask: Array, tables: Tables, seen: Seen
 ) -> tuple[Array, Array]:
     """Computes softmax attention of `query [batch, queries, heads, head_dim]`.
 
@@ -41,22 +41,23 @@ def forward(
       mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
       tables: For each part the bias by distance, `[heads, queries + part_keys - 1]` (see
         `gpu_tiles.toeplitz`). None for no bias.
+      seen: `gpu_tiles.see` of the mask.
 
     Returns:
       Values of the shape of `query`; and `[batch, heads, queries]` float32, the logarithm of the
       sum of exp(logit).
     """
     batch, queries, heads, head_dim = query.shape
-    sizes = gpu_tiles.fit(gpu_tiles.FORWARD, query, key_values)
+    longest = max(part.keys.shape[1] for part in key_values)
+    sizes = gpu_tiles.fit(gpu_tiles.FORWARD, gpu_tiles.is_wide(query), queries, longest)
     tiled = gpu_tiles.row_spec(sizes[0], head_dim)
-    seen = gpu_tiles.seen_tiles(mask, key_values, sizes, queries)
     return pl.pallas_call(
         functools.partial(_forward_kernel, sizes, queries),
         grid=(pl.cdiv(queries, sizes[0]), batch, heads),
         in_specs=[
             tiled,
             *gpu_tiles.specs(query, key_values, mask, tables),
-            gpu_tiles.bound_specs(seen),
+            gpu_tiles.bound_specs(seen.forward),
         ],
         out_specs=[tiled, gpu_tiles.head_spec(sizes[0])],
         out_shape=[
@@ -70,7 +71,7 @@ def forward(
         list(key_values),
         mask,
         gpu_tiles.in_float32(tables),
-        [gpu_tiles.bounds_of(s, 2) for s in seen],
+        seen.forward,
     )
 
 

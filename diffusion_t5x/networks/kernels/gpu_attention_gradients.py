@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 
 from diffusion_t5x.networks.kernels import gpu_tiles
 from diffusion_t5x.networks.kernels.flash_attention import MASKED
-from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Sizes, Tables
+from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Seen, Sizes, Tables
 from diffusion_t5x.networks.kv_cache import KeyValues
 
 SPLITS = 8  # Groups of texts whose gradients of the bias are added up at the same time.
@@ -32,6 +32,7 @@ def backward(
     key_values: Sequence[KeyValues],
     mask: Array,
     tables: Tables,
+    seen: Seen,
     mixed: Array,
     log_sum_exp: Array,
     d_mixed: Array,
@@ -43,8 +44,8 @@ def backward(
     batch, queries, heads, head_dim = query.shape
     delta = jnp.sum(d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
     delta = jnp.swapaxes(delta, 1, 2)  # [batch, heads, queries]
-    sizes = gpu_tiles.fit(gpu_tiles.BACKWARD, query, key_values)
-    seen = gpu_tiles.seen_tiles(mask, key_values, sizes, queries)
+    longest = max(part.keys.shape[1] for part in key_values)
+    sizes = gpu_tiles.fit(gpu_tiles.BACKWARD, gpu_tiles.is_wide(query), queries, longest)
     tables = gpu_tiles.in_float32(tables)
     tiled, per_head = gpu_tiles.row_spec(sizes[0], head_dim), gpu_tiles.head_spec(sizes[0])
     d_query = pl.pallas_call(
@@ -53,7 +54,7 @@ def backward(
         in_specs=[
             *(tiled, tiled, per_head, per_head),
             *gpu_tiles.specs(query, key_values, mask, tables),
-            gpu_tiles.bound_specs(seen),
+            gpu_tiles.bound_specs(seen.queries),
         ],
         out_specs=tiled,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -61,16 +62,18 @@ def backward(
         name="attention_backward_query",
     )(
         *(query, d_mixed, log_sum_exp, delta, list(key_values), mask, tables),
-        [gpu_tiles.bounds_of(s, 2) for s in seen],
+        seen.queries,
     )
     rows = query, d_mixed, log_sum_exp, delta
     d_key_values, d_tables, start = [], [], 0
     for number, part in enumerate(key_values):
         table = None if tables is None else tables[number]
         place = start, mask.shape[-1]
-        d_key_values.append(_key_gradients(sizes, place, rows, part, mask, table, seen[number]))
+        d_key_values.append(
+            _key_gradients(sizes, place, rows, part, mask, table, seen.keys[number])
+        )
         if table is not None:
-            d_tables.append(_table_gradient(place, rows, part, mask, table))
+            d_tables.append(_table_gradient(place, rows, part, mask, table, seen.diagonals[number]))
         start += part.keys.shape[1]
     return d_query, d_key_values, None if tables is None else d_tables
 
@@ -147,7 +150,7 @@ def _key_gradients(
     part: KeyValues,
     mask: Array,
     table: Array | None,
-    seen: Array,
+    bounds: Array,
 ) -> KeyValues:
     """Computes the gradients of a part's keys and values.
 
@@ -158,7 +161,7 @@ def _key_gradients(
       part: Keys and values.
       mask: As of `forward`.
       table: That of the part.
-      seen: `gpu_tiles.seen_tiles` of the part.
+      bounds: `Seen.keys` of the part.
     """
     query = rows[0]
     batch, queries, heads, head_dim = query.shape
@@ -186,7 +189,7 @@ def _key_gradients(
         out_shape=[shape, shape],
         compiler_params=gpu_tiles.compiler_params(query),
         name="attention_backward_keys",
-    )(*rows, part.keys, part.values, mask, table, gpu_tiles.bounds_of(seen, 1))
+    )(*rows, part.keys, part.values, mask, table, bounds)
     return KeyValues(d_keys, d_values)
 
 
@@ -259,8 +262,11 @@ def _table_gradient(
     part: KeyValues,
     mask: Array,
     table: Array,
+    bounds: Array,
 ) -> Array:
     """Computes the gradient of a part's bias by distance; arguments as of `_key_gradients`.
+
+    Its `bounds` are `Seen.diagonals`.
 
     An instance adds up the logits' gradients of square tiles on one diagonal of a head, `[size,
     size]`, over queries and over the rows of its split.
@@ -268,18 +274,11 @@ def _table_gradient(
     query = rows[0]
     batch, queries, heads, head_dim = query.shape
     num_rows, keys, kv_heads, _ = part.keys.shape
-    group, size = heads // kv_heads, min(gpu_tiles.fit(gpu_tiles.BACKWARD, query, [part]))
+    group = heads // kv_heads
+    size = min(gpu_tiles.fit(gpu_tiles.BACKWARD, gpu_tiles.is_wide(query), queries, keys))
     tiles = pl.cdiv(queries, size), pl.cdiv(keys, size)
     diagonals = sum(tiles) - 1
     splits = next(n for n in range(min(SPLITS, batch), 0, -1) if batch % n == 0)
-    seen = jnp.any(mask[..., place[0] : place[0] + keys], axis=0)[None]  # [1, queries or 1, keys]
-    if mask.shape[1] > 1:
-        seen = gpu_tiles.any_of(seen, 1, size)
-    seen = jnp.broadcast_to(gpu_tiles.any_of(seen, 2, size)[0], tiles)
-    # Tile of keys of each diagonal and tile of queries.
-    column = jnp.arange(diagonals)[:, None] - (tiles[0] - 1) + jnp.arange(tiles[0])
-    seen = seen[jnp.arange(tiles[0]), jnp.clip(column, 0, tiles[1] - 1)]
-    bounds = gpu_tiles.bounds_of(seen & (column >= 0) & (column < tiles[1]), 1)  # [diagonals, 2]
     share = batch // splits
     query_spec = pl.BlockSpec((share, queries, None, head_dim), lambda d, s, h: (s, 0, h, 0))
     per_head = pl.BlockSpec((share, None, queries), lambda d, s, h: (s, h, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -46,48 +47,84 @@ def in_float32(tables: Tables) -> list[Array] | None:
     return None if tables is None else [table.astype(jnp.float32) for table in tables]
 
 
+def is_wide(query: Array) -> bool:
+    """Returns True if heads are of more than 256 bytes."""
+    return query.shape[-1] * query.dtype.itemsize > 256
+
+
 def compiler_params(query: Array) -> triton.CompilerParams:
     """Returns what an instance is compiled with; wide heads leave no room to load ahead."""
-    wide = query.shape[-1] * query.dtype.itemsize > 256
-    return triton.CompilerParams(num_warps=WARPS, num_stages=1 if wide else STAGES)
+    return triton.CompilerParams(num_warps=WARPS, num_stages=1 if is_wide(query) else STAGES)
 
 
-def fit(sizes: Sizes, query: Array, key_values: Sequence[KeyValues]) -> Sizes:
-    """Shrinks tiles for short texts, and for heads of more than 256 bytes."""
-    wide = 2 if query.shape[-1] * query.dtype.itemsize > 256 else 1
-    lengths = query.shape[1], max(part.keys.shape[1] for part in key_values)
+def fit(sizes: Sizes, wide: bool, queries: int, keys: int) -> Sizes:
+    """Shrinks tiles for short texts, and for wide heads."""
     fitted = [
-        max(16, min(size // wide, pl.next_power_of_2(length)))
-        for size, length in zip(sizes, lengths, strict=True)
+        max(16, min(size // (2 if wide else 1), pl.next_power_of_2(length)))
+        for size, length in zip(sizes, (queries, keys), strict=True)
     ]
     return fitted[0], fitted[1]
 
 
-def seen_tiles(
-    mask: Array, key_values: Sequence[KeyValues], sizes: Sizes, queries: int
-) -> list[Array]:
-    """Finds the tiles that matter, `[batch or 1, query tiles, key tiles]` bool for each part.
+class Seen(flax.struct.PyTreeNode):
+    """Which tiles of logits matter, for each part of the keys; tiles outside bounds are skipped.
+
+    Bounds `[..., 2]` int32 are the first tile, and the one after the last.
+    """
+
+    forward: list[Array]  # of the keys' tiles, [batch or 1, query tiles, 2]
+    queries: list[Array]  # the same with the tiles of gradients
+    keys: list[Array]  # of the queries' tiles, [batch or 1, key tiles, 2]
+    diagonals: list[Array]  # of the queries' tiles on a diagonal of square tiles, [diagonals, 2]
+
+
+def see(mask: Array, queries: int, keys: Sequence[int], wide: bool) -> Seen:
+    """Finds the tiles that matter under a mask; all layers under it may share the result.
 
     A query that sees no key mixes all values alike, so that all of its tiles matter.
+
+    Args:
+      mask: `[batch or 1, queries or 1, keys]` bool.
+      queries: Number of queries.
+      keys: Number of keys of each part.
+      wide: Whether heads are of more than 256 bytes.
     """
     blind = ~jnp.any(mask, axis=-1, keepdims=True)  # [batch or 1, queries or 1, 1]
-    tiles, start = [], 0
-    for part in key_values:
-        keys = part.keys.shape[1]
-        seen = mask[..., start : start + keys] | blind
-        if mask.shape[1] > 1:
-            seen = any_of(seen, 1, sizes[0])
-        seen = any_of(seen, 2, sizes[1])
-        tiles.append(jnp.broadcast_to(seen, (len(mask), pl.cdiv(queries, sizes[0]), seen.shape[2])))
-        start += keys
-    return tiles
+    forward_sizes = fit(FORWARD, wide, queries, max(keys))
+    sizes = fit(BACKWARD, wide, queries, max(keys))
+    found, start = Seen([], [], [], []), 0
+    for count in keys:
+        part = mask[..., start : start + count]
+        start += count
+        found.forward.append(_bounds(_tiles(part | blind, forward_sizes, queries), 2))
+        tiles = _tiles(part | blind, sizes, queries)
+        found.queries.append(_bounds(tiles, 2))
+        found.keys.append(_bounds(tiles, 1))
+        size = min(fit(BACKWARD, wide, queries, count))
+        [square] = _tiles(jnp.any(part, axis=0, keepdims=True), (size, size), queries)
+        found.diagonals.append(_diagonal_bounds(square))
+    return found
 
 
-def any_of(x: Array, axis: int, size: int) -> Array:
-    """Reduces groups of `size` neighbours along an axis of a bool array.
+def _tiles(seen: Array, sizes: Sizes, queries: int) -> Array:
+    """Reduces `seen [batch or 1, queries or 1, keys]` to tiles, `[.., query tiles, key tiles]`."""
+    if seen.shape[1] > 1:
+        seen = _any_of(seen, 1, sizes[0])
+    seen = _any_of(seen, 2, sizes[1])
+    return jnp.broadcast_to(seen, (len(seen), pl.cdiv(queries, sizes[0]), seen.shape[2]))
 
-    Nothing is padded, since XLA moves out of a loop over layers only what does not grow.
-    """
+
+def _diagonal_bounds(seen: Array) -> Array:
+    """Computes the bounds of each diagonal of `[query tiles, key tiles]`."""
+    rows, columns = seen.shape
+    # Tile of keys of each diagonal and tile of queries.
+    column = jnp.arange(rows + columns - 1)[:, None] - (rows - 1) + jnp.arange(rows)
+    inside = (column >= 0) & (column < columns)
+    return _bounds(inside & seen[jnp.arange(rows), jnp.clip(column, 0, columns - 1)], 1)
+
+
+def _any_of(x: Array, axis: int, size: int) -> Array:
+    """Reduces groups of `size` neighbours along an axis; the last group may be shorter."""
     count = x.shape[axis] // size
     whole, rest = jnp.split(x, [count * size], axis)
     parts = [whole.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]).any(axis + 1)]
@@ -96,7 +133,7 @@ def any_of(x: Array, axis: int, size: int) -> Array:
     return jnp.concatenate(parts, axis)
 
 
-def bounds_of(seen: Array, axis: int) -> Array:
+def _bounds(seen: Array, axis: int) -> Array:
     """Computes the first tile seen along an axis, and the one after the last: `[..., 2]`."""
     count = seen.shape[axis]
     first = jnp.argmax(seen, axis)
@@ -115,10 +152,10 @@ def head_spec(size: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))
 
 
-def bound_specs(seen: Sequence[Array]) -> list[pl.BlockSpec]:
+def bound_specs(bounds: Sequence[Array]) -> list[pl.BlockSpec]:
     """Describes the two bounds of a tile of queries, for each part."""
-    own = len(seen[0]) > 1
-    return [pl.BlockSpec((None, None, 2), lambda i, b, h: (b if own else 0, i, 0)) for _ in seen]
+    own = len(bounds[0]) > 1
+    return [pl.BlockSpec((None, None, 2), lambda i, b, h: (b if own else 0, i, 0)) for _ in bounds]
 
 
 def specs(

@@ -112,7 +112,7 @@ def test_it_compiles_for_tpus_and_moves_no_row_to_another_chip():
         by_xla = functools.partial(attention._attend_in_chunks, 1, 8, None)
         shards = jax.sharding.get_abstract_mesh().shape["data"]
         tables = [jnp.broadcast_to(table, (shards, *table.shape)) for table in tables]
-        return fused_attention.attend(by_xla, tables, query, [part], mask)
+        return fused_attention.attend(by_xla, tables, query, [part], mask, None)
 
     batch = shape((8, 300, 12, 64), jnp.bfloat16), shape((8, 300, 700), bool)
     program = run, (KeyValues(keys, keys), [shape((12, 999), jnp.float32)], batch)

@@ -29,7 +29,9 @@ CASES = {
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def _forward_and_backward(query, key_values, mask, tables, cotangent):
-    arguments = query, key_values, mask, tables
+    keys = [part.keys.shape[1] for part in key_values]
+    seen = gpu_tiles.see(mask, query.shape[1], keys, gpu_tiles.is_wide(query))
+    arguments = query, key_values, mask, tables, seen
     mixed, log_sum_exp = gpu_attention.forward(*arguments)
     return mixed, gpu_attention_gradients.backward(*arguments, mixed, log_sum_exp, cotangent)
 
@@ -91,7 +93,7 @@ def test_it_compiles_for_h100s_and_moves_no_row_to_another(dtype, head_dim):
 
     def attend(table, query, part, mask):
         by_xla = functools.partial(attention._attend_in_chunks, 1, 8, None)
-        return fused_attention.attend(by_xla, [table], query, [part], mask)
+        return fused_attention.attend(by_xla, [table], query, [part], mask, None)
 
     def run(table, query, part, mask):
         mixed, pull = jax.vjp(functools.partial(attend, mask=mask), table, query, part)
