@@ -12,14 +12,15 @@ the temporary memory, and for each outermost loop its turns (null where they dep
 kernels, library calls and copies of a turn, which in decoding is a token or a step.
 
 peaks: the rates of a product of 8,192 x 8,192 matrices in bfloat16, and of a copy.
-decoding: one text and eight, after prefixes of 32 tokens: AR (greedy), ten steps of one canvas and
-  of eight, the settings of decoders/fast.gin, and blocks of 128; and how many times as fast as AR.
+decoding: one text of 512 tokens, and eight, after prefixes of 32: AR (greedy), ten steps of one
+  canvas and of eight, the settings of decoders/fast.gin, and blocks of 128; and how many times as
+  fast as AR. `long` is the same with 4,096 tokens.
 training: loss and gradient of 64 texts of 512 tokens, AR and diffusion, by XLA's attention and by
   the fused kernel. Model FLOPs are the products of the network and the vocabulary, in both passes
   of diffusion, forwards once and backwards twice; their share is of the rate of `peaks`.
-vocabulary: the loss and gradient of AR at a vocabulary of 262,144 tokens, a quarter of the texts.
 numerics: against float32 on the CPU of the machine (`JAX_PLATFORMS=cuda,cpu`): the largest
   difference of logits, and the shares of greedy tokens and of samples at equal keys that are equal.
+vocabulary: the loss and gradient of AR at a vocabulary of 262,144 tokens, a quarter of the texts.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from jax.sharding import NamedSharding
 from benchmarks import accelerator_programs as programs
 from benchmarks.accelerator_programs import SIZES, Program
 from benchmarks.compiler import compiled_program
+from diffusion_t5x.training import topologies
 
-SECTIONS = ("peaks", "decoding", "training", "vocabulary", "numerics")
+SECTIONS = ("peaks", "decoding", "training", "numerics", "vocabulary", "long")
 ROUNDS = 5
 PRODUCT, COPY = 8192, 2**30  # width of matrices, and bytes
 FLOAT = jnp.bfloat16
@@ -51,6 +53,7 @@ FLOAT = jnp.bfloat16
 class Bench:
     """Compiles programs for a device, and runs them if it is here."""
 
+    device: jax.Device
     sharding: NamedSharding
     is_here: bool
     deadline: float  # of `time.monotonic`, after which nothing more is begun
@@ -71,7 +74,8 @@ class Bench:
         )
         started = time.monotonic()
         try:
-            compiled = jax.jit(program.function).lower(*arguments).compile()
+            options = topologies.compiler_options(self.device)
+            compiled = jax.jit(program.function).lower(*arguments).compile(options)
         except Exception as error:
             self.line(what=program.what, error=str(error).partition("\n")[0][:300])
             return None
@@ -129,10 +133,10 @@ def measure_peaks(bench: Bench, width: int, size: int) -> None:
         bench.line(what="copy", tera_bytes_per_second=repeats * 2 * size / seconds / 1e12)
 
 
-def measure_decoding(bench: Bench, sizes: list[str]) -> None:
-    """Texts by each method, the shortest and smallest first."""
-    cases = [(size, *case) for case in programs.DECODING_CASES for size in sizes]
-    for size, length, batch_size in cases:
+def measure_decoding(bench: Bench, sizes: list[str], length: int) -> None:
+    """Texts by each method, the smallest first."""
+    cases = [(size, batch_size) for batch_size in programs.BATCHES for size in sizes]
+    for size, batch_size in cases:
         baseline = None
         for program in programs.decoding(size, length, batch_size):
             seconds = bench.measure(program)
@@ -197,21 +201,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit_seconds", type=float, default=float("inf"))
     options = parser.parse_args(arguments)
     if options.compile_for:
-        from diffusion_t5x.training import topologies
-
         device = topologies.devices(options.compile_for).flat[0]
     else:
         device = jax.devices()[0]
     deadline = time.monotonic() + options.limit_seconds
     small = options.sizes == ["tiny"]
     with programs.for_device(device) as sharding:
-        bench = Bench(sharding, is_here=not options.compile_for, deadline=deadline)
+        bench = Bench(device, sharding, is_here=not options.compile_for, deadline=deadline)
         bench.line(device=device.device_kind, jax=jax.__version__, compiled_only=not bench.is_here)
         for section in options.sections:
             if section == "peaks":
                 measure_peaks(bench, *((512, 2**20) if small else (PRODUCT, COPY)))
-            elif section == "decoding":
-                measure_decoding(bench, options.sizes)
+            elif section in programs.LENGTHS:
+                measure_decoding(bench, options.sizes, programs.LENGTHS[section])
             elif section == "training":
                 measure_training(bench, options.sizes)
             elif section == "vocabulary":

@@ -50,8 +50,8 @@ SIZES = {
     "base": Size(768, 12, 12, 2048),
     "large": Size(1024, 24, 16, 2816),
 }
-# Tokens of a text, and texts.
-DECODING_CASES = ((512, 1), (512, 8), (4096, 1), (4096, 8))
+LENGTHS = {"decoding": 512, "long": 4096}  # Tokens of a text.
+BATCHES = (1, 8)
 
 
 @dataclasses.dataclass(frozen=True)

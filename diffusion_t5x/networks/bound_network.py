@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat_rows
-from diffusion_t5x.networks.layers import prepare_kernels
+from diffusion_t5x.networks.layers import multiplies_in_bfloat16, prepare_kernels
 from diffusion_t5x.objectives.attention_patterns import Opening
 
 Array = jax.Array
@@ -162,6 +162,9 @@ def bind(
         deterministic=deterministic,
         rngs=dropout_rngs(rng, deterministic),
     )
+    output_weights = module.apply(variables, prefixes.shape[0], method=module.output_weights)
+    if many_passes and multiplies_in_bfloat16(module.config):
+        output_weights = output_weights.astype(jnp.bfloat16)
     return BoundNetwork(
         module=module,
         variables=variables,
@@ -169,7 +172,7 @@ def bind(
         shift=shift,
         opening=opening,
         context=context,
-        output_weights=module.apply(variables, prefixes.shape[0], method=module.output_weights),
+        output_weights=output_weights,
         segment_ids=batch.get("decoder_segment_ids"),
         forbidden=forbidden,
         deterministic=deterministic,

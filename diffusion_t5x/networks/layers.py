@@ -101,6 +101,14 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
+def multiplies_in_bfloat16(config: TransformerConfig) -> bool:
+    """Returns whether the product with the vocabulary rounds what it multiplies to bfloat16.
+
+    So do TPUs with all products of float32. NVIDIA GPUs are told to where activations are bfloat16.
+    """
+    return config.dtype == jnp.bfloat16 and device_kind().startswith("NVIDIA")
+
+
 def prepare_kernels(params: Any, dtype: DTypeLike) -> Any:
     """Returns parameters whose kernels are ready for many passes without a gradient.
 
@@ -244,6 +252,15 @@ class TokenEmbedding(nn.Module):
             flat = flat / jnp.sqrt(config.embed_dim)
         elif scale is not None and scale != 1.0:
             flat = flat * scale
-        logits = jnp.einsum("pne,pve->pnv" if tied else "pne,pev->pnv", flat, weights)
+        precision = None
+        if multiplies_in_bfloat16(config) and weights.dtype == jnp.float32:
+            precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+        logits = jnp.einsum(
+            "pne,pve->pnv" if tied else "pne,pev->pnv",
+            flat.astype(weights.dtype),
+            weights,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
         logits = softcap(logits, config.logits_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)

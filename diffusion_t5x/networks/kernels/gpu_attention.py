@@ -49,7 +49,7 @@ def forward(
     """
     batch, queries, heads, head_dim = query.shape
     longest = max(part.keys.shape[1] for part in key_values)
-    sizes = gpu_tiles.fit(gpu_tiles.FORWARD, gpu_tiles.is_wide(query), queries, longest)
+    sizes = gpu_tiles.fit(gpu_tiles.is_wide(query), queries, longest)
     tiled = gpu_tiles.row_spec(sizes[0], head_dim)
     return pl.pallas_call(
         functools.partial(_forward_kernel, sizes, queries),
@@ -57,7 +57,7 @@ def forward(
         in_specs=[
             tiled,
             *gpu_tiles.specs(query, key_values, mask, tables),
-            gpu_tiles.bound_specs(seen.forward),
+            gpu_tiles.bound_specs(seen.of_queries),
         ],
         out_specs=[tiled, gpu_tiles.head_spec(sizes[0])],
         out_shape=[
@@ -71,7 +71,7 @@ def forward(
         list(key_values),
         mask,
         gpu_tiles.in_float32(tables),
-        seen.forward,
+        seen.of_queries,
     )
 
 

@@ -45,7 +45,7 @@ def backward(
     delta = jnp.sum(d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
     delta = jnp.swapaxes(delta, 1, 2)  # [batch, heads, queries]
     longest = max(part.keys.shape[1] for part in key_values)
-    sizes = gpu_tiles.fit(gpu_tiles.BACKWARD, gpu_tiles.is_wide(query), queries, longest)
+    sizes = gpu_tiles.fit(gpu_tiles.is_wide(query), queries, longest)
     tables = gpu_tiles.in_float32(tables)
     tiled, per_head = gpu_tiles.row_spec(sizes[0], head_dim), gpu_tiles.head_spec(sizes[0])
     d_query = pl.pallas_call(
@@ -54,7 +54,7 @@ def backward(
         in_specs=[
             *(tiled, tiled, per_head, per_head),
             *gpu_tiles.specs(query, key_values, mask, tables),
-            gpu_tiles.bound_specs(seen.queries),
+            gpu_tiles.bound_specs(seen.of_queries),
         ],
         out_specs=tiled,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -62,7 +62,7 @@ def backward(
         name="attention_backward_query",
     )(
         *(query, d_mixed, log_sum_exp, delta, list(key_values), mask, tables),
-        seen.queries,
+        seen.of_queries,
     )
     rows = query, d_mixed, log_sum_exp, delta
     d_key_values, d_tables, start = [], [], 0
@@ -70,10 +70,12 @@ def backward(
         table = None if tables is None else tables[number]
         place = start, mask.shape[-1]
         d_key_values.append(
-            _key_gradients(sizes, place, rows, part, mask, table, seen.keys[number])
+            _key_gradients(sizes, place, rows, part, mask, table, seen.of_keys[number])
         )
         if table is not None:
-            d_tables.append(_table_gradient(place, rows, part, mask, table, seen.diagonals[number]))
+            d_tables.append(
+                _table_gradient(place, rows, part, mask, table, seen.of_diagonals[number])
+            )
         start += part.keys.shape[1]
     return d_query, d_key_values, None if tables is None else d_tables
 
@@ -161,7 +163,7 @@ def _key_gradients(
       part: Keys and values.
       mask: As of `forward`.
       table: That of the part.
-      bounds: `Seen.keys` of the part.
+      bounds: `Seen.of_keys` of the part.
     """
     query = rows[0]
     batch, queries, heads, head_dim = query.shape
@@ -266,7 +268,7 @@ def _table_gradient(
 ) -> Array:
     """Computes the gradient of a part's bias by distance; arguments as of `_key_gradients`.
 
-    Its `bounds` are `Seen.diagonals`.
+    Its `bounds` are `Seen.of_diagonals`.
 
     An instance adds up the logits' gradients of square tiles on one diagonal of a head, `[size,
     size]`, over queries and over the rows of its split.
@@ -275,7 +277,7 @@ def _table_gradient(
     batch, queries, heads, head_dim = query.shape
     num_rows, keys, kv_heads, _ = part.keys.shape
     group = heads // kv_heads
-    size = min(gpu_tiles.fit(gpu_tiles.BACKWARD, gpu_tiles.is_wide(query), queries, keys))
+    size = min(gpu_tiles.fit(gpu_tiles.is_wide(query), queries, keys))
     tiles = pl.cdiv(queries, size), pl.cdiv(keys, size)
     diagonals = sum(tiles) - 1
     splits = next(n for n in range(min(SPLITS, batch), 0, -1) if batch % n == 0)

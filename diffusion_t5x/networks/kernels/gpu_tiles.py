@@ -19,7 +19,7 @@ Ref: TypeAlias = Any  # An array in main memory, inside the kernel.
 Tables: TypeAlias = Sequence[Array] | None
 Sizes: TypeAlias = tuple[int, int]  # of a tile: queries, keys
 
-FORWARD, BACKWARD = (128, 64), (64, 64)
+TILE = (64, 64)
 WARPS, STAGES = 4, 2  # of an instance, and of the loads ahead of its products
 
 
@@ -57,11 +57,11 @@ def compiler_params(query: Array) -> triton.CompilerParams:
     return triton.CompilerParams(num_warps=WARPS, num_stages=1 if is_wide(query) else STAGES)
 
 
-def fit(sizes: Sizes, wide: bool, queries: int, keys: int) -> Sizes:
+def fit(wide: bool, queries: int, keys: int) -> Sizes:
     """Shrinks tiles for short texts, and for wide heads."""
     fitted = [
         max(16, min(size // (2 if wide else 1), pl.next_power_of_2(length)))
-        for size, length in zip(sizes, (queries, keys), strict=True)
+        for size, length in zip(TILE, (queries, keys), strict=True)
     ]
     return fitted[0], fitted[1]
 
@@ -72,10 +72,9 @@ class Seen(flax.struct.PyTreeNode):
     Bounds `[..., 2]` int32 are the first tile, and the one after the last.
     """
 
-    forward: list[Array]  # of the keys' tiles, [batch or 1, query tiles, 2]
-    queries: list[Array]  # the same with the tiles of gradients
-    keys: list[Array]  # of the queries' tiles, [batch or 1, key tiles, 2]
-    diagonals: list[Array]  # of the queries' tiles on a diagonal of square tiles, [diagonals, 2]
+    of_queries: list[Array]  # of the keys' tiles, [batch or 1, query tiles, 2]
+    of_keys: list[Array]  # of the queries' tiles, [batch or 1, key tiles, 2]
+    of_diagonals: list[Array]  # of the queries' tiles on a diagonal of square tiles, [diagonals, 2]
 
 
 def see(mask: Array, queries: int, keys: Sequence[int], wide: bool) -> Seen:
@@ -90,19 +89,17 @@ def see(mask: Array, queries: int, keys: Sequence[int], wide: bool) -> Seen:
       wide: Whether heads are of more than 256 bytes.
     """
     blind = ~jnp.any(mask, axis=-1, keepdims=True)  # [batch or 1, queries or 1, 1]
-    forward_sizes = fit(FORWARD, wide, queries, max(keys))
-    sizes = fit(BACKWARD, wide, queries, max(keys))
-    found, start = Seen([], [], [], []), 0
+    sizes = fit(wide, queries, max(keys))
+    found, start = Seen([], [], []), 0
     for count in keys:
         part = mask[..., start : start + count]
         start += count
-        found.forward.append(_bounds(_tiles(part | blind, forward_sizes, queries), 2))
         tiles = _tiles(part | blind, sizes, queries)
-        found.queries.append(_bounds(tiles, 2))
-        found.keys.append(_bounds(tiles, 1))
-        size = min(fit(BACKWARD, wide, queries, count))
+        found.of_queries.append(_bounds(tiles, 2))
+        found.of_keys.append(_bounds(tiles, 1))
+        size = min(fit(wide, queries, count))
         [square] = _tiles(jnp.any(part, axis=0, keepdims=True), (size, size), queries)
-        found.diagonals.append(_diagonal_bounds(square))
+        found.of_diagonals.append(_diagonal_bounds(square))
     return found
 
 

@@ -35,8 +35,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(flash_attention, "KEYS", 24)
     monkeypatch.setattr(flash_attention_gradients, "QUERIES", 128)
     monkeypatch.setattr(flash_attention_gradients, "KEYS", 16)
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu_tiles, name, (16, 16))
+    monkeypatch.setattr(gpu_tiles, "TILE", (16, 16))
 
     def choose(*args, default, **of_platform):
         return of_platform.get(calls[0], default)(*args)

@@ -47,8 +47,7 @@ def _forward_and_backward(query, key_values, mask, tables, cotangent):
 def test_results_and_gradients_are_those_of_float64(monkeypatch, case, causal):
     call = functools.partial(gpu_attention.pl.pallas_call, interpret=True)
     monkeypatch.setattr(gpu_attention.pl, "pallas_call", call)
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu_tiles, name, (16, 16))
+    monkeypatch.setattr(gpu_tiles, "TILE", (16, 16))
     query, key_values, mask, tables, bias = make_arguments(case)
     if causal and mask.shape[1] > 1:
         mask = mask & (np.arange(mask.shape[2]) <= np.arange(case.queries)[:, None])
