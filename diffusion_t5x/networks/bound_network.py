@@ -162,9 +162,9 @@ def bind(
         deterministic=deterministic,
         rngs=dropout_rngs(rng, deterministic),
     )
-    output_weights = module.apply(variables, prefixes.shape[0], method=module.output_weights)
+    weights: Any = module.apply(variables, prefixes.shape[0], method=module.output_weights)
     if many_passes and multiplies_in_bfloat16(module.config):
-        output_weights = output_weights.astype(jnp.bfloat16)
+        weights = weights.astype(jnp.bfloat16)
     return BoundNetwork(
         module=module,
         variables=variables,
@@ -172,7 +172,7 @@ def bind(
         shift=shift,
         opening=opening,
         context=context,
-        output_weights=output_weights,
+        output_weights=weights,
         segment_ids=batch.get("decoder_segment_ids"),
         forbidden=forbidden,
         deterministic=deterministic,

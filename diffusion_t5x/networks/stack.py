@@ -129,7 +129,7 @@ class TransformerLayer(nn.Module):
 
 
 def _write(
-    new: KeyValues, cached: KeyValues | None, index: Array | None, number: Array
+    new: KeyValues, cached: KeyValues | None, index: Array | None, number: Array | np.ndarray
 ) -> tuple[list[KeyValues], KeyValues]:
     """Returns the keys and values to attend to, and those to keep (see `Attended`).
 

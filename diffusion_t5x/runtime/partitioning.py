@@ -244,7 +244,13 @@ class PjitPartitioner:
 
         return JittedFunction(jax.jit(in_context, **kwargs), self.mesh)
 
-    def compile(self, name: str, function: JittedFunction, *args: Any) -> jax.stages.Compiled:
+    def compile(
+        self,
+        name: str,
+        function: JittedFunction,
+        *args: Any,
+        options: Mapping[str, Any] | None = None,
+    ) -> jax.stages.Compiled:
         """Traces and compiles a function, and counts the seconds in `compile_seconds`.
 
         They are printed if somebody has waited for them, from `WORTH_TELLING_SECONDS` on, and to
@@ -253,9 +259,10 @@ class PjitPartitioner:
         Args:
           name: What the program is, for people, such as 'training step'.
           *args: Arguments to compile for, or their `jax.ShapeDtypeStruct`s.
+          options: Options of the compiler.
         """
         started = time.monotonic()
-        compiled = function.lower(*args).compile()
+        compiled = function.lower(*args).compile(dict(options) if options else None)
         seconds = time.monotonic() - started
         self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + seconds
         if seconds >= WORTH_TELLING_SECONDS and jax.process_index() == 0:

@@ -158,8 +158,12 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         trainer.metric_shapes(state, batch),
     )
     try:
-        lowered = trainer.step.lower(state, metrics, batch)
-        compiled = lowered.compile(compiler_options=topologies.compiler_options(device))
+        compiled = trainer.partitioner.compile(
+            "training step",
+            trainer.step,
+            *(state, metrics, batch),
+            options=topologies.compiler_options(device),
+        )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -54,7 +54,7 @@ def platforms(query: Array, key_values: Sequence[KeyValues]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def see(query: Array, mask: Array, keys: Sequence[int]) -> Seen | None:
+def see(query: Any, mask: Array, keys: Sequence[int]) -> Seen | None:
     """Finds out once for several layers what a kernel has to know of their mask; None for nothing.
 
     Args:
