@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         bench.line(device=device.device_kind, jax=jax.__version__, compiled_only=not bench.is_here)
         for section in options.sections:
             if section == "peaks":
-                measure_peaks(bench, *((512, 2**20) if small else (PRODUCT, COPY)))
+                measure_peaks(bench, *((128, 2**20) if small else (PRODUCT, COPY)))
             elif section in programs.LENGTHS:
                 measure_decoding(bench, options.sizes, programs.LENGTHS[section])
             elif section == "training":

@@ -24,7 +24,8 @@ from diffusion_t5x.runtime import terminal
 from diffusion_t5x.runtime.files import write_atomically
 
 DOCUMENT = pathlib.Path(__file__).with_name("README.md")
-# Arguments of each benchmark, in the order in which they run.
+# Arguments of each benchmark, in the order in which they run. Those that need a compiler of TPUs or
+# NVIDIA cards, or a card, are not among them; their tables are written by hand.
 BENCHMARKS: Mapping[str, Sequence[str]] = {
     "memory": (),
     "train_step": (),
@@ -39,8 +40,6 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
         "--settings",
         *("objective", "stop_unchanged", "halve", "fast"),
     ),
-    # The parts that compile need libtpu and half an hour; their tables are written by hand.
-    "tpu": ("--parts=arithmetic", "--sizes=base,large,xl", "--lengths=512,4096"),
 }
 
 

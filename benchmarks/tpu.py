@@ -1,8 +1,7 @@
-"""Training and decoding on TPUs by the TPU compiler's account, and on an H100 by arithmetic.
+"""Training and decoding on TPUs by the TPU compiler's account.
 
 python -m benchmarks.tpu                                  # Base; about half an hour on two cores
 python -m benchmarks.tpu --parts=decoding --sizes=base,large,xl
-python -m benchmarks.tpu --parts=arithmetic --sizes=base,large,xl
 
 No TPU is needed: libtpu compiles for one (`pip install 'diffusion_t5x[tpu]'`). Nothing is run, so
 nothing is measured: memory is what the compiler allocates, seconds are its estimate (see
@@ -18,13 +17,6 @@ decoding: on one v5p chip, weights in bfloat16: one AR token with a cache of `to
   lines between those that were); diffusion in 10 steps.
   A block's speed-up is 128 AR tokens over 10 steps and the one that caches it, where the text has
   `tokens` tokens.
-arithmetic: the same programs on an H100 by its published peaks, 989 TFLOP/s (bfloat16, dense) and
-  3.35 TB/s: the longer of operations / peak and bytes / bandwidth. With `b` rows of `n` new
-  positions, `c` positions to attend to, logits read of all `n`, and a network of `L` layers of
-  width `E`, with `A` = heads x head size, hidden size `M` and vocabulary `V`:
-    weights = L (4 E A + 3 E M) + V E
-    operations = 2 b n weights + 4 L b n c A
-    bytes = 2 weights + 4 L b c A + 8 b n V    (weights; keys and values; logits out and in again)
 """
 
 from __future__ import annotations
@@ -87,7 +79,6 @@ DECODING = {"attention_kernel": "fused", "block_logits": 2**23}
 BATCHES = (1, 8, 64)
 LENGTHS = (512, 1024, 2048, 4096)
 BLOCK, STEPS = 128, 10
-H100 = (989e12, 3.35e12)
 
 
 def _line(**fields: object) -> None:
@@ -240,50 +231,6 @@ def _measure_t5x(size: str, length: int, chip: np.ndarray, token: float, step: f
         )
 
 
-def arithmetic_seconds(
-    shape: Shape, batch_size: int, new: int, attended: int, peaks: tuple[float, float]
-) -> float:
-    """The formula of this module's docstring.
-
-    Args:
-      shape: of the network.
-      batch_size: rows.
-      new: positions of a row that are computed.
-      attended: positions that each of them attends to.
-      peaks: operations and bytes per second.
-    """
-    width = shape.num_heads * shape.head_dim
-    layer = 4 * shape.embed_dim * width + 3 * shape.embed_dim * shape.mlp_dim
-    weights = shape.num_layers * layer + shape.vocab_size * shape.embed_dim
-    products = 4 * shape.num_layers * batch_size * attended * width
-    operations = 2 * batch_size * new * weights + products * new
-    moved = 2 * weights + products + 8 * batch_size * new * shape.vocab_size
-    return max(operations / peaks[0], moved / peaks[1])
-
-
-def print_arithmetic(sizes: list[str], batches: list[int], lengths: list[int]) -> None:
-    """What `measure_decoding` prints, for an H100."""
-    for size in sizes:
-        for batch_size in batches:
-            tokens: dict[int, float] = {}
-            for length in lengths:
-                token, whole, block = (
-                    arithmetic_seconds(SIZES[size], batch_size, new, length, H100)
-                    for new in (1, length, BLOCK)
-                )
-                tokens[length] = token
-                _line(
-                    what=f"decoding, {size}, one H100, by arithmetic",
-                    batch=batch_size,
-                    tokens=length,
-                    ar_token_seconds=token,
-                    denoising_step_seconds=whole,
-                    block_step_seconds=block,
-                    speed_up=ar_seconds(length, tokens) / (STEPS * whole),
-                    block_speed_up=BLOCK * token / ((STEPS + 1) * block),
-                )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prints what is asked for, one JSON line per figure."""
     parser = argparse.ArgumentParser(
@@ -302,14 +249,12 @@ def main(arguments: list[str] | None = None) -> None:
 
         return parse
 
-    parts = ("training", "decoding", "arithmetic")
+    parts = ("training", "decoding")
     parser.add_argument("--parts", type=names(parts), default=list(parts))
     parser.add_argument("--sizes", type=names(SIZES), default=["base"])
     parser.add_argument("--batches", type=names(BATCHES), default=list(BATCHES))
     parser.add_argument("--lengths", type=names(LENGTHS), default=list(LENGTHS))
     options = parser.parse_args(arguments)
-    if "arithmetic" in options.parts:
-        print_arithmetic(options.sizes, options.batches, options.lengths)
     if "decoding" in options.parts:
         measure_decoding(options.sizes, options.batches, options.lengths)
     if "training" in options.parts:

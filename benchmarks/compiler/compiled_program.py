@@ -181,7 +181,7 @@ def main_memory_bytes(compiled: Any, *, unknown_trips: int | None = None) -> int
 def launches(compiled: Any) -> list[tuple[int | None, int]]:
     """Counts what each outermost loop of a program launches on a GPU in one turn.
 
-    These are fusions, library calls and copies; loops inside count in full.
+    These are fusions, library calls and copies; loops inside count in full, without conditions.
 
     Args:
       compiled: A `jax.stages.Compiled`, or its optimised HLO as text.

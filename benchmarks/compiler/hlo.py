@@ -151,7 +151,10 @@ class Program:
         yield from self._walk(self._scope(self._entry), 1)
 
     def outer_loops(self) -> Iterator[tuple[int | None, Iterator[tuple[Instruction, int]]]]:
-        """Yields each loop of the entry: its trips, None if unknown; and what a trip executes."""
+        """Yields each loop of the entry: its trips, None if unknown; and what a trip executes.
+
+        Conditions of loops inside are left out: GPUs evaluate none where the trips are known.
+        """
         scope = self._scope(self._entry)
         for loop in scope.computation.instructions.values():
             if loop.opcode == "while":
@@ -160,7 +163,10 @@ class Program:
                     trips = self._trips(scope, loop, state)
                 except UnknownTripCountError:
                     trips = None
-                yield trips, self._walk(self._scope(loop.called("body"), (state,)), 1)
+                yield (
+                    trips,
+                    self._walk(self._scope(loop.called("body"), (state,)), 1, conditions=False),
+                )
 
     def siblings(self, instruction: Instruction) -> dict[str, Instruction]:
         """Returns the instructions of the same computation, by name."""
@@ -183,23 +189,26 @@ class Program:
             yield inner
             yield from self.inside(inner)
 
-    def _walk(self, scope: _Scope, times: int) -> Iterator[tuple[Instruction, int]]:
+    def _walk(
+        self, scope: _Scope, times: int, *, conditions: bool = True
+    ) -> Iterator[tuple[Instruction, int]]:
         for instruction in scope.computation.instructions.values():
             yield instruction, times
             if instruction.opcode == "while":
                 state = self._loop_state(scope, instruction)
                 trips = self._trips(scope, instruction, state)
-                condition = self._scope(instruction.called("condition"), (state,))
-                yield from self._walk(condition, times * (trips + 1))
+                if conditions:
+                    condition = self._scope(instruction.called("condition"), (state,))
+                    yield from self._walk(condition, times * (trips + 1))
                 body = self._scope(instruction.called("body"), (state,))
-                yield from self._walk(body, times * trips)
+                yield from self._walk(body, times * trips, conditions=conditions)
             elif instruction.opcode == "call":
                 values = tuple(self._value(scope, operand) for operand in instruction.operands)
                 called = self._scope(instruction.called("to_apply"), values)
-                yield from self._walk(called, times)
+                yield from self._walk(called, times, conditions=conditions)
             elif instruction.opcode == "conditional":
                 for branch in _branches(instruction):
-                    yield from self._walk(self._scope(branch), times)
+                    yield from self._walk(self._scope(branch), times, conditions=conditions)
 
     def _scope(self, name: str, arguments: tuple[Any, ...] = ()) -> _Scope:
         return _Scope(self._computations[name], arguments)

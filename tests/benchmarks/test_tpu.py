@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -29,42 +28,11 @@ def test_an_unknown_size_is_an_error_that_lists_them(capsys):
     assert "'huge' is unknown; expected some of base, large, xl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("peaks", "expected"),
-    [
-        # Weights: 3 layers of 4 x 8 x 8 + 3 x 8 x 16 = 640, and 50 x 8, in all 2,320.
-        # Operations: 2 x 2 rows x 5 positions x 2,320 + 4 x 3 x 2 x 5 x 7 keys x 8 = 53,120.
-        ((1.0, 1e30), 53_120.0),
-        # Bytes: 2 x 2,320 + 4 x 3 x 2 x 7 x 8 of keys and values + 8 x 2 x 5 x 50 of logits.
-        ((1e30, 1.0), 4_640.0 + 1_344.0 + 4_000.0),
-    ],
-)
-def test_arithmetic_is_the_longer_of_operations_and_bytes(peaks, expected):
-    assert tpu.arithmetic_seconds(TINY, 2, 5, 7, peaks) == expected
-
-
 def test_a_growing_cache_costs_each_length_the_tokens_it_holds():
     seconds = {512: 1.0, 1024: 2.0, 4096: 8.0}
     assert tpu.ar_seconds(512, seconds) == 512  # with 128 and 256 at the cost of 512
     # A cache of 2,048 lies a third of the way from 1,024 to 4,096.
     assert tpu.ar_seconds(4096, seconds) == 512 * 1 + 512 * 2 + 1024 * 4 + 2048 * 8
-
-
-def test_arithmetic_is_printed_for_each_batch_and_length(capsys):
-    tpu.main(["--parts=arithmetic", "--batches=1,64", "--lengths=512,4096"])
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["batch"], line["tokens"]) for line in lines] == [
-        (1, 512),
-        (1, 4096),
-        (64, 512),
-        (64, 4096),
-    ]
-    first = lines[0]
-    ratio = 512 * first["ar_token_seconds"] / (10 * first["denoising_step_seconds"])
-    assert first["speed_up"] == pytest.approx(ratio)
-    block = tpu.arithmetic_seconds(tpu.SIZES["base"], 64, tpu.BLOCK, 4096, tpu.H100)
-    assert lines[3]["block_step_seconds"] == block
-    assert all("arithmetic" in line["what"] for line in lines)
 
 
 def test_programs_have_the_shapes_that_they_are_named_for():

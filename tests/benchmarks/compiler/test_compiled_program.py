@@ -281,6 +281,21 @@ def test_seconds_are_the_longer_of_products_and_memory_of_every_iteration(monkey
     assert compiled_program.main_memory_bytes(LOOP_TEXT) == 6 * moved + counter
 
 
+# Constants, tuples and the loop itself launch nothing; the condition and the entry are no turn.
+def test_launches_of_a_turn_are_its_operations_and_those_of_loops_inside_in_full():
+    assert compiled_program.launches(LOOP_TEXT) == [(5, 2)]  # the counter and the product
+    # A turn of the outer loop: its counter, and four turns of a counter and an all-reduce.
+    assert compiled_program.launches(TPU_TEXT) == [(3, 1 + 4 * 2)]
+
+
+def test_launches_of_a_loop_that_data_end_are_those_of_any_turn():
+    until = LOOP_TEXT.replace("constant(5)", "negate(%i.1)")
+    assert compiled_program.launches(until) == [(None, 2)]
+    inside = TPU_TEXT.replace("direction=GT", "direction=EQ")
+    with pytest.raises(compiled_program.UnknownTripCountError, match=r"%while\.4 "):
+        compiled_program.launches(inside)
+
+
 def test_memory_adds_up_and_cpus_have_no_estimate_of_time():
     x = jnp.zeros((64, 128), jnp.float32)
     size = 64 * 128 * 4
