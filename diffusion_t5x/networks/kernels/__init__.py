@@ -1,5 +1,5 @@
 """Experimental kernels, off by default.
 
-They have run as Pallas interprets them, and compile ahead of time for TPUs and NVIDIA GPUs; on
-either they have never run.
+All have run as Pallas interprets them and compile ahead of time. Those for NVIDIA GPUs have also
+run on an H100, those for TPUs never on a TPU.
 """

@@ -1,6 +1,6 @@
 """Attention by the kernel of the platform, where there is one, with gradients.
 
-Experimental: the kernels compile ahead of time, and have run as Pallas interprets them.
+Experimental: see `kernels/__init__.py` for what they have run on.
 """
 
 from __future__ import annotations
