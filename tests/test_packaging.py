@@ -1,7 +1,9 @@
 """What is installed is what a checkout holds: every module and every gin file."""
 
+import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -159,3 +161,16 @@ def test_the_version_is_one_that_setup_reads():
     parts = diffusion_t5x.__version__.split(".")
     assert len(parts) >= 2
     assert all(part[0].isdigit() for part in parts)
+
+
+def test_the_extras_that_pages_and_errors_name_exist_by_that_spelling():
+    # Older versions of pip take an extra with an underscore for an unknown one, and only warn.
+    root = pathlib.Path(diffusion_t5x.__file__).parents[1]
+    provided = set(importlib.metadata.metadata("diffusion_t5x").get_all("Provides-Extra"))
+    named = set()
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "diffusion_t5x/**/*.py"):
+        for path in root.glob(pattern):
+            found = re.findall(r"(?:diffusion_t5x|'\.)\[([\w,-]+)\]", path.read_text("utf-8"))
+            named |= {name for names in found for name in names.split(",")}
+    assert {"cuda", "cuda-compiler", "human-eval", "tpu"} <= named <= provided
+    assert not any("_" in name for name in provided)

@@ -169,7 +169,7 @@ def _require_cuda_compiler(topology: str) -> None:
     if problems:
         raise RuntimeError(
             f"topology {topology!r} needs the CUDA compiler: {'; '.join(problems)}. pip install "
-            f"'diffusion_t5x[cuda_compiler]' jax-cuda13-plugin=={wanted}. No card is needed."
+            f"'diffusion_t5x[cuda-compiler]' jax-cuda13-plugin=={wanted}. No card is needed."
         )
 
 

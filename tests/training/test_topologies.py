@@ -67,7 +67,7 @@ def _missing(package):
 def test_without_jaxs_own_cuda_compiler_the_error_says_what_to_install(monkeypatch, version, says):
     monkeypatch.setattr(topologies.metadata, "version", version)
     with pytest.raises(
-        RuntimeError, match=rf"{says}.*pip install 'diffusion_t5x\[cuda_compiler\]'"
+        RuntimeError, match=rf"{says}.*pip install 'diffusion_t5x\[cuda-compiler\]'"
     ):
         topologies.devices("h100:2x8")
 
