@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -28,9 +28,13 @@ def softcap(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-# For functions that are cheap to compute: for the gradient, scanned layers keep what they take, in
-# the activations' type, and not what they compute from it in float32.
-_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+def _recomputed(function: Callable[..., Array], config: TransformerConfig) -> Callable[..., Array]:
+    """Returns a function that is cheap to compute, for layers that are scanned to compute it again.
+
+    For the gradient they keep what it takes, in the activations' type, and not what it computes
+    from that in float32. What single layers keep is the compiler's choice.
+    """
+    return jax.checkpoint(function, prevent_cse=False) if config.scan_layers else function
 
 
 class Norm(nn.Module):
@@ -49,7 +53,7 @@ class Norm(nn.Module):
         begin = nn.initializers.zeros if kind == "rms_plus_one" else nn.initializers.ones
         scale = nn_partitioning.param_with_axes("scale", begin, shape, jnp.float32, axes=axes)
         bias = _bias(self.axis, shape[0]) if kind == "layer" else None
-        return _recompute(self._normalize)(x, scale, bias)
+        return _recomputed(self._normalize, self.config)(x, scale, bias)
 
     @nn.nowrap
     def _normalize(self, x: Array, scale: Array, bias: Array | None) -> Array:
@@ -159,7 +163,7 @@ class GatedMlp(nn.Module):
             dense = Dense(config, config.mlp_dim, ("embed", "mlp"), use_bias=config.mlp_bias,
                           name=f"wi_{index}")  # fmt: skip
             inputs.append(dense(x))
-        product = _recompute(self._activated_product)(inputs)
+        product = _recomputed(self._activated_product, config)(inputs)
         product = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(product, deterministic)
         product = nn_partitioning.with_sharding_constraint(product, ("batch", "length", "mlp"))
         out = Dense(config, config.embed_dim, ("mlp", "embed"), use_bias=config.mlp_bias, name="wo")
