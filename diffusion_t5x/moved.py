@@ -41,6 +41,7 @@ MODULES = {
     "early_stopping": "training.early_stopping",
     "exit_codes": "runtime.guards",
     "experiment_graph": "experiments.experiment_graph",
+    "hlo": "training.hlo",
     "inference": "evaluation.inference",
     "interop.arrays": "interop.stored_arrays",
     "launch_local": "commands.launch_local",
@@ -73,7 +74,6 @@ MODULES = {
 REPLACED = {
     "decoding.active_set": "diffusion_t5x.decoding.stopping",
     "compiled_program": "benchmarks.compiler.compiled_program",
-    "hlo": "benchmarks.compiler.hlo",
     "hlo_costs": "benchmarks.compiler.hlo_costs",
     "decoding_speed": "benchmarks.figure3",
     "speed": "benchmarks.figure3",

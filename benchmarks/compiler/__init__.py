@@ -1,5 +1,5 @@
-"""Reads XLA's optimised HLO: collectives, memory traffic and time, with loops counted in full.
+"""Reads XLA's optimised HLO: memory traffic, launches and time, with loops counted in full.
 
-Instruments of `benchmarks.tpu`, `benchmarks.collectives` and `benchmarks.dry_runs`; the library
-itself asks XLA for `memory_analysis()` alone.
+Instruments of `benchmarks.tpu`, `benchmarks.collectives`, `benchmarks.dry_runs` and
+`benchmarks.accelerator`, on the library's `training.hlo` and `training.collectives`.
 """

@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 
-from benchmarks.compiler import hlo, hlo_costs
-from benchmarks.compiler.hlo import UnknownTripCountError
+from benchmarks.compiler import hlo_costs
+from diffusion_t5x.training import collectives as hlo_collectives
+from diffusion_t5x.training import hlo
+from diffusion_t5x.training.collectives import Collective
+from diffusion_t5x.training.hlo import UnknownTripCountError
 
 __all__ = [
     "Collective",
@@ -24,7 +27,6 @@ __all__ = [
     "memory",
 ]
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions for which a GPU launches nothing.
 NOT_LAUNCHED = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
@@ -39,25 +41,6 @@ TPU_RATES = {
     "TPU v5 lite": (197e12, 0.74e12),  # v5e
     "TPU v6 lite": (918e12, 1.64e12),  # v6e
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective of an executable, from the view of one device.
-
-    Attributes:
-      kind: One of `KINDS`.
-      bytes: Bytes of the arrays that one execution leaves on a device: the gathered array of an
-        all-gather, the shard of a reduce-scatter. Not the traffic of links, which depends on the
-        algorithm.
-      shapes: Shapes of those arrays, such as 'f32[128,64]'.
-      times: Number of executions in one call.
-    """
-
-    kind: str
-    bytes: int
-    shapes: tuple[str, ...]
-    times: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,41 +65,22 @@ class Memory:
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
+def _text(compiled: Any) -> str:
+    return compiled if isinstance(compiled, str) else compiled.as_text()
+
+
 def _program(compiled: Any, unknown_trips: int | None) -> hlo.Program:
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
-    return hlo.Program(text, unknown_trips)
-
-
-def _outputs(instruction: hlo.Instruction) -> str:
-    """Returns the shape of a collective's result; an asynchronous start carries operands too."""
-    starts = ("all-gather-start", "collective-permute-start", "reduce-scatter-start")
-    if instruction.opcode in starts:
-        return hlo.top_level(instruction.shape)[1]
-    return instruction.shape
+    return hlo.Program(_text(compiled), unknown_trips)
 
 
 def collectives(compiled: Any, *, unknown_trips: int | None = None) -> tuple[Collective, ...]:
-    """Lists the collectives of an executable in order, asynchronous ones where they start.
-
-    Counts every branch of a conditional.
+    """Lists the collectives of an executable: see `training.collectives.collectives`.
 
     Args:
       compiled: A `jax.stages.Compiled`, or its optimised HLO as text.
       unknown_trips: Number of iterations to assume for loops whose trip count depends on data.
-
-    Raises:
-      UnknownTripCountError: If there is such a loop and `unknown_trips` is None.
     """
-    program = _program(compiled, unknown_trips)
-    found = []
-    for outer, times in program.executions():
-        for instruction in (outer, *program.inside(outer)):
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
-                arrays = hlo.arrays(_outputs(instruction))
-                shapes = tuple(shape for shape, _ in arrays)
-                found.append(Collective(kind, sum(size for _, size in arrays), shapes, times))
-    return tuple(found)
+    return hlo_collectives.collectives(_text(compiled), unknown_trips=unknown_trips)
 
 
 def memory(compiled: Any) -> Memory:
@@ -157,7 +121,7 @@ def estimated_seconds(compiled: Any, *, unknown_trips: int | None = None) -> flo
     seconds = 0.0
     program = _program(compiled, unknown_trips)
     for instruction, times in program.executions():
-        if instruction.opcode.removesuffix("-start") not in KINDS:
+        if instruction.opcode.removesuffix("-start") not in hlo_collectives.KINDS:
             flops = hlo_costs.flops(program, instruction) / flops_rate
             moved = hlo_costs.memory_bytes(program, instruction) / bytes_rate
             seconds += times * max(flops, moved)

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from benchmarks.compiler.hlo import Instruction, Program, arrays, top_level
+from diffusion_t5x.training.hlo import Instruction, Program, arrays, top_level
 
 # Instructions that move no data, or are counted at their start.
 _FREE = {

@@ -6,12 +6,14 @@ import json
 from benchmarks import dry_runs
 from diffusion_t5x import gin_utils
 from diffusion_t5x.training import dry_run
+from diffusion_t5x.training.collectives import Sent
 
 GIB = dry_run.GIB
 REPORT = dry_run.Report(
     device="TPU v5", mesh={"data": 128, "model": 1}, parameter_count=281_562_240,
     parameters=3 * GIB, optimizer=GIB, batch=0, temporaries=8 * GIB, total=12 * GIB,
     limit=95 * GIB, refusal=None, compiled=object(),
+    collectives=Sent({"all-reduce": 2 * GIB, "all-gather": 5 * GIB}),
 )  # fmt: skip
 
 
@@ -52,9 +54,6 @@ def test_what_is_in_the_file_is_not_compiled_again_and_the_table_has_all(
 
     monkeypatch.setattr(dry_runs.train, "main", compile_for)
     reads = dry_runs.compiled_program
-    reduced = reads.Collective("all-reduce", GIB, ("f32[268435456]",), times=2)
-    gathered = reads.Collective("all-gather", GIB, ("f32[268435456]",), times=5)
-    monkeypatch.setattr(reads, "collectives", lambda *args, **kwargs: (reduced, gathered))
     monkeypatch.setattr(reads, "estimated_seconds", lambda *args, **kwargs: 0.0321)
     argv = [f"--output={tmp_path}/runs.jsonl"]
     dry_runs.main([*argv, "--at_most=2"])

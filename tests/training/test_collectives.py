@@ -68,7 +68,7 @@ def test_an_annotated_trip_count_is_taken():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("direction=LT", "direction=NE"),
+        ("direction=LT", "direction=EQ"),
         ("%zero = s32[] constant(0)", "%zero = s32[] negate(%two)"),
         ("tuple(%next, %y.2, %k.2)", "tuple(%next, %y.2, %i.2)"),
         ("add(%copied, %k.2)", "add(%k.2, %k.2)"),

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compiler import hlo, hlo_costs
+from benchmarks.compiler import hlo_costs
+from diffusion_t5x.training import hlo
 
 # As TPU programs have them: products of batches are convolutions over windows.
 TEXT = """HloModule jit_f

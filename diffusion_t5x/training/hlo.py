@@ -37,6 +37,7 @@ class Instruction:
     parent: str  # the name of its computation
 
     def called(self, attribute: str) -> str:
+        """Returns the name of the computation that an attribute, such as 'body', gives."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         assert found, (self.name, attribute)
         return found.group(1)
@@ -237,8 +238,13 @@ class Program:
             index = test.left.index
             begin = start[index] if isinstance(start, list) else None
             after = end[index] if isinstance(end, list) else None
-            stepped = isinstance(after, _Element) and after.index == index and after.added
-            if stepped and isinstance(begin, int) and isinstance(test.right, int):
+            if (
+                isinstance(after, _Element)
+                and after.index == index
+                and after.added
+                and isinstance(begin, int)
+                and isinstance(test.right, int)
+            ):
                 first = begin + test.left.added
                 trips = _count(first, after.added, test.direction, test.right)
         if trips is None:
@@ -264,7 +270,7 @@ class Program:
         return scope.values[name]
 
     def _evaluate(self, scope: _Scope, found: Instruction) -> Any:
-        value = None
+        value: Any = None
         if found.opcode == "constant":
             value = int(found.text) if re.fullmatch(r"-?\d+", found.text) else None
         elif found.opcode == "parameter":
