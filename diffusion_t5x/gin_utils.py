@@ -125,8 +125,8 @@ def _register_our_names(binding: str) -> None:
     parameter = re.fullmatch(r"(?:[\w.-]+/)*(\w+(?:\.\w+)+)\.\w+", name)
     references = [] if value[0] in "'\"" else re.findall(r"@(?:\w+/)*(\w+(?:\.\w+)+)", value)
     for selector in [*([parameter[1]] if parameter else []), *references]:
-        if gin.config._REGISTRY.matching_selectors(selector):
-            continue
+        if selector in moved.GIN_NAMES or gin.config._REGISTRY.matching_selectors(selector):
+            continue  # An old name is refused by its new one.
         head = selector.partition(".")[0]
         files = [*_PACKAGE.rglob(f"{head}.py"), *_PACKAGE.rglob(f"{head}/__init__.py")]
         for file in sorted(files, key=lambda file: len(file.parts))[:1]:
