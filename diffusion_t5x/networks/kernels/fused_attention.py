@@ -176,9 +176,6 @@ def _on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
         table_specs = jax.tree.map(lambda _: per_head, tables)
         mask_spec = PartitionSpec(batch if len(mask) > 1 else None)
         seen_specs = jax.tree.map(lambda _: mask_spec, seen)
-        if seen is not None:
-            everywhere = [PartitionSpec() for _ in seen.of_diagonals]
-            seen_specs = seen_specs.replace(of_diagonals=everywhere)
         in_specs = row, parts, mask_spec, table_specs, seen_specs
         return jax.shard_map(
             run,

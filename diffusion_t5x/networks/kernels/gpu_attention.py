@@ -31,21 +31,10 @@ from diffusion_t5x.networks.kv_cache import KeyValues
 def forward(
     query: Array, key_values: Sequence[KeyValues], mask: Array, tables: Tables, seen: Seen
 ) -> tuple[Array, Array]:
-    """Computes softmax attention of `query [batch, queries, heads, head_dim]`.
+    """Computes softmax attention: arguments and results as of `flash_attention.forward`.
 
-    Args:
-      query: The queries.
-      key_values: Parts of the keys and values, in the order of `keys` below. A part has
-        `[rows, part_keys, kv_heads, head_dim]`; row `i` serves rows `i * n ... i * n + n - 1` of
-        `query`, where `n = batch / rows`.
-      mask: `[batch or 1, queries or 1, keys]` bool; keys that are False are not seen.
-      tables: For each part the bias by distance, `[heads, queries + part_keys - 1]` (see
-        `gpu_tiles.toeplitz`). None for no bias.
-      seen: `gpu_tiles.see` of the mask.
-
-    Returns:
-      Values of the shape of `query`; and `[batch, heads, queries]` float32, the logarithm of the
-      sum of exp(logit).
+    Heads of keys may be fewer, `[rows, part_keys, kv_heads, head_dim]`. `seen` is `gpu_tiles.see`
+    of the mask.
     """
     batch, queries, heads, head_dim = query.shape
     longest = max(part.keys.shape[1] for part in key_values)
@@ -95,32 +84,22 @@ def _forward_kernel(
         jnp.full(sizes[0], ABSENT, jnp.float32),
         jnp.zeros(sizes[0], jnp.float32),
     )
-    before = 0
-    for number, (part, bound) in enumerate(zip(parts, bounds, strict=True)):
-        num_keys = part.keys.shape[0]
-        counts = num_queries, num_keys, before, mask_ref.shape[0]
-        table_of = None if tables is None else lambda index, n=number: tables[n].at[index]
 
-        def step(j: Array, carry: Any, part: Any = part, counts: Any = counts,
-                 table_of: Any = table_of) -> Any:  # fmt: skip
-            mixed, before_top, total = carry
-            start = j * sizes[1]
-            keys = gpu_tiles.load_rows(part.keys, start, sizes[1], counts[1])
-            logits, _ = gpu_tiles.logits_of(
-                query, keys, lambda i: mask_ref.at[i], table_of, (first, start), counts
-            )
-            top = jnp.maximum(before_top, jnp.max(logits, axis=1))
-            weights = jnp.exp(logits - top[:, None])
-            scale = jnp.exp(before_top - top)
-            total = total * scale + jnp.sum(weights, axis=1)
-            values = gpu_tiles.load_rows(part.values, start, sizes[1], counts[1])
-            mixed = mixed * scale[:, None] + gpu_tiles.dot(
-                weights.astype(values.dtype), values, (1, 0)
-            )
-            return mixed, top, total
+    def read(carry: Any, keys: Array, load_values: Any, tile: tuple[Array, Array]) -> Any:
+        del keys
+        (mixed, before, total), (logits, _) = carry, tile
+        top = jnp.maximum(before, jnp.max(logits, axis=1))
+        weights = jnp.exp(logits - top[:, None])
+        scale = jnp.exp(before - top)
+        total = total * scale + jnp.sum(weights, axis=1)
+        values = load_values()
+        mixed = mixed * scale[:, None] + gpu_tiles.dot(weights.astype(values.dtype), values, (1, 0))
+        return mixed, top, total
 
-        carry = jax.lax.fori_loop(bound[0], bound[1], step, carry)
-        before += num_keys
+    place = first, num_queries
+    carry = gpu_tiles.fold_keys(
+        read, carry, query, place, sizes[1], parts, mask_ref, tables, bounds
+    )
     mixed, top, total = carry
     result = (mixed / total[:, None]).astype(mixed_ref.dtype)
     triton.store(mixed_ref, result, mask=inside[:, None])

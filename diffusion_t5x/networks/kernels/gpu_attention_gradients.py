@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 
 from diffusion_t5x.networks.kernels import gpu_tiles
 from diffusion_t5x.networks.kernels.flash_attention import MASKED
-from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Seen, Sizes, Tables
+from diffusion_t5x.networks.kernels.gpu_tiles import Array, Ref, Rows, Seen, Sizes, Tables
 from diffusion_t5x.networks.kv_cache import KeyValues
 
 SPLITS = 8  # Groups of texts whose gradients of the bias are added up at the same time.
@@ -47,12 +47,13 @@ def backward(
     longest = max(part.keys.shape[1] for part in key_values)
     sizes = gpu_tiles.fit(gpu_tiles.is_wide(query), queries, longest)
     tables = gpu_tiles.in_float32(tables)
+    rows = Rows(query, d_mixed, log_sum_exp, delta)
     tiled, per_head = gpu_tiles.row_spec(sizes[0], head_dim), gpu_tiles.head_spec(sizes[0])
     d_query = pl.pallas_call(
         functools.partial(_query_kernel, sizes, queries),
         grid=(pl.cdiv(queries, sizes[0]), batch, heads),
         in_specs=[
-            *(tiled, tiled, per_head, per_head),
+            Rows(tiled, tiled, per_head, per_head),
             *gpu_tiles.specs(query, key_values, mask, tables),
             gpu_tiles.bound_specs(seen.of_queries),
         ],
@@ -61,10 +62,9 @@ def backward(
         compiler_params=gpu_tiles.compiler_params(query),
         name="attention_backward_query",
     )(
-        *(query, d_mixed, log_sum_exp, delta, list(key_values), mask, tables),
+        *(rows, list(key_values), mask, tables),
         seen.of_queries,
     )
-    rows = query, d_mixed, log_sum_exp, delta
     d_key_values, d_tables, start = [], [], 0
     for number, part in enumerate(key_values):
         table = None if tables is None else tables[number]
@@ -103,10 +103,7 @@ def _d_logits(
 def _query_kernel(
     sizes: Sizes,
     num_queries: int,
-    query_ref: Ref,
-    d_mixed_ref: Ref,
-    log_sum_exp_ref: Ref,
-    delta_ref: Ref,
+    rows: Rows,
     parts: Sequence[Any],
     mask_ref: Ref,
     tables: Any,
@@ -117,39 +114,29 @@ def _query_kernel(
     first = pl.program_id(0) * sizes[0]
     inside = first + jnp.arange(sizes[0]) < num_queries
     query, d_mixed = (
-        triton.load(ref, mask=inside[:, None], other=0) for ref in (query_ref, d_mixed_ref)
+        triton.load(ref, mask=inside[:, None], other=0) for ref in (rows.query, rows.d_mixed)
     )
     log_sum_exp, delta = (
-        triton.load(ref, mask=inside, other=0) for ref in (log_sum_exp_ref, delta_ref)
+        triton.load(ref, mask=inside, other=0) for ref in (rows.log_sum_exp, rows.delta)
     )
-    all_keys, before = mask_ref.shape[1], 0
-    d_query = jnp.zeros(query.shape, jnp.float32)
-    for number, (part, bound) in enumerate(zip(parts, bounds, strict=True)):
-        num_keys = part.keys.shape[0]
-        counts = num_queries, num_keys, before, mask_ref.shape[0]
-        table_of = None if tables is None else lambda index, n=number: tables[n].at[index]
+    all_keys = mask_ref.shape[1]
 
-        def step(j: Array, d_query: Array, part: Any = part, counts: Any = counts,
-                 table_of: Any = table_of) -> Array:  # fmt: skip
-            start = j * sizes[1]
-            keys = gpu_tiles.load_rows(part.keys, start, sizes[1], counts[1])
-            values = gpu_tiles.load_rows(part.values, start, sizes[1], counts[1])
-            tile = gpu_tiles.logits_of(
-                query, keys, lambda i: mask_ref.at[i], table_of, (first, start), counts
-            )
-            _, d_logits = _d_logits(tile, values, d_mixed, log_sum_exp, delta, all_keys)
-            return d_query + gpu_tiles.dot(d_logits.astype(keys.dtype), keys, (1, 0))
+    def read(d_query: Array, keys: Array, load_values: Any, tile: tuple[Array, Array]) -> Array:
+        _, d_logits = _d_logits(tile, load_values(), d_mixed, log_sum_exp, delta, all_keys)
+        return d_query + gpu_tiles.dot(d_logits.astype(keys.dtype), keys, (1, 0))
 
-        d_query = jax.lax.fori_loop(bound[0], bound[1], step, d_query)
-        before += num_keys
+    d_query = gpu_tiles.fold_keys(
+        read, jnp.zeros(query.shape, jnp.float32), query, (first, num_queries), sizes[1],
+        parts, mask_ref, tables, bounds,
+    )  # fmt: skip
     triton.store(d_query_ref, d_query.astype(d_query_ref.dtype), mask=inside[:, None])
 
 
 def _key_gradients(
     sizes: Sizes,
     place: tuple[int, int],
-    rows: tuple[Array, Array, Array, Array],
-    part: KeyValues,
+    rows: Rows,
+    part: Any,
     mask: Array,
     table: Array | None,
     bounds: Array,
@@ -159,13 +146,13 @@ def _key_gradients(
     Args:
       sizes: Those of tiles.
       place: Number of keys before the part, and of all keys.
-      rows: Queries, gradient of `mixed`, log-sum-exp and delta.
+      rows: Those of all queries.
       part: Keys and values.
       mask: As of `forward`.
       table: That of the part.
       bounds: `Seen.of_keys` of the part.
     """
-    query = rows[0]
+    query = rows.query
     batch, queries, heads, head_dim = query.shape
     num_rows, keys, kv_heads, _ = part.keys.shape
     per_row, group = batch // num_rows, heads // kv_heads
@@ -182,7 +169,8 @@ def _key_gradients(
         functools.partial(_key_kernel, sizes, place, keys),
         grid=(pl.cdiv(keys, sizes[1]), num_rows, kv_heads),
         in_specs=[
-            *(query_spec, query_spec, per_head, per_head, key_spec, key_spec),
+            Rows(query_spec, query_spec, per_head, per_head),
+            KeyValues(key_spec, key_spec),  # type: ignore[arg-type]
             pl.BlockSpec((own, *mask.shape[1:]), lambda j, r, h: (pick(r), 0, 0)),
             table_spec,
             pl.BlockSpec((own, None, 2), lambda j, r, h: (pick(r), j, 0)),
@@ -191,7 +179,7 @@ def _key_gradients(
         out_shape=[shape, shape],
         compiler_params=gpu_tiles.compiler_params(query),
         name="attention_backward_keys",
-    )(*rows, part.keys, part.values, mask, table, bounds)
+    )(rows, part, mask, table, bounds)
     return KeyValues(d_keys, d_values)
 
 
@@ -199,12 +187,8 @@ def _key_kernel(
     sizes: Sizes,
     place: tuple[int, int],
     num_keys: int,
-    query_ref: Ref,
-    d_mixed_ref: Ref,
-    log_sum_exp_ref: Ref,
-    delta_ref: Ref,
-    key_ref: Ref,
-    value_ref: Ref,
+    rows: Rows,
+    part: Any,
     mask_ref: Ref,
     table_ref: Ref | None,
     bound_ref: Ref,
@@ -212,10 +196,12 @@ def _key_kernel(
     d_value_ref: Ref,
 ) -> None:
     """Computes the gradients of one tile of keys and values, summed over all that attend to it."""
-    per_row, num_queries, group, _ = query_ref.shape
+    per_row, num_queries, group, _ = rows.query.shape
     start = pl.program_id(0) * sizes[1]
     inside = start + jnp.arange(sizes[1]) < num_keys
-    keys, values = (triton.load(ref, mask=inside[:, None], other=0) for ref in (key_ref, value_ref))
+    keys, values = (
+        triton.load(ref, mask=inside[:, None], other=0) for ref in (part.keys, part.values)
+    )
     counts = num_queries, num_keys, place[0], mask_ref.shape[1]
 
     def of_head(number: Any, carry: Any) -> Any:
@@ -230,11 +216,11 @@ def _key_kernel(
             present = first + jnp.arange(sizes[0]) < num_queries
             query, d_mixed = (
                 triton.load(ref.at[row, here, head], mask=present[:, None], other=0)
-                for ref in (query_ref, d_mixed_ref)
+                for ref in (rows.query, rows.d_mixed)
             )
             log_sum_exp, delta = (
                 gpu_tiles.load_row(ref, first, sizes[0], num_queries, row, head)
-                for ref in (log_sum_exp_ref, delta_ref)
+                for ref in (rows.log_sum_exp, rows.delta)
             )
             mask_of = lambda index: mask_ref.at[(mask_row, *index)]  # noqa: E731
             tile = gpu_tiles.logits_of(query, keys, mask_of, table_of, (first, start), counts)
@@ -260,8 +246,8 @@ def _key_kernel(
 
 def _table_gradient(
     place: tuple[int, int],
-    rows: tuple[Array, Array, Array, Array],
-    part: KeyValues,
+    rows: Rows,
+    part: Any,
     mask: Array,
     table: Array,
     bounds: Array,
@@ -273,7 +259,7 @@ def _table_gradient(
     An instance adds up the logits' gradients of square tiles on one diagonal of a head, `[size,
     size]`, over queries and over the rows of its split.
     """
-    query = rows[0]
+    query = rows.query
     batch, queries, heads, head_dim = query.shape
     num_rows, keys, kv_heads, _ = part.keys.shape
     group = heads // kv_heads
@@ -289,7 +275,8 @@ def _table_gradient(
         functools.partial(_table_kernel, size, place, batch // num_rows),
         grid=(diagonals, splits, heads),
         in_specs=[
-            *(query_spec, query_spec, per_head, per_head, key_spec, key_spec),
+            Rows(query_spec, query_spec, per_head, per_head),
+            KeyValues(key_spec, key_spec),  # type: ignore[arg-type]
             pl.BlockSpec(mask.shape, lambda d, s, h: (0, 0, 0)),
             pl.BlockSpec((None, table.shape[1]), lambda d, s, h: (h, 0)),
             pl.BlockSpec((None, 2), lambda d, s, h: (d, 0)),
@@ -298,7 +285,7 @@ def _table_gradient(
         out_shape=jax.ShapeDtypeStruct((splits, heads, diagonals, size, size), jnp.float32),
         compiler_params=gpu_tiles.compiler_params(query),
         name="attention_backward_bias",
-    )(*rows, part.keys, part.values, mask, table, bounds)
+    )(rows, part, mask, table, gpu_tiles.union(bounds))
     sums = sums.sum(0)
 
     def expanded(table: Array) -> Array:  # [heads, diagonals, size, size]
@@ -313,20 +300,16 @@ def _table_kernel(
     size: int,
     place: tuple[int, int],
     per_row: int,
-    query_ref: Ref,
-    d_mixed_ref: Ref,
-    log_sum_exp_ref: Ref,
-    delta_ref: Ref,
-    key_ref: Ref,
-    value_ref: Ref,
+    rows: Rows,
+    part: Any,
     mask_ref: Ref,
     table_ref: Ref,
     bound_ref: Ref,
     sum_ref: Ref,
 ) -> None:
     """Adds up the gradients of logits in the tiles of one diagonal."""
-    share, num_queries, _ = query_ref.shape
-    num_keys = key_ref.shape[1]
+    share, num_queries, _ = rows.query.shape
+    num_keys = part.keys.shape[1]
     offset = pl.program_id(0) - (pl.cdiv(num_queries, size) - 1)
     counts = num_queries, num_keys, place[0], mask_ref.shape[1]
     low, high = bound_ref[0], bound_ref[1]
@@ -339,15 +322,15 @@ def _table_kernel(
         first, start = tile * size, (tile + offset) * size
         query, d_mixed = (
             gpu_tiles.load_rows(ref, first, size, num_queries, row)
-            for ref in (query_ref, d_mixed_ref)
+            for ref in (rows.query, rows.d_mixed)
         )
         keys, values = (
             gpu_tiles.load_rows(ref, start, size, num_keys, jax.lax.div(batch_row, per_row))
-            for ref in (key_ref, value_ref)
+            for ref in (part.keys, part.values)
         )
         log_sum_exp, delta = (
             gpu_tiles.load_row(ref, first, size, num_queries, row)
-            for ref in (log_sum_exp_ref, delta_ref)
+            for ref in (rows.log_sum_exp, rows.delta)
         )
         mask_row = batch_row if mask_ref.shape[0] > 1 else gpu_tiles.zero()
         mask_of = lambda index: mask_ref.at[(mask_row, *index)]  # noqa: E731

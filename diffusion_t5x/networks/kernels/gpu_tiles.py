@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
@@ -21,6 +22,15 @@ Sizes: TypeAlias = tuple[int, int]  # of a tile: queries, keys
 
 TILE = (64, 64)
 WARPS, STAGES = 4, 2  # of an instance, and of the loads ahead of its products
+
+
+class Rows(NamedTuple):
+    """What the gradients of keys, values and biases read of queries; also refs and their specs."""
+
+    query: Any
+    d_mixed: Any  # the gradient of the result
+    log_sum_exp: Any
+    delta: Any  # sums of the result times its gradient, [batch, heads, queries]
 
 
 def supports(query: Array) -> bool:
@@ -74,7 +84,8 @@ class Seen(flax.struct.PyTreeNode):
 
     of_queries: list[Array]  # of the keys' tiles, [batch or 1, query tiles, 2]
     of_keys: list[Array]  # of the queries' tiles, [batch or 1, key tiles, 2]
-    of_diagonals: list[Array]  # of the queries' tiles on a diagonal of square tiles, [diagonals, 2]
+    # Of the queries' tiles on a diagonal of square tiles, [batch or 1, diagonals, 2].
+    of_diagonals: list[Array]
 
 
 def see(mask: Array, queries: int, keys: Sequence[int], wide: bool) -> Seen:
@@ -98,8 +109,7 @@ def see(mask: Array, queries: int, keys: Sequence[int], wide: bool) -> Seen:
         found.of_queries.append(_bounds(tiles, 2))
         found.of_keys.append(_bounds(tiles, 1))
         size = min(fit(wide, queries, count))
-        [square] = _tiles(jnp.any(part, axis=0, keepdims=True), (size, size), queries)
-        found.of_diagonals.append(_diagonal_bounds(square))
+        found.of_diagonals.append(_diagonal_bounds(_tiles(part, (size, size), queries)))
     return found
 
 
@@ -112,12 +122,20 @@ def _tiles(seen: Array, sizes: Sizes, queries: int) -> Array:
 
 
 def _diagonal_bounds(seen: Array) -> Array:
-    """Computes the bounds of each diagonal of `[query tiles, key tiles]`."""
-    rows, columns = seen.shape
+    """Computes the bounds of each diagonal of `[batch or 1, query tiles, key tiles]`."""
+    rows, columns = seen.shape[1:]
     # Tile of keys of each diagonal and tile of queries.
     column = jnp.arange(rows + columns - 1)[:, None] - (rows - 1) + jnp.arange(rows)
     inside = (column >= 0) & (column < columns)
-    return _bounds(inside & seen[jnp.arange(rows), jnp.clip(column, 0, columns - 1)], 1)
+    return _bounds(inside & seen[:, jnp.arange(rows), jnp.clip(column, 0, columns - 1)], 2)
+
+
+def union(bounds: Array) -> Array:
+    """Computes the bounds within which those of all rows lie: `[rows, n, 2]` to `[n, 2]`."""
+    first, last = bounds[..., 0], bounds[..., 1]
+    end = jnp.max(last, axis=0)
+    begin = jnp.min(jnp.where(first < last, first, end), axis=0)
+    return jnp.stack([begin, end], axis=-1)
 
 
 def _any_of(x: Array, axis: int, size: int) -> Array:
@@ -238,3 +256,48 @@ def logits_of(
         visible = row[None] & inside
     logits = jnp.where(visible, logits, MASKED)
     return jnp.where((columns < num_keys)[None], logits, ABSENT), visible
+
+
+def fold_keys(
+    read: Callable[..., Any],
+    carry: Any,
+    query: Array,
+    place: tuple[Any, int],
+    tile_keys: int,
+    parts: Sequence[KeyValues],
+    mask_ref: Ref,
+    tables: Sequence[Ref] | None,
+    bounds: Sequence[Ref],
+) -> Any:
+    """Reads all tiles of keys that a tile of queries may see, one after the other.
+
+    Args:
+      read: Maps `(carry, keys, load_values, (logits, visible))` to the next carry, where
+        `load_values()` gives the tile's values, and the last are those of `logits_of`.
+      carry: The first carry.
+      query: `[tile queries, head_dim]`.
+      place: The tile's first query, and the number of all queries.
+      tile_keys: Keys of a tile.
+      parts: Refs of keys and values of each part.
+      mask_ref: The mask's ref, `[queries or 1, keys]`.
+      tables: Each part's table; None for no bias.
+      bounds: Each part's `Seen.of_queries` of the tile.
+    """
+    before = 0
+    for number, (part, bound) in enumerate(zip(parts, bounds, strict=True)):
+        num_keys = part.keys.shape[0]
+        counts = place[1], num_keys, before, mask_ref.shape[0]
+        table_of = None if tables is None else lambda index, n=number: tables[n].at[index]
+
+        def step(j: Array, carry: Any, part: Any = part, counts: Any = counts,
+                 table_of: Any = table_of) -> Any:  # fmt: skip
+            start = j * tile_keys
+            load = functools.partial(load_rows, first=start, size=tile_keys, count=counts[1])
+            keys = load(part.keys)
+            firsts = place[0], start
+            tile = logits_of(query, keys, lambda i: mask_ref.at[i], table_of, firsts, counts)
+            return read(carry, keys, lambda: load(part.values), tile)
+
+        carry = jax.lax.fori_loop(bound[0], bound[1], step, carry)
+        before += num_keys
+    return carry
