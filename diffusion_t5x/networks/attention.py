@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -15,6 +14,7 @@ from flax.linen import partitioning as nn_partitioning
 
 from diffusion_t5x.networks.config import TransformerConfig
 from diffusion_t5x.networks.kernels import flash_attention, fused_attention
+from diffusion_t5x.networks.kernels.gpu_tiles import Seen
 from diffusion_t5x.networks.kv_cache import KeyValues
 from diffusion_t5x.networks.layers import Dense, Norm, softcap
 from diffusion_t5x.networks.rotary import Rotation
@@ -132,10 +132,10 @@ class MultiHeadAttention(nn.Module):
         x: Array,
         key_values: Sequence[KeyValues],
         mask: Array,
-        bias: Array | None,
-        tables: Sequence[Array] | None,
-        seen: Any,
-        rotation: Rotation | None,
+        bias: Array | None = None,
+        tables: Sequence[Array] | None = None,
+        seen: Seen | None = None,
+        rotation: Rotation | None = None,
         *,
         deterministic: bool,
     ) -> Array:

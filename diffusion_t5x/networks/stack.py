@@ -15,6 +15,7 @@ from flax.linen import partitioning as nn_partitioning
 from diffusion_t5x.networks.attention import MultiHeadAttention, RelativePositionBias
 from diffusion_t5x.networks.config import REMAT_POLICIES, TransformerConfig
 from diffusion_t5x.networks.kernels import fused_attention
+from diffusion_t5x.networks.kernels.gpu_tiles import Seen
 from diffusion_t5x.networks.kv_cache import KeyValues, KVCache, PerLayer
 from diffusion_t5x.networks.layers import HIDDEN_AXES, GatedMlp, Norm
 from diffusion_t5x.networks.rotary import frequencies, rotation
@@ -39,7 +40,7 @@ class Attended(flax.struct.PyTreeNode):
     # `_position_bias`); None if each layer has its own, or there is none. The stack fills them in.
     bias: Array | None = None
     tables: list[Array] | None = None
-    seen: Any = None  # what `fused_attention.see` finds in `mask`, if all layers share that
+    seen: Seen | None = None  # what `fused_attention.see` finds in `mask`, if all layers share that
 
 
 class LayerKind(flax.struct.PyTreeNode):
@@ -105,8 +106,8 @@ class TransformerLayer(nn.Module):
         if config.relative_bias_per_layer:
             bias_of = RelativePositionBias(config, self.num_buckets, name="relpos_bias")
             bias, tables = _position_bias(bias_of, attended, x.shape[0])
-        shared = bias, tables, attended.seen, turn
-        y = attention(y, key_values, mask, *shared, deterministic=deterministic)
+        biases = bias, tables, attended.seen
+        y = attention(y, key_values, mask, *biases, turn, deterministic=deterministic)
         if config.post_norms:
             y = Norm(config, name="post_self_attention_layer_norm")(y)
         x = x + dropout(y, deterministic=deterministic)
@@ -116,8 +117,7 @@ class TransformerLayer(nn.Module):
             if encoded is None:
                 assert attended.encoded is not None
                 encoded = cross.keys_values(attended.encoded, None)
-            others = [encoded], attended.encoded_mask, None, None, None, None
-            y = cross(y, *others, deterministic=deterministic)
+            y = cross(y, [encoded], attended.encoded_mask, deterministic=deterministic)
             x = x + dropout(y, deterministic=deterministic)
         y = Norm(config, name="pre_mlp_layer_norm")(x)
         y = GatedMlp(config, name="mlp")(y, deterministic)
@@ -229,21 +229,15 @@ class Stack(nn.Module):
         past = (None, None) if cache is None else (cache.key_values, cache.encoded)
         if config.scan_layers:
             # What layers write into is carried on, and updated in place; else each gets its own.
-            written, past = (
-                (past[0], (None, past[1])) if attended.index is not None else (None, past)
-            )
+            written = None
+            if attended.index is not None:
+                written, past = past[0], (None, past[1])
 
             def apply(layer: nn.Module, carry: Any, past: Any, kind: Any, attended: Any) -> Any:
-                x, written = carry
-                own, encoded = past
-                x, (kept, encoded) = layer(
-                    x, own if written is None else written, encoded, kind, attended
-                )
-                return (
-                    ((x, None), (kept, encoded))
-                    if written is None
-                    else ((x, kept), (None, encoded))
-                )
+                (x, written), (own, encoded) = carry, past
+                writes = written is not None
+                x, (kept, encoded) = layer(x, written if writes else own, encoded, kind, attended)
+                return (x, kept if writes else None), (None if writes else kept, encoded)
 
             scanned = nn_partitioning.scan_with_axes(
                 apply,
