@@ -59,7 +59,7 @@ def has_low_rank(path: str) -> bool:
     if t5x_checkpoints.is_t5x_checkpoint(path):
         return any(map(is_low_rank, t5x_checkpoints.open_checkpoint(path).params))
     item = epath.Path(path).absolute() / "params"
-    return item.exists() and any(map(is_low_rank, _stored_leaves(item)))
+    return item.exists() and any(map(is_low_rank, named_leaves(_stored_tree(item))))
 
 
 def read_step(path: str) -> int:
@@ -88,16 +88,18 @@ def check_params(path: str, abstract_params: Any) -> None:
         check_item(path, "params", abstract_params)
 
 
-def check_item(path: str, item: str, abstract: Any) -> epath.Path:
-    """Checks that the arrays of an item ('params' or 'optimizer') fit, and returns its directory.
+def check_item(path: str, item: str, abstract: Any) -> Any:
+    """Checks that the arrays of an item ('params' or 'optimizer') fit; returns what is stored.
+
+    That is a tree of shapes and dtypes. Layers may be stacked where the model's are apart.
 
     Raises:
       FileNotFoundError: If there is no such item.
       CheckpointMismatchError: If it does not fit.
     """
-    directory = _item(path, item)
-    _check_fit(path, item, _stored_leaves(directory), abstract)
-    return directory
+    tree = _stored_tree(_item(path, item))
+    _check_fit(path, item, named_leaves(tree), abstract)
+    return tree
 
 
 def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
@@ -170,7 +172,7 @@ def open_params(path: str, rows: int = 0) -> dict[str, StoredArray]:
     def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(item)))
 
-    return t5x_networks.to_ours(read_together(_stored_leaves(item), "params", read))
+    return t5x_networks.to_ours(read_together(named_leaves(_stored_tree(item)), "params", read))
 
 
 def _open_fitting(path: str, abstract_params: Any) -> dict[str, StoredArray]:
@@ -185,10 +187,9 @@ def _open_fitting(path: str, abstract_params: Any) -> dict[str, StoredArray]:
 
 
 def _restore_item(path: str, item: str, abstract: Any) -> Any:
-    """Restores an item of ours, whose layers may be stacked where the model's are apart."""
-    directory, expected = check_item(path, item, abstract), named_leaves(abstract)
-    tree = _stored_tree(directory)
-    stored = named_leaves(tree)
+    """Restores an item of ours, in the model's layout of layers."""
+    tree = check_item(path, item, abstract)
+    directory, stored, expected = _item(path, item), named_leaves(tree), named_leaves(abstract)
     if not layer_layouts.differ(stored, expected):
         return ocp.StandardCheckpointer().restore(directory, abstract)
     described = layer_layouts.abstract_as_stored(stored, expected)
@@ -205,12 +206,8 @@ def _item(path: str, item: str) -> epath.Path:
     return directory
 
 
-def _stored_leaves(item: epath.Path) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the arrays in an Orbax item, by name."""
-    return named_leaves(_stored_tree(item))
-
-
 def _stored_tree(item: epath.Path) -> Any:
+    """Returns the shapes and dtypes of the arrays in an Orbax item, a tree."""
     metadata = ocp.StandardCheckpointer().metadata(item).item_metadata
     return getattr(metadata, "tree", metadata)
 
