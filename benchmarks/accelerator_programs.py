@@ -16,6 +16,7 @@ import numpy as np
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.shapes import KEY, Shape, of_size
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
 from diffusion_t5x.decoding.stopping import Unchanged
@@ -27,31 +28,16 @@ from diffusion_t5x.objectives.corruption import UniformCorruption
 from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
 
 Array = jax.Array
-KEY = np.zeros(2, np.uint32)
 PREFIX, BLOCK, STEPS, CACHE = 32, 128, 10, "causal_prefix"
 VOCABULARY, LARGE_VOCABULARY = 32_128, 262_144
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The shape of a network, and what is run with it."""
-
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    head_dim: int = 64
-    vocab_size: int = VOCABULARY
-    train: tuple[int, int] = (64, 512)  # texts, and tokens of each
-
-
-SIZES = {
-    "tiny": Size(64, 2, 2, 128, 32, 512, (2, 64)),
-    "base": Size(768, 12, 12, 2048),
-    "large": Size(1024, 24, 16, 2816),
-}
+SIZES = {name: of_size(name, VOCABULARY) for name in ("base", "large")}
+SIZES["tiny"] = of_size("tiny", 512)
 LENGTHS = {"decoding": 512, "long": 4096}  # Tokens of a text.
 BATCHES = (1, 8)
+# Texts, and tokens of each, of a training step.
+TRAIN = {"tiny": (2, 64), "base": (64, 512), "large": (64, 512)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +91,10 @@ def concrete(shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def network(size: Size, **config: Any) -> DecoderOnly:
+def network(size: Shape, **config: Any) -> DecoderOnly:
     """Returns the network of a size, its layers scanned."""
-    shape = dataclasses.asdict(size)
-    del shape["train"]
     settings = {"dtype": "bfloat16", "scan_layers": True, **config}
-    return DecoderOnly(TransformerConfig(**shape, **settings))
+    return DecoderOnly(TransformerConfig(**dataclasses.asdict(size), **settings))
 
 
 def initial(module: DecoderOnly) -> Any:
@@ -186,7 +170,7 @@ def _loss(
     return run, passes
 
 
-def model_flops(size: Size, batch_size: int, length: int, passes: int) -> float:
+def model_flops(size: Shape, batch_size: int, length: int, passes: int) -> float:
     """Counts the operations of loss and gradient: products with weights, and of attention.
 
     Attention counts all pairs of positions, masked or not.
@@ -198,24 +182,25 @@ def model_flops(size: Size, batch_size: int, length: int, passes: int) -> float:
     return 3.0 * passes * batch_size * length * per_token
 
 
-def gradient(name: str, objective: str, **config: Any) -> Program:
+def gradient(name: str, objective: str, *, fused: bool) -> Program:
     """Returns the loss and gradient of a size's texts, the first token of which is a prefix."""
-    return _gradient(name, SIZES[name], objective, **config)
+    return _gradient(name, SIZES[name], TRAIN[name], objective, fused)
 
 
 def large_vocabulary(name: str, *, fused: bool) -> Program:
     """Returns loss and gradient of fewer texts at a large vocabulary, AR."""
-    batch_size, length = SIZES[name].train
-    size = dataclasses.replace(
-        SIZES[name], vocab_size=LARGE_VOCABULARY, train=(max(1, batch_size // 4), length)
-    )
-    return _gradient(f"{name}, {LARGE_VOCABULARY} tokens", size, "autoregressive", fused=fused)
+    batch_size, length = TRAIN[name]
+    size = dataclasses.replace(SIZES[name], vocab_size=LARGE_VOCABULARY)
+    texts = max(1, batch_size // 4), length
+    return _gradient(f"{name}, {LARGE_VOCABULARY} tokens", size, texts, "autoregressive", fused)
 
 
-def _gradient(name: str, size: Size, objective: str, *, fused: bool, **config: Any) -> Program:
-    batch_size, length = size.train
+def _gradient(
+    name: str, size: Shape, texts: tuple[int, int], objective: str, fused: bool
+) -> Program:
+    batch_size, length = texts
     kernel = "fused" if fused else "xla"
-    module = network(size, attention_kernel=kernel, **config)
+    module = network(size, attention_kernel=kernel)
     loss, passes = _loss(module, objective)
     targets = _tokens(batch_size, length - 1)
     weights = jax.ShapeDtypeStruct(targets.shape, jnp.float32)

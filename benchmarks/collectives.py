@@ -35,13 +35,13 @@ import numpy as np
 
 from benchmarks import workloads
 from benchmarks.compiler import compiled_program
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape, of_size
 from diffusion_t5x.runtime.partitioning import PjitPartitioner, standard_logical_axis_rules
 from diffusion_t5x.runtime.train_state import abstract_train_state
 from diffusion_t5x.training import dry_run, optimizers, topologies
 from diffusion_t5x.training.train_step import Trainer
 
-BASE = Shape(256_000, 768, 12, 12, 64, 2048)
+BASE = of_size("base", 256_000)
 # Such that no rows x positions x width of it is as large as a weight or a part of one.
 BATCH_SIZE = 88
 PASSES = {"autoregressive": 1, "diffusion": 2}

@@ -1,9 +1,8 @@
 """Seconds to compile the programs of a training run, for devices that need not be there.
 
-python -m benchmarks.compile_times                                # the CPU of this machine
-python -m benchmarks.compile_times --devices=v5p:2x2x1            # a TPU; needs libtpu alone
-XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0" \
-  python -m benchmarks.compile_times --devices=h100:1x1           # needs NVIDIA's compiler alone
+python -m benchmarks.compile_times                       # the CPU of this machine
+python -m benchmarks.compile_times --devices=v5p:2x2x1   # a TPU; needs libtpu alone
+python -m benchmarks.compile_times --devices=h100:1x1    # needs NVIDIA's compiler alone
 
 Base, decoder-only, vocabulary 32,128, 64 texts of 512 tokens, bfloat16, Adafactor, on one device,
 layers apart and scanned, AR and diffusion. Each line has `seconds` from the function to the
@@ -22,17 +21,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import workloads
-from benchmarks.workloads import KEY, Shape
+from benchmarks.shapes import KEY, of_size
 from diffusion_t5x.runtime.partitioning import JittedFunction, PjitPartitioner
 from diffusion_t5x.runtime.train_state import abstract_train_state, initialisation
 from diffusion_t5x.training import optimizers, topologies
 from diffusion_t5x.training.dry_run import abstract_batch
 from diffusion_t5x.training.train_step import Trainer
 
-BASE = Shape(32_128, 768, 12, 12, 64, 2048)
+BASE = of_size("base", 32_128)
 BATCH, LENGTH = 64, 512
 
 
@@ -78,7 +76,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     else:
-        device = np.ravel(topologies.devices(arguments.devices))[0]
+        device = topologies.devices(arguments.devices).flat[0]
     for objective in arguments.objectives.split(","):
         for layers in arguments.layers.split(","):
             line = {"benchmark": "compile_times", "devices": arguments.devices}
@@ -87,7 +85,7 @@ def main() -> None:
             made = programs(objective, device, scan_layers=layers == "scanned")
             for name, (function, args) in made.items():
                 started, cpu = time.perf_counter(), sum(os.times()[:4])
-                function.lower(*args).compile()
+                function.lower(*args).compile(topologies.compiler_options(device))
                 seconds, cpu = time.perf_counter() - started, sum(os.times()[:4]) - cpu
                 total.seconds += seconds
                 total.cpu_seconds += cpu

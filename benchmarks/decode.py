@@ -11,7 +11,7 @@ import dataclasses
 import json
 
 from benchmarks import workloads
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape
 
 SHAPE = Shape(embed_dim=512, num_heads=8, num_layers=6)
 PREFIX = 32

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import workloads
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape
 from diffusion_t5x.experiments.report import save_figure
 
 SHAPE = Shape(embed_dim=512, num_heads=8, num_layers=6)

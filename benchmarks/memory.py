@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 
 from benchmarks import workloads
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape
 
 LARGE_VOCABULARY = Shape(vocab_size=256_000)
 BATCH_SIZE, LENGTH = 8, 512

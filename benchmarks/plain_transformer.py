@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.workloads import KEY, Shape
+from benchmarks.shapes import KEY, Shape
 
 NAME = "plain transformer"
 Array = jax.Array

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import t5x.models
 from t5x.examples.decoder_only import network
 
-from benchmarks.workloads import KEY, Shape
+from benchmarks.shapes import KEY, Shape
 
 NAME = "T5X"
 

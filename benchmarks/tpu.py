@@ -35,18 +35,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tpu_programs
 from benchmarks.compiler import compiled_program
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape, of_size
 from diffusion_t5x.decoding.lengths import cache_lengths
 from diffusion_t5x.runtime.partitioning import standard_logical_axis_rules
 from diffusion_t5x.training import topologies
 
 VOCABULARY = 256_000
-# Those of gin/models/.
-SIZES = {
-    "base": Shape(VOCABULARY, 768, 12, 12, 64, 2048),
-    "large": Shape(VOCABULARY, 1024, 24, 16, 64, 2816),
-    "xl": Shape(VOCABULARY, 2048, 24, 32, 64, 5120),
-}
+SIZES = {name: of_size(name, VOCABULARY) for name in ("base", "large", "xl")}
 TOPOLOGY = "v5p:2x2x4"
 TRAIN_BATCH, TRAIN_LENGTH = 128, 1024
 # Name, what it is compared with, objective, and settings of `workloads.our_model`. `LARGE_BLOCKS`

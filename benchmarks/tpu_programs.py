@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import workloads
-from benchmarks.workloads import KEY, Shape
+from benchmarks.shapes import KEY, Shape
 from diffusion_t5x import models
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder

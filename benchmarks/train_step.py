@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from benchmarks import workloads
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape
 
 BATCH_SIZE, LENGTH = 16, 512
 

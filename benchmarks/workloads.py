@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.shapes import KEY, Shape
 from diffusion_t5x import models
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
@@ -27,20 +28,6 @@ from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
 from diffusion_t5x.objectives.corruption import UniformCorruption
 from diffusion_t5x.objectives.losses import CrossEntropy
-
-KEY = np.zeros(2, np.uint32)  # jax.random.PRNGKey(0), without starting a backend
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The size of a decoder-only network."""
-
-    vocab_size: int = 384
-    embed_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    head_dim: int = 64
-    mlp_dim: int = 1024
 
 
 def our_model(

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import collectives
 from benchmarks.collectives import RULES, Step
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape
 
 # Logits of 16 positions of a text at once: the loss reads each in two blocks.
 SMALL = {

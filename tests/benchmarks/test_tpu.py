@@ -9,7 +9,7 @@ import pytest
 
 import gin
 from benchmarks import tpu, tpu_programs
-from benchmarks.workloads import Shape
+from benchmarks.shapes import Shape
 from diffusion_t5x import gin_utils, models
 
 TINY = Shape(vocab_size=50, embed_dim=8, num_layers=3, num_heads=2, head_dim=4, mlp_dim=16)
