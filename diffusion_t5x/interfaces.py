@@ -31,8 +31,6 @@ Array: TypeAlias = jax.Array
 KVCache: TypeAlias = Any
 # name -> (weighted sum, sum of weights), so that sums over batches average exactly.
 Metrics: TypeAlias = Mapping[str, tuple[Array, Array]]
-# (key, shape) -> tokens of pure noise, int32 of that shape: `Corruption.prior`.
-Prior: TypeAlias = Callable[[Array, tuple[int, ...]], Array]
 
 
 class Network(Protocol):
@@ -119,8 +117,20 @@ class CachedNetwork(Network, Protocol):
         """
 
 
+class Masses(NamedTuple):
+    """What a token has become at a time, as probabilities that sum to 1; all of one shape."""
+
+    clean: Array  # it is itself
+    mask: Array  # it is the mask token
+    uniform: Array  # it was drawn from all tokens that are no mask; it may be itself
+
+
 class Corruption(Protocol):
-    """The noise of a diffusion model: how a clean target becomes a canvas."""
+    """The noise of a diffusion model: how a clean target becomes a canvas.
+
+    Noise grows with time, from 0, a clean text, to 1, pure noise, unless `sample_times` stays in a
+    part of that. Times broadcast to tokens, `[batch, length]`; most have a length of 1.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -130,11 +140,14 @@ class Corruption(Protocol):
     def forbidden(self) -> tuple[int, ...]:
         """Tokens that only noise has, such as a mask token: no network may predict them."""
 
-    def sample_rate(self, rng: Array, batch_size: int) -> Array:
-        """Draws corruption rates `[batch_size]` float32 in [0, 1], one per example."""
+    def sample_times(self, rng: Array, batch_size: int, length: int) -> Array:
+        """Draws times in [0, 1], float32: `[batch_size, 1]`, or one for each of `length` tokens."""
 
-    def corrupt(self, rng: Array, tokens: Array, rate: Array) -> tuple[Array, Array]:
-        """Corrupts clean targets, `tokens [batch, length]`, at `rate [batch]`.
+    def rate(self, times: Array) -> Array:
+        """Returns the probability that a token is replaced by noise at `times`, of their shape."""
+
+    def corrupt(self, rng: Array, tokens: Array, times: Array) -> tuple[Array, Array]:
+        """Corrupts clean targets, `tokens [batch, length]`.
 
         Returns:
           The canvas, and which positions were replaced by noise, bool, which may equal what it
@@ -142,7 +155,26 @@ class Corruption(Protocol):
         """
 
     def prior(self, rng: Array, shape: tuple[int, ...]) -> Array:
-        """Draws pure noise, int32 of `shape`: the canvas at corruption rate 1."""
+        """Draws pure noise, int32 of `shape`: the canvas at time 1."""
+
+    def posterior(
+        self, rng: Array, canvas: Array, clean: Array, times: Array, earlier: Array
+    ) -> Array:
+        """Draws what a canvas was at the times `earlier`, given what it is and its clean text.
+
+        All tokens are int32 of one shape; the result is `clean` where `earlier` is 0.
+        """
+
+    def is_noise(self, tokens: Array) -> Array:
+        """Marks tokens that can only be noise, bool of their shape; of uniform noise none is."""
+
+
+class Score(NamedTuple):
+    """What an objective says of given texts, `[batch]` float32 each, in nats for the whole text."""
+
+    # The log-likelihood, or the estimate of a lower bound of it; higher is better.
+    log_likelihood: Array
+    error: Array  # standard error of the Monte Carlo estimate; 0 where the value is exact
 
 
 class Objective(Protocol):
@@ -183,8 +215,8 @@ class Objective(Protocol):
           The summed loss, the sum of weights, and metrics, each a pair of sums.
         """
 
-    def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Array:
-        """Scores targets, with `weights` from `token_weights`: `[batch]`, higher is better.
+    def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Score:
+        """Bounds the log-likelihood of targets, with `weights` from `token_weights`.
 
         Args:
           rng: key for a Monte Carlo estimate; exact scores ignore it.
@@ -234,8 +266,8 @@ class StepView(NamedTuple):
 class UpdateRule(Protocol):
     """What a denoising step writes into canvases, given what the network says about them."""
 
-    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
-        """Updates canvases; `rng` is for the rule's own draws, `prior` draws fresh noise.
+    def __call__(self, step: StepView, rng: Array, corruption: Corruption) -> tuple[Canvas, Array]:
+        """Updates canvases; `rng` is for the rule's own draws, `corruption` is the decoder's.
 
         Returns:
           `step.canvas` with other `tokens`, `text` and `certainty`, and the scores `[rows]` of

@@ -321,7 +321,7 @@ class Model:
             raise ValueError("return_intermediates = True: these networks sow no intermediates.")
         targets, weights = self._targets(batch)
         network = self.bind(params, batch)
-        return self.objective.score(network, targets, weights, _fixed_rng(batch))
+        return self.objective.score(network, targets, weights, _fixed_rng(batch)).log_likelihood
 
 
 def check_decoder(objective: Objective, decoder: Decoder) -> None:

@@ -119,10 +119,10 @@ class _NoCorruption:
     vocab_size = VOCAB
     forbidden = ()
 
-    def sample_rate(self, rng, batch_size):
-        return jnp.zeros(batch_size)
+    def sample_times(self, rng, batch_size, length):
+        return jnp.zeros((batch_size, 1))
 
-    def corrupt(self, rng, tokens, rate):
+    def corrupt(self, rng, tokens, times):
         return tokens, jnp.zeros(tokens.shape, bool)
 
 

@@ -267,7 +267,7 @@ class DiffusionDecoder:
         )
         view = StepView(old, readout, state.step, self.num_steps)
         # Update and score.
-        new, score = self.update(view, update_rng, self.corruption.prior)
+        new, score = self.update(view, update_rng, self.corruption)
         new = new._replace(readout=readout, score=score)
         # Trim: padding that the network writes again leaves the computation.
         if self.trim_multiple:

@@ -1,7 +1,7 @@
 """Update rules: what a denoising step writes into a canvas, given what the network says about it.
 
 Each is an `interfaces.UpdateRule`: a frozen dataclass whose fields gin binds, called with the step,
-a key and the prior; it returns the canvases and their scores.
+a key and the noise; it returns the canvases and their scores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.interfaces import Canvas, Prior, Readout, StepView
+from diffusion_t5x.interfaces import Canvas, Corruption, Readout, StepView
 
 Array = jax.Array
 
@@ -47,9 +47,9 @@ def _check_share(name: str, share: float) -> None:
 class ResampleAll:
     """Draws every position at each step: the paper's sampler (arXiv 2401.17181, section 4.1)."""
 
-    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+    def __call__(self, step: StepView, rng: Array, corruption: Corruption) -> tuple[Canvas, Array]:
         """Returns the drawn canvas."""
-        del rng, prior
+        del rng, corruption
         drawn, certainty = step.readout.drawn, step.readout.drawn_log_prob
         canvas = step.canvas._replace(tokens=drawn, text=drawn, certainty=certainty)
         return canvas, canvas_score(step.readout)
@@ -71,9 +71,9 @@ class ResampleShare:
     def __post_init__(self):
         _check_share("share", self.share)
 
-    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+    def __call__(self, step: StepView, rng: Array, corruption: Corruption) -> tuple[Canvas, Array]:
         """Returns the canvas with draws at the chosen positions."""
-        del prior
+        del corruption
         where = _lowest(jax.random.uniform(rng, step.canvas.tokens.shape), self.share)
         canvas = _take(step.canvas, where, step.readout.drawn, step.readout.drawn_log_prob)
         return canvas, canvas_score(step.readout)
@@ -95,9 +95,9 @@ class ArgmaxUnrolled:
     def __post_init__(self):
         _check_share("uncertain_share", self.uncertain_share)
 
-    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+    def __call__(self, step: StepView, rng: Array, corruption: Corruption) -> tuple[Canvas, Array]:
         """Returns the canvas with the argmax at noisy and at uncertain positions."""
-        del rng, prior
+        del rng, corruption
         certainty = step.canvas.certainty
         where = _lowest(certainty, self.uncertain_share) | (certainty == -jnp.inf)
         canvas = _take(step.canvas, where, step.readout.argmax, step.readout.argmax_log_prob)
@@ -123,7 +123,7 @@ class EntropyBound:
         if self.bound < 0:
             raise ValueError(f"bound = {self.bound}; expected a value >= 0, in nats.")
 
-    def __call__(self, step: StepView, rng: Array, prior: Prior) -> tuple[Canvas, Array]:
+    def __call__(self, step: StepView, rng: Array, corruption: Corruption) -> tuple[Canvas, Array]:
         """Returns the draw at accepted positions, and noise elsewhere."""
         readout = step.readout
         order = jnp.argsort(readout.entropy, axis=-1)
@@ -131,7 +131,7 @@ class EntropyBound:
         before = jnp.cumsum(ascending, axis=-1) - ascending
         accepted_count = jnp.sum(before <= self.bound, axis=-1, keepdims=True)
         accepted = jnp.argsort(order, axis=-1) < accepted_count
-        tokens = jnp.where(accepted, readout.drawn, prior(rng, readout.drawn.shape))
+        tokens = jnp.where(accepted, readout.drawn, corruption.prior(rng, readout.drawn.shape))
         certainty = jnp.where(accepted, readout.drawn_log_prob, -jnp.inf)
         canvas = step.canvas._replace(tokens=tokens, text=readout.argmax, certainty=certainty)
         return canvas, jnp.sum(readout.argmax_log_prob, axis=-1)

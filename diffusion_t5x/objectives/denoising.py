@@ -8,9 +8,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.interfaces import Corruption, Metrics, Network
+from diffusion_t5x.interfaces import Corruption, Metrics, Network, Score
 from diffusion_t5x.names import check_known
 from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
+from diffusion_t5x.objectives.likelihood import any_order_bound
 from diffusion_t5x.objectives.losses import CrossEntropy
 from diffusion_t5x.objectives.next_token import NextToken
 from diffusion_t5x.objectives.text_blocks import count_blocks, count_used_blocks, take_block
@@ -52,6 +53,7 @@ class StepUnrolledDenoising:
         causal attention, which is trained beside; 0 for none. Each token of text then weighs that
         much, compared with one denoising pass. The fine-tuning of DiffusionGemma in TRL
         (`sft_diffusion_gemma.py`) adds such a loss with weight 1, of the prefix as well.
+      score_draws: canvases of a text (of a block) from which its likelihood is bounded.
     """
 
     corruption: Corruption
@@ -65,6 +67,7 @@ class StepUnrolledDenoising:
     shift: bool = False
     opening_steps: int = 0
     next_token_weight: float = 0.0
+    score_draws: int = 16
     packs: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -129,9 +132,9 @@ class StepUnrolledDenoising:
             network, targets, weights = self._take_block(
                 network, targets, weights * used[:, None], block
             )
-        rate_rng, corrupt_rng, passes_rng = jax.random.split(rng, 3)
-        rate = self.corruption.sample_rate(rate_rng, targets.shape[0])
-        canvas, _ = self.corruption.corrupt(corrupt_rng, targets, rate)
+        times_rng, corrupt_rng, passes_rng = jax.random.split(rng, 3)
+        times = self.corruption.sample_times(times_rng, *targets.shape)
+        canvas, _ = self.corruption.corrupt(corrupt_rng, targets, times)
         total = jnp.float32(0.0)
         for unroll in range(self.num_unrolls + 1):
             passes_rng, dropout_rng, draw_rng = jax.random.split(passes_rng, 3)
@@ -151,23 +154,28 @@ class StepUnrolledDenoising:
             total /= self.num_unrolls + 1
         return total + self.next_token_weight * next_token, jnp.sum(weights), metrics
 
-    def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Array:
-        """Computes the model score (arXiv 2401.17181, section 4.1), exactly and without `rng`.
+    def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Score:
+        """Bounds the log-likelihood: see `likelihood.any_order_bound`.
 
-        It is minus the cross-entropy of the targets under the logits that they themselves, as
-        canvas, lead to; for a text in blocks, the sum of its blocks' scores.
+        That of a text in blocks is the sum of its blocks' bounds.
         """
-        del rng
         if not self.block_length:
-            return self.cross_entropy.log_likelihood(network, targets, weights)
+            return any_order_bound(
+                network, self.corruption, targets, weights, rng, self.score_draws
+            )
 
-        def score_block(number: Array) -> Array:
+        def score_block(number: Array) -> Score:
             block = jnp.full(targets.shape[0], number)
             taken = self._take_block(network, targets, weights, block)
-            return self.cross_entropy.log_likelihood(*taken)
+            block_rng = jax.random.fold_in(rng, number)
+            return any_order_bound(
+                taken[0], self.corruption, *taken[1:], block_rng, self.score_draws
+            )
 
         numbers = jnp.arange(count_blocks(targets.shape[1], self.block_length))
-        return jnp.sum(jax.lax.map(score_block, numbers), axis=0)
+        scores = jax.lax.map(score_block, numbers)
+        error = jnp.sqrt(jnp.sum(jnp.square(scores.error), axis=0))
+        return Score(jnp.sum(scores.log_likelihood, axis=0), error)
 
     def _take_block(
         self, network: Network, targets: Array, weights: Array, block: Array

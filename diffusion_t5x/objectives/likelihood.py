@@ -5,15 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.interfaces import Network, Prior
+from diffusion_t5x.interfaces import Corruption, Network, Score
 from diffusion_t5x.objectives.losses import CrossEntropy
 
 Array = jax.Array
 
 
 def any_order_bound(
-    network: Network, prior: Prior, targets: Array, weights: Array, rng: Array, num_draws: int
-) -> tuple[Array, Array]:
+    network: Network,
+    corruption: Corruption,
+    targets: Array,
+    weights: Array,
+    rng: Array,
+    num_draws: int,
+) -> Score:
     """Estimates a lower bound of the log-likelihood of targets, with its Monte Carlo error.
 
     The text model is this: the positions of a canvas of pure noise are written one by one in a
@@ -24,15 +29,15 @@ def any_order_bound(
 
     Args:
       network: reads canvases, with its prefixes bound.
-      prior: draws noise, `Corruption.prior`.
+      corruption: its noise at time 1, whatever it is before.
       targets: `[batch, length]` int32.
       weights: `[batch, length]`; positions of weight 0 are clean in every canvas, and not counted.
       rng: key for orders and noise.
       num_draws: passes for each text, spread evenly over `k`.
 
     Returns:
-      The bound and its standard error, both `[batch]` float32, in nats for the whole text. Even
-      spreading makes the error smaller than this one, which is that of independent draws.
+      The bound and its standard error. Even spreading makes the error smaller than this one, which
+      is that of independent draws.
 
     Raises:
       ValueError: if there are fewer than two draws, from which no error follows.
@@ -50,10 +55,10 @@ def any_order_bound(
         place = jnp.where(counted, jax.random.uniform(order_rng, targets.shape), 2.0)
         rank = jnp.argsort(jnp.argsort(place, axis=-1), axis=-1)
         noisy = counted & (rank < k[:, None])
-        canvas = jnp.where(noisy, prior(noise_rng, targets.shape), targets)
+        canvas = jnp.where(noisy, corruption.prior(noise_rng, targets.shape), targets)
         readout = CrossEntropy()(network.forward(canvas, None), network.logits, targets, noisy)
         return -jnp.sum(readout.loss * noisy, axis=-1) * n / k
 
     estimates = jax.lax.map(draw, jnp.arange(num_draws))  # [num_draws, batch]
     error = jnp.std(estimates, axis=0, ddof=1) / jnp.sqrt(num_draws)
-    return jnp.mean(estimates, axis=0), error
+    return Score(jnp.mean(estimates, axis=0), error)

@@ -183,7 +183,8 @@ def test_scores_of_a_shifted_model_are_those_by_hand(pattern):
         logits = [_by_hand(network, params, pattern, p, TARGET[i]) for i, p in enumerate(rows)]
         log_probs = jax.nn.log_softmax(jnp.stack(logits))
         picked = jnp.take_along_axis(log_probs, TARGET[:2, :, None], axis=-1)
-        return objective.score(bound, TARGET, weights, KEY)[:2], picked.sum((1, 2))
+        score = objective.cross_entropy.log_likelihood(bound, TARGET, weights)
+        return score[:2], picked.sum((1, 2))
 
     np.testing.assert_allclose(*scores(params), rtol=1e-4)
 
@@ -191,10 +192,10 @@ def test_scores_of_a_shifted_model_are_those_by_hand(pattern):
 class _NoCorruption:
     vocab_size, forbidden = 17, ()
 
-    def sample_rate(self, rng, batch_size):
-        return jnp.zeros(batch_size)
+    def sample_times(self, rng, batch_size, length):
+        return jnp.zeros((batch_size, 1))
 
-    def corrupt(self, rng, tokens, rate):
+    def corrupt(self, rng, tokens, times):
         return tokens, jnp.zeros(tokens.shape, bool)
 
 

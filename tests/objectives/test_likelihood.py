@@ -55,9 +55,9 @@ def test_the_bound_is_the_enumerated_one_and_never_above_the_likelihood(counted)
         assert np.exp(exact[:, 0]).sum() == pytest.approx(1.0)
     network = FakeNetwork(len(TEXTS), jnp.asarray(TABLE, jnp.float32), _answer)
     weights = jnp.broadcast_to(jnp.asarray(counted, jnp.float32), TEXTS.shape)
-    prior = UniformCorruption(VOCAB).prior
+    corruption = UniformCorruption(VOCAB)
     bound, error = jax.jit(
-        lambda rng: any_order_bound(network, prior, jnp.asarray(TEXTS), weights, rng, 20_000)
+        lambda rng: any_order_bound(network, corruption, jnp.asarray(TEXTS), weights, rng, 20_000)
     )(jax.random.PRNGKey(0))
     assert (error > 0).all() and (error < 0.05).all()
     np.testing.assert_array_less(np.abs(bound - exact[:, 1]), 4 * error)
