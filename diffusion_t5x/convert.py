@@ -43,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=("float32", "bfloat16"),
         help="type of the parameters written (default: unchanged)",
     )
+    add(
+        "--parameters",
+        choices=("averaged", "raw"),
+        default="averaged",
+        help="the moving average of the parameters where FROM has one (default), or the parameters "
+        "as they are",
+    )
     with interrupts.end_on_signals():
         _convert(flags.start(parser, argv))
 
@@ -72,6 +79,7 @@ def _convert(args: argparse.Namespace) -> None:
             dry_run=args.dry_run,
             hf_model=found.get("HF_MODEL"),
             lengths=found.get("TASK_FEATURE_LENGTHS"),
+            parameters=args.parameters,
         )
     )
 

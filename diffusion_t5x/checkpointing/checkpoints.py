@@ -1,7 +1,8 @@
 """Saves checkpoints through Orbax, in the background and atomically, and selects which to restore.
 
-A run's directory holds `checkpoint_{step}/` with three items: `params`, `optimizer` (its state and
-the step) and `dataset` (the position of each data shard).
+A run's directory holds `checkpoint_{step}/` with the items `params`, `average` (the moving average
+of those that are trained, if the run keeps one), `optimizer` (its state and the step) and
+`dataset` (the position of each data shard).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from diffusion_t5x import names, paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.integrity import PREFIX, DamagedCheckpointError, is_foreign
 from diffusion_t5x.checkpointing.items import ArraysArgs, ArraysHandler, DatasetArgs, DatasetHandler
-from diffusion_t5x.checkpointing.reading import optimizer_item, read_step
+from diffusion_t5x.checkpointing.reading import PARAMETERS, items_of, optimizer_item, read_step
 from diffusion_t5x.interop import t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 from diffusion_t5x.runtime.train_state import TrainState
@@ -74,14 +75,18 @@ class RestoreCheckpointConfig:
         of a run; 'all' every checkpoint of a run (evaluation only).
       params_only: Whether to restore parameters alone: training starts at step 0 with a fresh
         optimiser state.
+      parameters: 'averaged' restores the moving average of the parameters where the checkpoint has
+        one, 'raw' the parameters as the optimiser left them.
     """
 
     path: str | tuple[str, ...]
     mode: Literal["specific", "latest", "all"] = "specific"
     params_only: bool = False
+    parameters: Literal["averaged", "raw"] = "averaged"
 
     def __post_init__(self):
         names.check_known(self.mode, ("specific", "latest", "all"), "mode")
+        names.check_known(self.parameters, PARAMETERS, "RestoreCheckpointConfig.parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +170,7 @@ class Checkpointer:
         arrays = functools.partial(ArraysHandler, config.checksums)
         self._handlers: dict[str, ArraysHandler | DatasetHandler] = {
             "params": arrays(),
+            "average": arrays(),
             "optimizer": arrays(),
             "dataset": DatasetHandler(config.checksums),
         }
@@ -206,6 +212,8 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         items: dict[str, ocp.args.CheckpointArgs] = {"params": ArraysArgs(state.params)}
+        if state.average is not None:
+            items["average"] = ArraysArgs(state.average)
         if state.opt_state is not None:
             items["optimizer"] = ArraysArgs(optimizer_item(state))
         if iterator is not None and self.config.save_dataset:
@@ -331,13 +339,13 @@ def newest_undamaged(path: str, items: Sequence[str]) -> tuple[int, str, tuple[s
 
 def select_checkpoints(
     config: RestoreCheckpointConfig,
-    items: Sequence[str] = ("params",),
+    items: Sequence[str] = (),
     setting: str = "CHECKPOINT_PATH",
 ) -> list[tuple[int, str]]:
     """Returns (step, path) of the checkpoints that a configuration asks for, ascending.
 
-    The latest checkpoint of a run is its newest undamaged one, as far as `items` go. With
-    `mode = 'all'` nothing is verified here: each checkpoint is verified when it is restored.
+    The latest checkpoint of a run is its newest undamaged one, as far as parameters and `items` go.
+    With `mode = 'all'` nothing is verified here: each checkpoint is verified when it is restored.
 
     Raises:
       FileNotFoundError: If there is no checkpoint.
@@ -346,6 +354,7 @@ def select_checkpoints(
     """
     if not config.path:
         raise ValueError(f"{setting} = {config.path!r} is empty; expected a checkpoint or a run.")
+    items = (*items_of(config.parameters), *items)
     selected: dict[int, str] = {}
     for text in config.path if isinstance(config.path, tuple | list) else (config.path,):
         path = str(paths.readable(text, setting))

@@ -24,8 +24,10 @@ from diffusion_t5x.checkpointing.checkpoints import (
     list_checkpoints,
 )
 from diffusion_t5x.checkpointing.reading import (
+    PARAMETERS,
     CheckpointMismatchError,
     compare,
+    has_average,
     has_optimizer_state,
     open_params,
 )
@@ -79,6 +81,7 @@ def convert(
     dry_run: bool = False,
     hf_model: str | None = None,
     lengths: Mapping[str, int] | None = None,
+    parameters: str = "averaged",
 ) -> Conversion:
     """Writes `{destination}/checkpoint_{step}`, atomically, with the parameters of a checkpoint.
 
@@ -100,6 +103,8 @@ def convert(
       dry_run: Whether to check that everything fits, and write nothing.
       hf_model: HF_MODEL, if `layout` is 'hugging_face': see `hf_export.prepare`.
       lengths: TASK_FEATURE_LENGTHS, for the settings that are written beside.
+      parameters: 'averaged' for the moving average of the parameters where the checkpoint has one,
+        'raw' for the parameters as they are; what is written has no average beside.
 
     Raises:
       FileNotFoundError: If there is no checkpoint.
@@ -108,11 +113,13 @@ def convert(
       ValueError: If settings contradict each other, or the network cannot hold the parameters.
     """
     _check_settings(layout, model, partial)
+    names.check_known(parameters, PARAMETERS, "--parameters")
     origin = paths.readable(source, "--from")
     directory = paths.writable(destination, "--to")
     step, path = list_checkpoints(str(origin))[-1]
     if layout == HUGGING_FACE and model is not None:
-        stored, notes = _merge(open_params(path, model.module.config.vocab_size), None)
+        stored, notes = _merge(open_params(path, model.module.config.vocab_size, parameters), None)
+        notes += _note_average(path, parameters)
         export = hf_export.prepare(path, _cast(stored, dtype), model, hf_model, lengths)
         tensor_files.check_destination(directory)
         if not dry_run:
@@ -122,9 +129,10 @@ def convert(
     final = directory / f"{PREFIX}_{step}"
     if final.exists() and orbax_buckets.is_complete(final):
         raise FileExistsError(f"{final} already exists; remove it, or choose another --to.")
-    stored, needs_start, notes = _open(path, 0 if model is None else model.module.config.vocab_size)
+    rows = 0 if model is None else model.module.config.vocab_size
+    stored, needs_start, notes = _open(path, rows, parameters)
     stored, merged = _merge(stored, model)
-    notes += merged
+    notes += merged + _note_average(path, parameters)
     arrays, dropped = stored, tuple[str, ...]()
     if model is not None:
         arrays, dropped = _fit(path, stored, model, partial)
@@ -147,7 +155,16 @@ def convert(
     return Conversion(str(final), step, arrays, dropped, notes)
 
 
-def _open(path: str, rows: int) -> tuple[dict[str, StoredArray], bool, tuple[str, ...]]:
+def _note_average(path: str, parameters: str) -> tuple[str, ...]:
+    if not has_average(path):
+        return ()
+    taken = "taken" if parameters == "averaged" else "left out"
+    return (f"the moving average of the parameters is {taken} (--parameters={parameters}).",)
+
+
+def _open(
+    path: str, rows: int, parameters: str
+) -> tuple[dict[str, StoredArray], bool, tuple[str, ...]]:
     """Returns parameters under our names, whether they need `start_token`, and what is left out."""
     if t5x_checkpoints.is_t5x_checkpoint(path):
         theirs = t5x_checkpoints.open_checkpoint(path)
@@ -156,7 +173,7 @@ def _open(path: str, rows: int) -> tuple[dict[str, StoredArray], bool, tuple[str
         stored = t5x_networks.to_ours(theirs.params)
         return stored, needs_start, (note,) if theirs.has_optimizer_state else ()
     note = "optimiser state and data position are not converted."
-    return open_params(path, rows), False, (note,) if has_optimizer_state(path) else ()
+    return open_params(path, rows, parameters), False, (note,) if has_optimizer_state(path) else ()
 
 
 def _cast(arrays: dict[str, StoredArray], dtype: str | None) -> dict[str, StoredArray]:

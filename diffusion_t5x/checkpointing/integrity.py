@@ -1,10 +1,10 @@
 """Checksums of checkpoints: written with each item, verified before it is restored.
 
 Orbax notices a truncated checkpoint but not every changed byte: it keeps no checksum of the data of
-arrays, so one flipped bit is one wrong parameter. Each item (`params`, `optimizer`, `dataset`)
-therefore gets a `checksums.json` with the size and CRC-32 of its files, before Orbax renames the
-checkpoint to its final name: no finished checkpoint lacks it, however the run ends. An item without
-the file (T5X's, or saved with `checksums = False`) is accepted unverified.
+arrays, so one flipped bit is one wrong parameter. Each item (`params`, `average`, `optimizer`,
+`dataset`) therefore gets a `checksums.json` with the size and CRC-32 of its files, before Orbax
+renames the checkpoint to its final name: no finished checkpoint lacks it, however the run ends. An
+item without the file (T5X's, or saved with `checksums = False`) is accepted unverified.
 
 Each item also gets a stamp, `checkpoint.json`, with the step and the items of its checkpoint and a
 number drawn for this one save. So an item that is missing or of another one is found as well.
@@ -28,7 +28,7 @@ from diffusion_t5x.interop import hf_models, t5x_checkpoints
 from diffusion_t5x.runtime import orbax_buckets
 
 PREFIX = "checkpoint"
-ITEMS = ("params", "optimizer", "dataset")
+ITEMS = ("params", "average", "optimizer", "dataset")
 NAME = re.compile(rf"^{PREFIX}_(-?\d+)$")
 MAX_STEP = 2**31 - 1
 STAMP = "checkpoint.json"

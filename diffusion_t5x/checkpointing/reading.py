@@ -20,7 +20,10 @@ from diffusion_t5x.checkpointing import integrity, layer_layouts
 from diffusion_t5x.interop import hf_models, t5x_checkpoints, t5x_networks
 from diffusion_t5x.interop.low_rank import is_low_rank
 from diffusion_t5x.interop.stored_arrays import StoredArray, place, read_together
-from diffusion_t5x.runtime.train_state import TrainState, named_leaves
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves, replace, select
+
+# Which parameters of a checkpoint: their moving average where it has one, or as they are.
+PARAMETERS = ("averaged", "raw")
 
 
 class CheckpointMismatchError(ValueError):
@@ -52,6 +55,16 @@ def optimizer_item(state: TrainState) -> dict[str, Any]:
 def has_optimizer_state(path: str) -> bool:
     """Returns whether a checkpoint holds an optimiser state that can be restored: ours may."""
     return (epath.Path(path) / "optimizer").exists()
+
+
+def items_of(parameters: str) -> tuple[str, ...]:
+    """Returns the items of a checkpoint that hold parameters, of `PARAMETERS`, if it has them."""
+    return ("params", "average") if parameters == "averaged" else ("params",)
+
+
+def has_average(path: str) -> bool:
+    """Returns whether a checkpoint holds a moving average of parameters."""
+    return (epath.Path(path) / "average").exists()
 
 
 def has_low_rank(path: str) -> bool:
@@ -89,9 +102,9 @@ def check_params(path: str, abstract_params: Any) -> None:
 
 
 def check_item(path: str, item: str, abstract: Any) -> Any:
-    """Checks that the arrays of an item ('params' or 'optimizer') fit; returns what is stored.
+    """Checks that the arrays of an item ('params', 'average', 'optimizer') fit, and returns them.
 
-    That is a tree of shapes and dtypes. Layers may be stacked where the model's are apart.
+    That is, a tree of their shapes and dtypes. Layers may be stacked where the model's are apart.
 
     Raises:
       FileNotFoundError: If there is no such item.
@@ -102,31 +115,45 @@ def check_item(path: str, item: str, abstract: Any) -> Any:
     return tree
 
 
-def restore_train_state(path: str, abstract_state: TrainState) -> TrainState:
+def restore_train_state(
+    path: str, abstract_state: TrainState, parameters: str = "raw"
+) -> TrainState:
     """Restores the whole state from a checkpoint of ours that has been verified.
+
+    The state has an average if both the checkpoint and `abstract_state` have one, and `parameters`
+    are 'raw'.
 
     Args:
       path: The checkpoint, as `checkpoints.newest_undamaged` returns it.
       abstract_state: `jax.ShapeDtypeStruct`s of the state, with the shardings to restore it onto.
+      parameters: Which parameters, of `PARAMETERS`.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
       CheckpointMismatchError: If it does not fit.
     """
-    params = _restore_item(path, "params", abstract_state.params)
+    params = restore_params(path, abstract_state.params, verify=False, parameters=parameters)
+    average = None
+    if parameters == "raw" and abstract_state.average is not None and has_average(path):
+        average = _restore_item(path, "average", abstract_state.average)
     rest = _restore_item(path, "optimizer", optimizer_item(abstract_state))
     opt_state = flax.serialization.from_state_dict(abstract_state.opt_state, rest["opt_state"])
-    return TrainState(rest["step"], params, opt_state)
+    return TrainState(rest["step"], params, opt_state, average)
 
 
-def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> Any:
+def restore_params(
+    path: str, abstract_params: Any, *, verify: bool = True, parameters: str = "averaged"
+) -> Any:
     """Restores the parameters of a checkpoint of any run, ours or T5X's, or of a model.
+
+    Says so if they are averaged.
 
     Args:
       path: The checkpoint.
       abstract_params: `jax.ShapeDtypeStruct`s, with the shardings to restore parameters onto.
       verify: Whether to compare the files with their checksums; False if that was done when the
         checkpoint was selected.
+      parameters: Which parameters, of `PARAMETERS`.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
@@ -137,11 +164,30 @@ def restore_params(path: str, abstract_params: Any, *, verify: bool = True) -> A
         stored = _open_fitting(path, abstract_params)
         return place(stored, named_leaves(abstract_params), f"reading {path}")
     if verify:
-        integrity.verify(path, ("params",))
-    return _restore_item(path, "params", abstract_params)
+        integrity.verify(path, items_of(parameters))
+    if parameters == "raw" or not has_average(path):
+        return _restore_item(path, "params", abstract_params)
+    if jax.process_index() == 0:
+        print(note_averaged(path), flush=True)
+    stored, expected = (
+        named_leaves(_stored_tree(_item(path, "average"))),
+        named_leaves(abstract_params),
+    )
+    if layer_layouts.differ(stored, expected):
+        stored = layer_layouts.shapes_as(stored, expected)
+    if stored.keys() >= expected.keys():
+        return _restore_item(path, "average", abstract_params)
+    wanted = select(abstract_params, stored.__contains__)
+    params = _restore_item(path, "params", abstract_params)  # of which some were frozen
+    return replace(params, _restore_item(path, "average", wanted))
 
 
-def open_params(path: str, rows: int = 0) -> dict[str, StoredArray]:
+def note_averaged(path: str) -> str:
+    """Returns the line that says that averaged parameters are taken."""
+    return f"{path}: the moving average of the parameters is taken ('raw' takes them as they are)."
+
+
+def open_params(path: str, rows: int = 0, parameters: str = "averaged") -> dict[str, StoredArray]:
     """Opens the parameters of a checkpoint, verified; arrays are read on demand.
 
     They are those of each layer under our names, such as 'decoder/layers_0/mlp/wo/kernel'.
@@ -149,6 +195,7 @@ def open_params(path: str, rows: int = 0) -> dict[str, StoredArray]:
     Args:
       path: The checkpoint.
       rows: Rows that the embedding of a model of Hugging Face's has at least; added ones are 0.
+      parameters: Which parameters, of `PARAMETERS`.
 
     Raises:
       FileNotFoundError: If `path` is not a checkpoint.
@@ -166,13 +213,18 @@ def open_params(path: str, rows: int = 0) -> dict[str, StoredArray]:
                 "TransformerConfig.start_token = True."
             )
         return t5x_networks.to_ours(params)
-    item = _item(path, "params")
-    integrity.verify(path, ("params",), alone=True)
+    integrity.verify(path, items_of(parameters), alone=True)
+    stored = _open_item(_item(path, "params"))
+    if parameters == "averaged" and has_average(path):
+        stored |= _open_item(_item(path, "average"))
+    return t5x_networks.to_ours(stored)
 
+
+def _open_item(item: epath.Path) -> dict[str, StoredArray]:
     def read() -> dict[str, Any]:
         return named_leaves(jax.device_get(ocp.StandardCheckpointer().restore(item)))
 
-    return t5x_networks.to_ours(read_together(named_leaves(_stored_tree(item)), "params", read))
+    return read_together(named_leaves(_stored_tree(item)), item.name, read)
 
 
 def _open_fitting(path: str, abstract_params: Any) -> dict[str, StoredArray]:

@@ -30,7 +30,9 @@ def restorer(
     """Returns the function that restores a model's parameters from the path of a checkpoint."""
     abstract = abstract_params(model, partitioner, INIT_SHAPES, {})
     verify = cfg.mode == "all"  # of other modes the selection has verified its one checkpoint
-    return functools.partial(restore_params, abstract_params=abstract, verify=verify)
+    return functools.partial(
+        restore_params, abstract_params=abstract, verify=verify, parameters=cfg.parameters
+    )
 
 
 class Prediction(NamedTuple):

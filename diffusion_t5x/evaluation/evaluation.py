@@ -366,7 +366,8 @@ def evaluate(
         for step, path in queue:
             into = directory / f"checkpoint_{step}"
             try:
-                found = _evaluate_checkpoint(evaluator, restore, into, step, path, failed)
+                settings = {"checkpoint": path, "parameters": restore_checkpoint_cfg.parameters}
+                found = _evaluate_checkpoint(evaluator, restore, into, step, settings, failed)
             except DamagedCheckpointError as error:
                 print(f"{error}\nIt is left out.", flush=True)
                 failed.append(error)
@@ -398,15 +399,15 @@ def _evaluate_checkpoint(
     restore: Callable[[str], Any],
     directory: epath.Path,
     step: int,
-    path: str,
+    settings: Mapping[str, Any],
     failed: list[ValueError],
 ) -> list[dict[str, Any]]:
-    """Returns the rows of one checkpoint, from files where they are known already.
+    """Returns the rows of one checkpoint, which `settings` say, from files where they are known.
 
     There are fewer rows than tasks if the checkpoint vanishes before all are evaluated, or if
     metrics fail, whose errors are added to `failed`.
     """
-    settings = {**evaluator.settings, "checkpoint": path}
+    settings, path = {**evaluator.settings, **settings}, settings["checkpoint"]
     if save := integrity.save_number(path):
         settings["save"] = save
     key = resumable.digest(settings)

@@ -108,6 +108,7 @@ def infer(
             path, mode, random_seed, return_all_decodes, dataset_cfg.split, size,
             checkpoint_period, dict(dataset_cfg.task_feature_lengths),
             repr(getattr(model, "decoder", None)), integrity.save_number(path),
+            restore_checkpoint_cfg.parameters,
         ]
     )  # fmt: skip
     params = restorer(model, partitioner, restore_checkpoint_cfg)(path)

@@ -24,11 +24,24 @@ INIT_SHAPES: Shapes = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters, and optimiser state of those that are trained, after `step` updates (int32)."""
+    """Parameters, and optimiser state of those that are trained, after `step` updates (int32).
+
+    `average` is the moving average of the trained parameters, float32; None if a run keeps none.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def evaluated_params(self) -> Any:
+        """Returns the parameters to evaluate: the average, and as they are those without one."""
+        if self.average is None:
+            return self.params
+        params = named_leaves(self.params)
+        average = {n: x.astype(params[n].dtype) for n, x in named_leaves(self.average).items()}
+        return replace(self.params, flax.traverse_util.unflatten_dict(average, sep="/"))
 
 
 def input_shapes_and_types(

@@ -44,6 +44,7 @@ class Report:
       collectives: What the collectives of a step leave on a device; None if the compiler refused.
       compiled: The compiled step, for reading more from it.
       trained_count: Number of parameters that are not frozen; None for all.
+      average: The moving average of the parameters; 0 for none.
     """
 
     device: str
@@ -59,6 +60,7 @@ class Report:
     collectives: Sent | None = None
     compiled: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
     trained_count: int | None = None
+    average: int = 0
 
     @property
     def fits(self) -> bool:
@@ -78,6 +80,7 @@ class Report:
         for name, size in (
             ("parameters", self.parameters),
             ("optimiser", self.optimizer),
+            *([("moving average", self.average)] * bool(self.average)),
             ("batch", self.batch),
             ("activations and temporaries", self.temporaries),
             ("total", self.total),
@@ -150,6 +153,7 @@ def compile_step(trainer: Trainer, state: TrainState, batch: Mapping[str, Any]) 
         trained_count=None if trained == count else trained,
         parameters=_bytes(state.params),
         optimizer=_bytes((state.step, state.opt_state)),
+        average=_bytes(state.average),
         batch=_bytes(batch),
         limit=device_memory(device),
     )

@@ -165,7 +165,7 @@ def loss_evaluation(
             if metrics is None:
                 shapes = shapes or trainer.eval_metric_shapes(state, batch)
                 metrics = trainer.empty_metrics(shapes)
-            args = state.params, metrics, batch
+            args = state.evaluated_params, metrics, batch
             step = step or trainer.partitioner.compile("eval step", trainer.eval_step, *args)
             metrics = step(*args)
         if metrics is None:
@@ -179,7 +179,9 @@ def text_evaluations(evaluator: Any) -> dict[str, Evaluate]:
     """Returns the evaluations of decoded text, a split 'inference_eval/TASK' per task."""
 
     def of(task: str) -> Evaluate:
-        return lambda state: evaluator.evaluate(state.params, int(state.step), [task])[task]
+        return lambda state: evaluator.evaluate(state.evaluated_params, int(state.step), [task])[
+            task
+        ]
 
     return {f"inference_eval/{task}": of(task) for task in evaluator.tasks}
 

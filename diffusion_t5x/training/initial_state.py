@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ class StartingPoint:
       has_optimizer: Whether the optimiser state is restored as well.
       low_rank_begins: Whether the checkpoint is of the network without low-rank adaptation, whose
         parameters begin fresh, with a fresh optimiser state.
+      parameters: Which parameters of it, of `reading.PARAMETERS`; a run of its own goes on with
+        its 'raw' ones, and its average.
       damaged: Paths of the run's own newer checkpoints, which are damaged.
     """
 
@@ -39,6 +42,7 @@ class StartingPoint:
     has_optimizer: bool = False
     damaged: tuple[str, ...] = ()
     low_rank_begins: bool = False
+    parameters: str = "raw"
 
     def __str__(self) -> str:
         if self.path is None:
@@ -46,6 +50,8 @@ class StartingPoint:
         if self.is_own:
             return f"resuming from {self.path}"
         parts = "parameters and optimiser" if self.has_optimizer else "parameters"
+        if self.parameters == "averaged" and reading.has_average(self.path):
+            parts = f"averaged {parts}"
         fresh = ", with fresh low-rank factors" if self.low_rank_begins else ""
         return f"{parts} of {self.path}, at step {self.step}{fresh}"
 
@@ -95,6 +101,8 @@ class StartingPoint:
         reading.check_params(self.path, abstract.params)
         if self.has_optimizer:
             reading.check_item(self.path, "optimizer", reading.optimizer_item(abstract))
+        if self.is_own and abstract.average is not None and reading.has_average(self.path):
+            reading.check_item(self.path, "average", abstract.average)
         return self
 
 
@@ -133,16 +141,22 @@ def find(model_dir: str, config: CheckpointConfig) -> StartingPoint:
     initial_step, initial = _select_initial(config.restore)
     # 3. The parameters alone of an initial checkpoint.
     if config.restore.params_only:
-        return StartingPoint(initial, 0, 0)
+        return StartingPoint(initial, 0, 0, parameters=config.restore.parameters)
     # 4. The state of an initial checkpoint, at its step; the optimiser starts fresh if its state
     #    is missing or T5X's. With another objective than the checkpoint's this is AR2Diff.
     has_optimizer = reading.has_optimizer_state(initial)
-    return StartingPoint(initial, initial_step, initial_step, has_optimizer=has_optimizer)
+    return StartingPoint(
+        initial,
+        initial_step,
+        initial_step,
+        has_optimizer=has_optimizer,
+        parameters=config.restore.parameters,
+    )
 
 
 def _select_initial(config: checkpoints.RestoreCheckpointConfig) -> tuple[int, str]:
     """Returns the step that a run starts at, and the checkpoint that it starts from."""
-    items = ("params",) if config.params_only else ("params", "optimizer")
+    items = () if config.params_only else ("optimizer",)
     config = dataclasses.replace(config, mode="specific")
     try:
         [(step, path)] = checkpoints.select_checkpoints(config, items, "INITIAL_CHECKPOINT_PATH")
@@ -173,17 +187,20 @@ def restore(
     if start.path is not None and start.has_optimizer:
         if checkpointer is not None and start.is_own and checkpointer.config.save_dataset:
             restore_position(start.path, iterator)
-        return reading.restore_train_state(start.path, abstract)
+        if start.is_own and jax.process_index() == 0:
+            _say_average(start.path, abstract)
+        return reading.restore_train_state(start.path, abstract, start.parameters)
     if start.path is None:
         return create()
     fresh = create()  # of which only what the checkpoint lacks is kept
     opt_state, factors = fresh.opt_state, select(fresh.params, is_low_rank)
     del fresh
+    read = functools.partial(reading.restore_params, verify=False, parameters=start.parameters)
     if start.low_rank_begins:
         wanted = _without_low_rank(abstract.params)
-        params = replace(reading.restore_params(start.path, wanted, verify=False), factors)
+        params = replace(read(start.path, wanted), factors)
     else:
-        params = reading.restore_params(start.path, abstract.params, verify=False)
+        params = read(start.path, abstract.params)
     step = jax.device_put(np.int32(start.step), abstract.step.sharding)
     if start.step and jax.process_index() == 0:
         why = "it has no optimiser state that can be restored here (T5X's cannot)"
@@ -194,3 +211,11 @@ def restore(
             "starts fresh."
         )
     return TrainState(step, params, opt_state)
+
+
+def _say_average(path: str, abstract: TrainState) -> None:
+    """Says so if a run that resumes begins to average its parameters, or no longer does."""
+    if abstract.average is not None and not reading.has_average(path):
+        print(f"{path} has no moving average: it begins with the parameters (EMA_DECAY).")
+    if abstract.average is None and reading.has_average(path):
+        print(f"{path} has a moving average, which is dropped: EMA_DECAY = None.")

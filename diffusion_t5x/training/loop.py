@@ -134,15 +134,15 @@ def train(
 
     # State: shapes and shardings alone, compared with the checkpoint before anything is allocated.
     spec = input_shapes_and_types(iterator.element_spec)
-    abstract = abstract_train_state(model, partitioner, *spec)
-    start = start.fit(abstract)
     trainer = trainer_cls(
         model=model,
         partitioner=partitioner,
-        abstract_state=abstract,
+        abstract_state=abstract_train_state(model, partitioner, *spec),
         random_seed=random_seed,
         first_step=start.first_step,
     )
+    abstract = trainer.abstract_state
+    start = start.fit(abstract)
     trainer.check_batch_size(batch_size)
 
     # Evaluations that training pauses for.
@@ -180,7 +180,9 @@ def train(
             )
         key = jax.random.fold_in(jax.random.PRNGKey(random_seed), np.uint32(2**32 - 1))
         create = functools.partial(create_train_state, model, partitioner, *spec, key)
-        state = initial_state.restore(start, abstract, checkpointer, iterator, create)
+        state = trainer.begin_average(
+            initial_state.restore(start, abstract, checkpointer, iterator, create)
+        )
         step = int(state.step)
         write_model_info(model_dir, abstract)
         run_record.write(model_dir, record, start.first_step)

@@ -82,15 +82,15 @@ def _unless_finite(
     def choose(one: Any, other: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(finite, x, y), one, other)
 
-    params, opt_state = choose((new.params, new.opt_state), (old.params, old.opt_state))
     nothing = jax.tree.map(jnp.zeros_like, metrics)
-    return TrainState(new.step, params, opt_state), choose(metrics, nothing)
+    return choose(new, old).replace(step=new.step), choose(metrics, nothing)
 
 
 class Trainer:
     """Compiled train and eval steps of one model.
 
     Attributes:
+      abstract_state: Shapes and shardings of the train state, its average included.
       leaf_names: Names of the trained parameters, in the order of `Health.grad_squares`.
       step: `(state, metrics, batch) -> (state, metrics, health)`, compiled; donates state, metrics.
       eval_step: `(params, metrics, batch) -> metrics`, compiled; donates metrics.
@@ -107,11 +107,12 @@ class Trainer:
         clip_norm: float | None = None,
         max_skipped_updates: int = 0,
         first_step: int = 0,
+        ema_decay: float | None = None,
     ):
         """Prepares the steps; they are compiled when they are first called or lowered.
 
         Args:
-          abstract_state: Shapes and shardings of the train state.
+          abstract_state: Shapes and shardings of the train state, without an average.
           random_seed: Seed of all randomness in training. The key of a step is this seed's key
             folded with the step.
           learning_rate_fn: Learning rate schedule, `step -> rate`.
@@ -120,6 +121,10 @@ class Trainer:
           max_skipped_updates: Number of updates in a row that are skipped because a loss, gradient
             or update is not finite; the next one stops training. 0 stops at the first.
           first_step: The step that the run started at, from which the model's loss counts.
+          ema_decay: Decay of the moving average of the parameters that is evaluated; None for no
+            average. At step `i` of the run, from 0, it is min(ema_decay, (1 + i) / (10 + i)), as in
+            TensorFlow's `ExponentialMovingAverage`, so that the first parameters are soon
+            forgotten. Skipped updates leave the average as it is.
 
         Raises:
           ValueError: If a number is out of range.
@@ -130,8 +135,21 @@ class Trainer:
             raise ValueError(f"clip_norm = {clip_norm}; expected a positive number or None.")
         if max_skipped_updates < 0:
             raise ValueError(f"max_skipped_updates = {max_skipped_updates}; expected at least 0.")
+        if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+            raise ValueError(
+                f"EMA_DECAY = {ema_decay}; expected 0 < EMA_DECAY < 1, such as 0.9999, or None for "
+                "no moving average."
+            )
         self.model = model
         self.partitioner = partitioner
+        self._ema_decay = ema_decay
+        if ema_decay is not None:
+            average = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+                select(abstract_state.params, model.is_trained),
+            )
+            abstract_state = abstract_state.replace(average=average)
+        self.abstract_state = abstract_state
         self._learning_rate_fn = learning_rate_fn
         self.num_microbatches = num_microbatches or 1
         self._clip_norm = clip_norm
@@ -164,6 +182,18 @@ class Trainer:
                 f"examples that a data-parallel shard has of BATCH_SIZE = {batch_size}; expected "
                 f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}."
             )
+
+    def begin_average(self, state: TrainState) -> TrainState:
+        """Returns the state with the average that a run keeps, the parameters if it has none."""
+        if self._ema_decay is None or state.average is not None:
+            return state
+        trained = select(state.params, self.model.is_trained)
+        # Arrays of their own, which steps may donate.
+        copy = self.partitioner.jit(
+            lambda params: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state.average),
+        )
+        return state.replace(average=copy(trained))
 
     def metric_shapes(self, state: TrainState, batch: Batch) -> Metrics:
         """Returns the shapes of the metrics that a training step accumulates."""
@@ -198,18 +228,28 @@ class Trainer:
         trained = select(state.params, self.model.is_trained)
         updates, opt_state = self.model.optimizer_def.update(grads, state.opt_state, trained)
         updates = jax.tree.map(lambda u: u * rate, updates)
-        params = replace(state.params, optax.apply_updates(trained, updates))
+        trained = optax.apply_updates(trained, updates)
+        params = replace(state.params, trained)
         one = jnp.float32(1.0)
         metrics = {
             **metrics,
             "learning_rate": clu.metrics.Average(total=rate, count=one),
             "grad_norm": clu.metrics.Average(total=norm, count=one),
         }
-        new = TrainState(state.step + 1, params, opt_state)
+        new = TrainState(state.step + 1, params, opt_state, self._averaged(state, trained))
         health = Health(new.step, loss, squares, _leaf_squares(updates))
         if self.max_skipped_updates:
             new, metrics = _unless_finite(health, state, new, metrics)
         return new, metrics, health
+
+    def _averaged(self, state: TrainState, trained: Any) -> Any:
+        """Returns the average after an update of `state` to the parameters `trained`."""
+        if self._ema_decay is None:
+            return None
+        number = (state.step - self._first_step).astype(jnp.float32)
+        decay = jnp.minimum(self._ema_decay, (1.0 + number) / (10.0 + number))
+        trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+        return optax.incremental_update(trained, state.average, 1.0 - decay)
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
         """Returns loss, metrics and gradients of a batch, computed microbatch by microbatch.
