@@ -162,6 +162,7 @@ def test_the_settings_of_a_scale_are_no_scale_themselves():
     [
         ("families", "laptop"),
         ("recipes", "recipes"),
+        ("padding", "laptop"),
         *((table, scale) for table in ("table1", "table2", "table3") for scale in SCALES),
     ],
 )

@@ -55,6 +55,35 @@ def count_used(canvas: Canvas, argmax: Array) -> Array:
     return jnp.minimum(canvas.used, end.astype(jnp.int32))
 
 
+def ended(tokens: Array, eos_id: int) -> Array:
+    """Marks what comes after the first `eos_id` of `tokens [rows, length]`: bool."""
+    ends = (tokens == eos_id).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) > ends
+
+
+def keep_text(canvas: Canvas, readout: Readout, eos_id: int) -> tuple[Canvas, Readout]:
+    """Leaves out what comes after texts, as if a network that is certain had padding there.
+
+    The canvas, its last argmax, and what was read and drawn from it each end with their own first
+    `eos_id`.
+    """
+
+    def end(tokens: Array, values: Array) -> Array:
+        return jnp.where(ended(tokens, eos_id), 0, values)
+
+    before = canvas.readout.argmax
+    cut = Readout(
+        drawn=end(readout.drawn, readout.drawn),
+        argmax=end(readout.argmax, readout.argmax),
+        drawn_log_prob=end(readout.drawn, readout.drawn_log_prob),
+        argmax_log_prob=end(readout.argmax, readout.argmax_log_prob),
+        canvas_log_prob=end(canvas.tokens, readout.canvas_log_prob),
+        entropy=end(readout.argmax, readout.entropy),
+    )
+    last = canvas.readout._replace(argmax=end(before, before))
+    return canvas._replace(tokens=end(canvas.tokens, canvas.tokens), readout=last), cut
+
+
 def keep_done(new: Canvas, old: Canvas) -> Canvas:
     """Returns `new`, but `old` where a canvas was already done."""
 

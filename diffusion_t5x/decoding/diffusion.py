@@ -34,8 +34,10 @@ from diffusion_t5x.interfaces import (
     StopRule,
     UpdateRule,
 )
+from diffusion_t5x.names import check_known
 
 Array = jax.Array
+SCORED = ("canvas", "text")
 
 
 class _State(NamedTuple):
@@ -75,7 +77,10 @@ class DiffusionDecoder:
         finished block joins the cached prefix of the next (`decoding.block_decoding`); 0 for one
         canvas. Needs `prefix_cache`, and a model trained with blocks of this length.
       eos_id: the token that ends a text, after which no block is written; a negative one ends none.
-        Read only with blocks.
+      scored: 'canvas' scores all of it; 'text' what a sample has up to its first `eos_id`, that
+        included. The rest is then taken for padding of a certain network by scores, stop rules,
+        `halve_every` and `trim_multiple`; for models that were trained without it.
+      pad_after_eos: write padding after the first `eos_id` of each text, at each step.
       block_logits: logits per canvas that may exist at once; longer canvases are read in chunks of
         positions.
     """
@@ -92,6 +97,8 @@ class DiffusionDecoder:
     prefix_cache: bool = False
     block_length: int = 0
     eos_id: int = -1
+    scored: str = "canvas"
+    pad_after_eos: bool = False
     block_logits: int = 2**22
 
     def __post_init__(self):
@@ -113,6 +120,12 @@ class DiffusionDecoder:
             raise ValueError(
                 "block_length needs cached prefixes; set prefix_cache = True, and train with "
                 "blocks (objectives/diffusion_blocks.gin)."
+            )
+        check_known(self.scored, SCORED, "DiffusionDecoder.scored")
+        if self.eos_id < 0 and (self.scored == "text" or self.pad_after_eos):
+            raise ValueError(
+                f"DiffusionDecoder.eos_id = {self.eos_id} with scored = {self.scored!r} and "
+                f"pad_after_eos = {self.pad_after_eos}; expected the token that ends a text."
             )
         for name, module in (("update", "updates"), ("stop", "stopping")):
             rule = getattr(self, name)
@@ -268,6 +281,10 @@ class DiffusionDecoder:
         view = StepView(old, readout, state.step, self.num_steps)
         # Update and score.
         new, score = self.update(view, update_rng, self.corruption)
+        if self.scored == "text":
+            old, readout = canvases.keep_text(old, readout, self.eos_id)
+            view = view._replace(canvas=old, readout=readout)
+            _, score = self.update(view, update_rng, self.corruption)
         new = new._replace(readout=readout, score=score)
         # Trim: padding that the network writes again leaves the computation.
         if self.trim_multiple:
@@ -279,8 +296,12 @@ class DiffusionDecoder:
                 jnp.where(done[:, None], readout.argmax, x) for x in (new.tokens, new.text)
             )
             new = new._replace(tokens=tokens, text=text, done=done)
+        if self.pad_after_eos:
+            after = canvases.ended(new.text, self.eos_id)
+            tokens, text = (jnp.where(after, 0, x) for x in (new.tokens, new.text))
+            new = new._replace(tokens=tokens, text=text)
         # Keep what was done before, and what is to be shown.
-        new = canvases.record(canvases.keep_done(new, old), state.step)
+        new = canvases.record(canvases.keep_done(new, state.canvas), state.step)
         return _State(
             step=state.step + 1,
             passes=state.passes + samples,

@@ -14,6 +14,7 @@ from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
 from diffusion_t5x.objectives.likelihood import any_order_bound
 from diffusion_t5x.objectives.losses import CrossEntropy
 from diffusion_t5x.objectives.next_token import NextToken
+from diffusion_t5x.objectives.padding import check_padding, weigh_padding
 from diffusion_t5x.objectives.text_blocks import count_blocks, count_used_blocks, take_block
 
 Array = jax.Array
@@ -34,6 +35,10 @@ class StepUnrolledDenoising:
       unroll_temperature: temperature of the draw; 0 is the argmax.
       reduction: 'sum' or 'mean' over the passes.
       padding_weight: loss weight of padding positions; 1 counts them like text, as the paper does.
+      padding: how much of the padding after a text counts: 'canvas', all of it (the paper's);
+        'tail', the next `tail_length` tokens; 'eos_only', none, so that what a model writes after
+        the end of its text means nothing (docs/padding.md).
+      tail_length: tokens of the tail; 0 unless `padding` is 'tail'.
       cross_entropy: the loss of a token.
       attention_pattern: 'bidirectional' (the paper's); 'cached_prefix', where the prefix does not
         see the canvas, so that a decoder may cache it; or 'causal_prefix', where moreover no prefix
@@ -61,6 +66,8 @@ class StepUnrolledDenoising:
     unroll_temperature: float = 0.0
     reduction: str = "sum"
     padding_weight: float = 1.0
+    padding: str = "canvas"
+    tail_length: int = 0
     cross_entropy: CrossEntropy = CrossEntropy()
     attention_pattern: str = "bidirectional"
     block_length: int = 0
@@ -75,6 +82,7 @@ class StepUnrolledDenoising:
             self.attention_pattern, DENOISING_PATTERNS, "StepUnrolledDenoising.attention_pattern"
         )
         check_known(self.reduction, ("sum", "mean"), "StepUnrolledDenoising.reduction")
+        check_padding(self.padding, self.tail_length, self.padding_weight, "StepUnrolledDenoising")
         if self.block_length and self.attention_pattern != "causal_prefix":
             raise ValueError(
                 f"block_length = {self.block_length} with attention_pattern = "
@@ -102,11 +110,13 @@ class StepUnrolledDenoising:
         return self.corruption.forbidden
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
-        """Scales the weights of padding (token 0) by `padding_weight`.
+        """Weighs padding (token 0): see `padding.weigh_padding`.
 
         Blocks after the one in which a text ends get weight 0: no decoder writes them.
         """
-        weights = weights * jnp.where(targets == 0, self.padding_weight, 1.0)
+        weights = weigh_padding(
+            targets, weights, self.padding, self.tail_length, self.padding_weight
+        )
         if self.block_length:
             used = count_used_blocks(targets, self.block_length) * self.block_length
             weights *= jnp.arange(targets.shape[1]) < used[:, None]  # [batch, length]

@@ -52,9 +52,9 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run of four steps, with checkpoints of steps 2 and 4."""
+    """A run of four steps with an average, with checkpoints of steps 2 and 4."""
     directory = tmp_path_factory.mktemp("run")
-    toy.run(directory, 4)
+    toy.run(directory, 4, trainer={"ema_decay": 0.9})
     return directory
 
 
@@ -157,7 +157,7 @@ def _iterator():
 def _save(directory, step, **settings):
     arrays = {"a": jnp.zeros(3)}
     checkpointer = Checkpointer(str(directory), SaveCheckpointConfig(**settings))
-    checkpointer.save(TrainState(jnp.int32(step), arrays, arrays), _iterator())
+    checkpointer.save(TrainState(jnp.int32(step), arrays, arrays, arrays), _iterator())
     checkpointer.close()
     return directory / f"checkpoint_{step}"
 
@@ -180,8 +180,8 @@ def test_an_item_without_a_stamp_among_others_is_of_another_checkpoint(a_copy, c
     for name in (CHECKSUMS, STAMP):
         (a_copy / "checkpoint_4" / "optimizer" / name).unlink()
     words = (
-        "its items are of different checkpoints: params of step 4, dataset of step 4, optimizer of "
-        "an unknown one"
+        "its items are of different checkpoints: params of step 4, average of step 4, dataset of "
+        "step 4, optimizer of an unknown one"
     )
     _assert_passed_over(a_copy, a_copy / "checkpoint_4", words, capsys)
 
@@ -258,7 +258,7 @@ def test_a_run_resumes_from_the_newest_undamaged_checkpoint_and_ends_the_same(
     damaged = _array_file(a_copy / "checkpoint_4" / item)
     _flip_a_bit(damaged)
     capsys.readouterr()
-    state = toy.run(a_copy, 4)
+    state = toy.run(a_copy, 4, trainer={"ema_decay": 0.9})
     text = capsys.readouterr().out
     assert f"{damaged.relative_to(a_copy / 'checkpoint_4')} has the CRC-32" in text
     assert f"The newest undamaged checkpoint is {a_copy}/checkpoint_2" in text
@@ -440,6 +440,7 @@ def test_two_processes_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
     listed = {
         str(run / "checkpoint_2" / item / name)
         for item in ITEMS
+        if item != "average"
         for name in json.loads((run / "checkpoint_2" / item / CHECKSUMS).read_text())
     }
     assert shares[0] | shares[1] == listed
