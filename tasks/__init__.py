@@ -11,6 +11,7 @@
 | `mc4_prefix_lm`, `mc4_span_corruption` | mC4 alone, and `mc4_en_prefix_lm` etc. |
 | `the_stack_prefix_lm`, `the_stack_span_corruption` | The Stack's Python alone |
 | `chat` | your conversations and completions; BLEU and exact match |
+| `multiple_choice` | your questions, their choices ranked by likelihood; accuracy |
 | `embedded_translation_en_fr` | CLDR dates, amounts, units, names; BLEU and exact match |
 | `embedded_qa` | questions about signatures of the standard library; F1 and EM |
 | `embedded_code` | small functions with assertions; pass@1 |
@@ -29,7 +30,14 @@ Import it after gin is parsed, so that `vocabularies.get_vocabulary` is the conf
 import sys
 
 import seqio
-from diffusion_t5x.tasks import chat, code, pretraining, question_answering, translation
+from diffusion_t5x.tasks import (
+    chat,
+    code,
+    multiple_choice,
+    pretraining,
+    question_answering,
+    translation,
+)
 from diffusion_t5x.tasks.translation import register_translation
 
 if "embedded_all" not in seqio.MixtureRegistry.names():
@@ -42,6 +50,7 @@ if "embedded_all" not in seqio.MixtureRegistry.names():
 __all__ = [
     "chat",
     "code",
+    "multiple_choice",
     "pretraining",
     "question_answering",
     "register_translation",

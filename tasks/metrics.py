@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,71 @@ def squad(
         "em": 100 * float(np.mean(em)),
         "exact_match": float(np.mean(exact)),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of the answers that a question offers, all whole numbers; choices count from 0.
+
+    Attributes:
+      question: Which question, the same for all its choices.
+      choice: Which of its choices this is.
+      num_choices: How many it has.
+      answer: The right one.
+      tokens: Tokens of this choice, the end of text among them.
+      bytes: Bytes of its text.
+    """
+
+    question: int
+    choice: int
+    num_choices: int
+    answer: int
+    tokens: int
+    bytes: int
+
+
+def rank_choices(targets: Sequence[Choice], scores: Sequence[float]) -> Mapping[str, float]:
+    """Computes how often the likeliest choice of a question is its answer.
+
+    'accuracy' compares log-likelihoods, 'accuracy_per_token' and 'accuracy_per_byte' divide them by
+    the length of the choice. Of k choices that are equally likely, each counts as chosen 1 / k
+    times. Questions of which a choice is missing are left out; 'questions' and
+    'incomplete_questions' say how many there are. Choices may come in any order.
+
+    Args:
+      targets: The choices.
+      scores: Their log-likelihoods in nats, or bounds.
+
+    Raises:
+      ValueError: if there is no whole question, not as many scores as choices, or one is NaN.
+    """
+    if len(targets) != len(scores):
+        raise ValueError(f"{len(targets)} choices, but {len(scores)} scores.")
+    if np.isnan(np.asarray(scores, np.float64)).any():
+        raise ValueError("the score of a choice is NaN.")
+    questions: dict[int, dict[int, tuple[Choice, float]]] = collections.defaultdict(dict)
+    for target, score in zip(targets, scores, strict=True):
+        questions[target.question][target.choice] = target, float(score)
+    groups = [list(choices.values()) for choices in questions.values()]
+    whole = [group for group in groups if len(group) == group[0][0].num_choices]
+    if not whole:
+        raise ValueError(f"none of {len(questions)} questions has all its choices.")
+    sizes: dict[str, Callable[[Choice], int]] = {
+        "accuracy": lambda choice: 1,
+        "accuracy_per_token": lambda choice: choice.tokens,
+        "accuracy_per_byte": lambda choice: choice.bytes,
+    }
+    found: dict[str, float] = {}
+    for name, size in sizes.items():
+        credits = []
+        for question in whole:
+            values = [(score / size(choice), choice) for choice, score in question]
+            best = max(value for value, _ in values)
+            chosen = [choice.choice == choice.answer for value, choice in values if value == best]
+            credits.append(sum(chosen) / len(chosen))
+        found[name] = float(np.mean(credits))
+    counts = {"questions": len(whole), "incomplete_questions": len(questions) - len(whole)}
+    return {**found, **counts}
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

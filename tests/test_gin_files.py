@@ -5,6 +5,7 @@ A run is a model file, an objective file and a run file, in this order.
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import re
 
@@ -19,6 +20,7 @@ from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.interop import hf_configs
 from diffusion_t5x.networks.config import SCANNED_FROM, TransformerConfig
 from diffusion_t5x.networks.low_rank import LowRank
+from diffusion_t5x.objectives import StepUnrolledDenoising
 from diffusion_t5x.runtime.train_state import INIT_SHAPES
 from diffusion_t5x.training.loop import train
 from gin import config_parser
@@ -34,6 +36,10 @@ OBJECTIVES = (
 FAST = "decoders/fast.gin"
 LOW_RANK = "models/low_rank.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
+LM_EVAL = "runs/lm_eval.gin"
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm-eval"
+)
 SAMPLE = "runs/sample.gin"
 EXPORT = "runs/export.gin"
 SCALES = ("embedded", "paper")
@@ -93,6 +99,7 @@ REQUIRED = {
     "runs/finetune.gin": {*DATA, "MODEL_DIR", "INITIAL_CHECKPOINT_PATH"},
     "runs/eval.gin": {*DATA, "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"},
     "runs/infer.gin": {*DATA, "CHECKPOINT_PATH", "INFER_OUTPUT_DIR"},
+    LM_EVAL: {"TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "LM_EVAL_TASKS", "LM_EVAL_OUTPUT_DIR"},
     SAMPLE: {"TASK_FEATURE_LENGTHS", "CHECKPOINT_PATH", "INPUTS"},
 }
 
@@ -109,7 +116,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RUNS, SAMPLE, EXPORT}
+    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RUNS, SAMPLE, EXPORT, LM_EVAL}
     known |= {*STACKS, *SIZE_FILES, LOW_RANK, "models/common.gin", "runs/common.gin"}
     known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
     folders = ("models/", "objectives/", "decoders/", "runs/")
@@ -141,7 +148,7 @@ def test_a_composition_that_lacks_a_file_is_refused_by_the_macro_it_would_set(fi
         gin_utils.parse_config(files, _required(RUNS[0]))
 
 
-@pytest.mark.parametrize("run", [*RUNS, SAMPLE])
+@pytest.mark.parametrize("run", [*RUNS, SAMPLE, pytest.param(LM_EVAL, marks=needs_lm_eval)])
 @pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[-1]])
 def test_each_required_macro_is_asked_for(objective, run):
     required = _required(objective, run)
@@ -388,6 +395,11 @@ def test_sampling_macros_reach_the_decoder_in_every_run(run):
     assert (decoder.num_samples, decoder.temperature) == (3, 0.5)
 
 
+def test_the_draws_of_a_score_are_one_setting():
+    _parse("models/tiny.gin", OBJECTIVES[1], RUNS[0], "SCORE_DRAWS=64")
+    assert gin.get_configurable(StepUnrolledDenoising)().score_draws == 64
+
+
 def test_the_papers_settings_are_the_defaults():
     _parse("models/base.gin", OBJECTIVES[1], "runs/finetune.gin",
            "vocabularies.get_vocabulary.name='bytes'")  # fmt: skip
@@ -475,6 +487,10 @@ def test_ar2diff_changes_the_objective_file_and_nothing_of_the_network():
         ("runs/infer.gin", "BATCH_SIZE", "datasets.DatasetConfig.batch_size"),
         (SAMPLE, "CHECKPOINT_PATH", "checkpoints.RestoreCheckpointConfig.path"),
         (SAMPLE, "TASK_FEATURE_LENGTHS", "sampling.sample.task_feature_lengths"),
+        ("runs/eval.gin", "LIKELIHOOD", "evaluation.InferenceEvaluator.likelihood"),
+        pytest.param(
+            LM_EVAL, "LM_EVAL_TASKS", "lm_eval_model.evaluate_tasks.tasks", marks=needs_lm_eval
+        ),
     ],
 )
 def test_macros_of_the_other_runs_reach_what_they_set(run, macro, parameter):

@@ -114,7 +114,12 @@ def _run(
 
 def _output_dir() -> str:
     """Returns the directory that the configured command writes to."""
-    for macro in ("%MODEL_DIR", "%EVAL_OUTPUT_DIR", "%INFER_OUTPUT_DIR"):
+    for macro in (
+        "%MODEL_DIR",
+        "%EVAL_OUTPUT_DIR",
+        "%INFER_OUTPUT_DIR",
+        "%LM_EVAL_OUTPUT_DIR",
+    ):
         with contextlib.suppress(ValueError):
             return paths.expand(str(gin.query_parameter(macro)), macro)
     return "."

@@ -110,7 +110,7 @@ def _is_full(dataset: tf.data.Dataset, lengths: Mapping[str, int]) -> bool:
 
 
 def cut_of_evaluated(
-    name: str, evaluator: seqio.Evaluator, cfg: DatasetConfig, num_examples: int | None
+    name: str, evaluator: Any, cfg: DatasetConfig, num_examples: int | None
 ) -> dict[str, Cut]:
     """Counts what the examples of a task that an evaluator has read lose."""
     if cfg.task_feature_lengths is None:

@@ -70,7 +70,7 @@ def chunk_sizes(num_decodes: int, chunk_size: int) -> list[int]:
 class TaskJudges:
     """The metrics of a task that judge ahead, and all targets as a metric gets them."""
 
-    def __init__(self, evaluator: seqio.Evaluator, name: str):
+    def __init__(self, evaluator: Any, name: str):
         """Reads the targets of task `name`, if it has such a metric."""
         self._task = seqio.get_mixture_or_task(name)
         self.metrics: list[JudgingMetric] = [

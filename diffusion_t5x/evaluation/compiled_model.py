@@ -15,6 +15,7 @@ from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
 from diffusion_t5x.data.detokenize import detokenize, end_text
+from diffusion_t5x.evaluation.likelihoods import Likelihood
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
@@ -154,13 +155,18 @@ class Predictor(CompiledFunction[Prediction]):
         ]
 
 
-class Scorer(CompiledFunction[float]):
-    """A model's `score_batch`, compiled."""
+class Scorer(CompiledFunction[Likelihood]):
+    """A model's `score_batch_with_aux`, compiled."""
 
     NAME = "score"
 
     def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
-        return self._model.score_batch(params, batch, **self._flags)
+        return self._model.score_batch_with_aux(params, batch)
 
-    def _split(self, result: Any, rows: int) -> list[float]:
-        return [float(score) for score in result[:rows]]
+    def _split(self, result: Any, rows: int) -> list[Likelihood]:
+        scores, aux = result
+        columns = scores[:rows], aux["error"][:rows], aux["tokens"][:rows]
+        return [
+            Likelihood(float(score), float(error), int(tokens))
+            for score, error, tokens in zip(*columns, strict=True)
+        ]

@@ -32,6 +32,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     prediction_fields,
     restorer,
 )
+from diffusion_t5x.evaluation.likelihoods import LIKELIHOOD_KEYS, Likelihood, summarize
 from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import directory_lock, resumable
 from diffusion_t5x.runtime.files import write_atomically
@@ -60,6 +61,7 @@ class InferenceEvaluator:
         return_all_decodes: bool = False,
         num_decodes: int = 1,
         decodes_per_chunk: int = 8,
+        likelihood: bool = False,
     ):
         """Reads the data.
 
@@ -73,6 +75,8 @@ class InferenceEvaluator:
             1 the metrics get all of them, as pass@k needs.
           decodes_per_chunk: Candidates per example that are decoded, kept and judged at a time;
             a chunk has random keys of its own. Batches hold `batch_size` of them in any case.
+          likelihood: Also compute bits per token and perplexity of the targets of every task, of
+            one without metrics too (see `likelihoods.summarize`).
 
         Raises:
           ValueError: if a task is unknown, of another vocabulary than the model or without an
@@ -103,22 +107,20 @@ class InferenceEvaluator:
             "strip_markup": programs.strips_markup(),
             "version": diffusion_t5x.__version__,
         }
-        self._evaluators: dict[str, seqio.Evaluator] = {}
+        self._evaluators: dict[str, seqio.Evaluator | task_metrics.Unmeasured] = {}
         self._judges: dict[str, candidate_chunks.TaskJudges] = {}
         self._prepared: set[str] = set()  # tasks whose targets were judged themselves
-        for task in task_metrics.measured_tasks(model, dataset_cfg):
+        self._likelihood = likelihood
+        for task in task_metrics.measured_tasks(model, dataset_cfg, likelihood):
             if not dataset_cfg.use_cached:
                 task_checks.check_not_empty(task, dataset_cfg.split)
-            self._evaluators[task.name] = seqio.Evaluator(
-                task.name,
-                feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
-                eval_split=dataset_cfg.split,
-                use_cached=dataset_cfg.use_cached,
-                seed=dataset_cfg.seed,
-                sequence_length=dataset_cfg.task_feature_lengths,
-                num_examples=num_examples,
-            )
-            task_metrics.check_keys(self._evaluators[task.name], task)
+            converter = model.FEATURE_CONVERTER_CLS(pack=False)
+            evaluator = task_metrics.read_examples(task, converter, dataset_cfg, num_examples)
+            self._evaluators[task.name] = evaluator
+            if isinstance(evaluator, seqio.Evaluator):
+                task_metrics.check_keys(evaluator, task, LIKELIHOOD_KEYS if likelihood else ())
+            if likelihood or task.score_metric_fns:
+                self._settings["objective"] = repr(getattr(model, "objective", None))
             judges = candidate_chunks.TaskJudges(self._evaluators[task.name], task.name)
             judges.check()
             self._judges[task.name] = judges
@@ -160,7 +162,8 @@ class InferenceEvaluator:
           task -> metric -> value, a float or, of what only TensorBoard shows, another JSON value;
           besides the task's metrics 'examples' and 'decode_seconds_per_example' (all candidates
           of one), without compilation, and for a feature that the lengths cut 'inputs_cut', of how
-          many examples, and 'inputs_tokens_cut'.
+          many examples, and 'inputs_tokens_cut'; with `likelihood` what `likelihoods.summarize`
+          returns.
 
         Raises:
           MetricError: if a metric fails.
@@ -202,30 +205,40 @@ class InferenceEvaluator:
         def predict_with_aux(dataset: tf.data.Dataset) -> tuple[Predictions, dict[str, Any]]:
             return predict(dataset), {"scores": [scores for _, scores in decoded.values()]}
 
+        scored: list[tuple[int, Likelihood]] = []
+
         def score(dataset: tf.data.Dataset) -> list[tuple[int, float]]:
-            return self._run(self._score, f"score {name}", params, dataset)[0]
+            if not scored:
+                scored.extend(self._run(self._score, f"score {name}", params, dataset)[0])
+            return [(index, found.score) for index, found in scored]
 
         evaluator = self._evaluators[name]
-        try:
-            future, _ = evaluator.evaluate(
-                compute_metrics=True,
-                step=step,
-                predict_fn=predict,
-                predict_with_aux_fn=predict_with_aux,
-                score_fn=score,
-            )
-            found = future.result()[name]
-            values = task_metrics.record(str(self._output_dir), name, step, found)
-        except (TypeError, ValueError) as error:
-            evaluator._metrics_future = None  # it would raise the error again next time
-            is_metrics = str(error).startswith("Failed to evaluate task")
-            if not is_metrics and not isinstance(error, TypeError):
-                raise
-            raise MetricError.of(name, error) from error
+        values: Metrics = {}
+        if isinstance(evaluator, seqio.Evaluator):
+            try:
+                future, _ = evaluator.evaluate(
+                    compute_metrics=True,
+                    step=step,
+                    predict_fn=predict,
+                    predict_with_aux_fn=predict_with_aux,
+                    score_fn=score,
+                )
+                found = future.result()[name]
+                values = task_metrics.record(str(self._output_dir), name, step, found)
+            except (TypeError, ValueError) as error:
+                evaluator._metrics_future = None  # it would raise the error again next time
+                is_metrics = str(error).startswith("Failed to evaluate task")
+                if not is_metrics and not isinstance(error, TypeError):
+                    raise
+                raise MetricError.of(name, error) from error
+        if self._likelihood:
+            score(evaluator.cached_model_datasets[name])
+            values |= summarize(found for _, found in scored)
         for feature, cut in self._cut[name].items():
             values |= {f"{feature}_cut": cut.examples, f"{feature}_tokens_cut": cut.tokens}
+        if decoded or scored:
+            values["examples"] = len(decoded or scored)
         if decoded:
-            values["examples"] = len(decoded)
             values["decode_seconds_per_example"] = seconds / len(decoded)
             self._write_predictions(name, step, decoded)
         return values

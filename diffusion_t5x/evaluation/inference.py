@@ -19,6 +19,7 @@ from diffusion_t5x import paths
 from diffusion_t5x.checkpointing import integrity
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig, select_checkpoints
 from diffusion_t5x.data import datasets, lengths, task_checks
+from diffusion_t5x.evaluation import likelihoods
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Prediction,
@@ -55,9 +56,11 @@ def infer(
 ) -> list[str]:
     """Writes `{output_dir}/{task}-{mode}.jsonl-{shard}-of-{shards}` for each task.
 
-    A line is `{'inputs': {...}, 'prediction', 'score'}`, or `{'inputs', 'score'}` of the given
-    targets, in the order of the data. After every `checkpoint_period` batches the lines so far are
-    kept in a file; a run that is killed and started again resumes after the last such file.
+    A line is `{'inputs': {...}, 'prediction', 'score'}`, or `{'inputs', 'score', 'error', 'tokens',
+    'bits_per_token'}` of the given targets (see `likelihoods.Likelihood`), in the order of the
+    data; of the latter the perplexity is printed. After every `checkpoint_period` batches the lines
+    so far are kept in a file; a run that is killed and started again resumes after the last such
+    file.
 
     Args:
       restore_checkpoint_cfg: One checkpoint.
@@ -95,6 +98,8 @@ def infer(
     tasks = find_tasks(model, dataset_cfg)
     for task in tasks:
         task_checks.check_split(task, dataset_cfg.split)
+        if mode == "score" and "targets" not in task.output_features:
+            raise ValueError(f"mode = 'score': task {task.name!r} has no 'targets' to score.")
     suffix = f"{mode}.jsonl-{shard_id:05}-of-{num_shards:05}"
     outputs = [directory / f"{task.name}-{suffix}" for task in tasks]
     if dry_run:
@@ -109,6 +114,7 @@ def infer(
             checkpoint_period, dict(dataset_cfg.task_feature_lengths),
             repr(getattr(model, "decoder", None)), integrity.save_number(path),
             restore_checkpoint_cfg.parameters,
+            *([repr(model.objective)] if mode == "score" else []),
         ]
     )  # fmt: skip
     params = restorer(model, partitioner, restore_checkpoint_cfg)(path)
@@ -129,6 +135,9 @@ def infer(
         if not _is_finished(output, key):
             examples = _examples(model, task, dataset_cfg, shard_id, num_shards)
             _write(output, key, _batches(examples, size), checkpoint_period, lines)
+        if mode == "score" and jax.process_index() == 0:
+            with output.open("r") as file:
+                print(likelihoods.describe(output.name, map(likelihoods.of_line, file)), flush=True)
     return [str(output) for output in outputs]
 
 
@@ -159,7 +168,9 @@ def _batches(pairs: Iterator[tuple[Example, Example]], size: int) -> Iterator[Ex
         yield list(examples), stacked
 
 
-def _line(example: Example, output: Prediction | float, vocabulary: seqio.Vocabulary) -> str:
+def _line(
+    example: Example, output: Prediction | likelihoods.Likelihood, vocabulary: seqio.Vocabulary
+) -> str:
     """Returns an example's line: its features, then what was predicted, or its score."""
     record: dict[str, Any] = {"inputs": dict(example)}
     if isinstance(output, Prediction):
@@ -168,7 +179,7 @@ def _line(example: Example, output: Prediction | float, vocabulary: seqio.Vocabu
         if "samples" in record:
             record["scores"] = scores.tolist()
     else:
-        record["score"] = output
+        record |= likelihoods.fields(output)
     return json.dumps(record, ensure_ascii=False, default=_jsonable) + "\n"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import seqio
+import tensorflow as tf
 
 from diffusion_t5x.data import datasets, task_checks, vocabularies
 from diffusion_t5x.evaluation.candidate_chunks import TaskJudges
@@ -35,14 +36,67 @@ def find_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.
     return tasks
 
 
-def measured_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[seqio.Task]:
-    """Returns the tasks that have the split and metrics, and says which have not."""
+class Unmeasured:
+    """What evaluation asks of a `seqio.Evaluator`, which keeps no task without metrics.
+
+    Attributes:
+      cached_task_datasets: task -> its examples.
+      cached_model_datasets: task -> the model's features of them, enumerated.
+    """
+
+    def __init__(self, name: str, examples: tf.data.Dataset, features: tf.data.Dataset):
+        """Keeps the examples of task `name`, and the features of each."""
+        self.cached_task_datasets = {name: examples}
+        self.cached_model_datasets = {name: features.enumerate()}
+
+
+def read_examples(
+    task: seqio.Task,
+    converter: seqio.FeatureConverter,
+    cfg: datasets.DatasetConfig,
+    num_examples: int | None,
+) -> seqio.Evaluator | Unmeasured:
+    """Reads the first `num_examples` examples of a task, or all.
+
+    Raises:
+      ValueError: if a task without metrics has no lengths.
+    """
+    common = {"use_cached": cfg.use_cached, "seed": cfg.seed}
+    lengths = cfg.task_feature_lengths
+    if task.metric_objs:
+        return seqio.Evaluator(
+            task.name,
+            feature_converter=converter,
+            eval_split=cfg.split,
+            sequence_length=lengths,
+            num_examples=num_examples,
+            **common,
+        )
+    if lengths is None:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS = None; task {task.name!r} has no metrics, and its likelihood "
+            "needs the lengths."
+        )
+    examples = task.get_dataset(lengths, cfg.split, shuffle=False, num_epochs=1, **common)
+    examples = examples.take(num_examples or -1).cache()
+    count = examples.reduce(np.int64(0), lambda total, _: total + 1)
+    examples = examples.apply(tf.data.experimental.assert_cardinality(count))
+    return Unmeasured(task.name, examples, converter(examples, lengths))
+
+
+def measured_tasks(
+    model: Model, dataset_cfg: datasets.DatasetConfig, likelihood: bool = False
+) -> list[seqio.Task]:
+    """Returns the tasks that have the split and metrics, and says which have not.
+
+    With `likelihood` tasks need no metrics.
+    """
     datasets.import_task_module(dataset_cfg.module)
     measured = []
     for task in find_tasks(model, dataset_cfg):
         if dataset_cfg.split not in task.splits:
             why = f"has no split {dataset_cfg.split!r}, only {', '.join(sorted(task.splits))}"
-        elif not task.metric_objs:
+        elif not task.metric_objs and not likelihood:
             why = "has no metrics"
         else:
             measured.append(task)
@@ -52,21 +106,24 @@ def measured_tasks(model: Model, dataset_cfg: datasets.DatasetConfig) -> list[se
     return measured
 
 
-def check_keys(evaluator: seqio.Evaluator, task: seqio.Task) -> None:
+def check_keys(
+    evaluator: seqio.Evaluator, task: seqio.Task, reserved: Collection[str] = ()
+) -> None:
     """Refuses two metrics of a task that give the same key, as far as one example shows the keys.
 
-    The target of the first example is the prediction. A metric that cannot judge it gives no key.
+    `reserved` are keys that evaluation adds to all tasks. The target of the first example is the
+    prediction. A metric that cannot judge it gives no key.
 
     Raises:
       ValueError: naming the task, the metrics and the key.
     """
-    if len(task.metric_fns) < 2:
+    if len(task.metric_fns) + bool(reserved) < 2:
         return
     example = next(evaluator.cached_task_datasets[task.name].take(1).as_numpy_iterator())
     judges = TaskJudges(evaluator, task.name)
     target = judges.target(example)
     text = judges.text(example)
-    seen: dict[str, str] = {}
+    seen = dict.fromkeys(reserved, "'likelihood = True'")
     predicted = task.postprocess_fn(text, example=example, is_target=False)
     for functions, outputs in (
         (task.predict_metric_fns, ([predicted],)),
@@ -87,7 +144,7 @@ def check_keys(evaluator: seqio.Evaluator, task: seqio.Task) -> None:
                 seen[key] = name
 
 
-def digest_of_examples(evaluator: seqio.Evaluator, task: str) -> str:
+def digest_of_examples(evaluator: seqio.Evaluator | Unmeasured, task: str) -> str:
     """Returns a digest of the examples of a task: files that change give other results."""
     found = hashlib.blake2b(digest_size=8)
     for example in evaluator.cached_task_datasets[task].as_numpy_iterator():

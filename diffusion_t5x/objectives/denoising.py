@@ -58,7 +58,8 @@ class StepUnrolledDenoising:
         causal attention, which is trained beside; 0 for none. Each token of text then weighs that
         much, compared with one denoising pass. The fine-tuning of DiffusionGemma in TRL
         (`sft_diffusion_gemma.py`) adds such a loss with weight 1, of the prefix as well.
-      score_draws: canvases of a text (of a block) from which its likelihood is bounded.
+      score_draws: canvases of a text (of a block) from which its likelihood is bounded; at least 2,
+        for the error. Four times as many halve the error.
     """
 
     corruption: Corruption
@@ -92,6 +93,11 @@ class StepUnrolledDenoising:
             raise ValueError(
                 f"opening_steps = {self.opening_steps!r}, shift = {self.shift!r}; expected a whole "
                 "number of steps, and True or False."
+            )
+        if not isinstance(self.score_draws, int) or self.score_draws < 2:
+            raise ValueError(
+                f"score_draws = {self.score_draws!r}; expected a whole number of at least 2: the "
+                "error of a score is that of several draws (SCORE_DRAWS)."
             )
         for name in (
             "num_unrolls",

@@ -130,7 +130,8 @@ def test_next_token_loss_and_score_against_float64():
     assert weight_sum == weights.sum()
     assert metrics["accuracy"][0] == ((argmax == targets) * weights).sum()
     score = NextToken().score(network, jnp.asarray(targets), jnp.asarray(weights), KEY)
-    np.testing.assert_allclose(score, -(cross_entropy * weights).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(score.log_likelihood, -(cross_entropy * weights).sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(score.error, 0.0)
 
 
 def test_every_pass_gets_its_own_key():

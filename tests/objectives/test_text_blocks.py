@@ -93,10 +93,17 @@ def test_the_loss_is_that_of_a_random_used_block_after_the_tokens_before_it():
     assert drawn == {(3 * i, 0, 0, 3 * j) for i in range(3) for j in range(2)}
 
 
+class _Sevens(UniformCorruption):
+    """Noise that is not random."""
+
+    def prior(self, rng, shape):
+        return jnp.full(shape, 7, jnp.int32)
+
+
 def _model(**config):
     plain = toy.model(**config)
-    objective = dataclasses.replace(
-        plain.objective, attention_pattern="causal_prefix", block_length=3
+    objective = StepUnrolledDenoising(
+        _Sevens(toy.VOCABULARY.vocab_size), attention_pattern="causal_prefix", block_length=3
     )
     decoder = dataclasses.replace(plain.decoder, prefix_cache=True, block_length=3)
     return Model(plain.module, objective, decoder, toy.VOCABULARY, None), plain
@@ -117,7 +124,10 @@ def test_the_score_of_a_text_is_that_of_its_blocks_each_after_a_prefix_written_o
     prefix = np.array([[5, 6, 7, 8], [3, 4, 0, 0], [9, 0, 0, 0], [6, 6, 6, 0]])
     targets = np.asarray(TARGETS)
     batch = {"encoder_input_tokens": prefix, "decoder_target_tokens": targets}
-    batch["decoder_loss_weights"] = np.ones(targets.shape)
+    # One position of a block has one order: with noise that is not random, scores are exact.
+    weights = (np.arange(targets.shape[1]) % 3 == np.arange(4)[:, None] % 3).astype(float)
+    batch["decoder_loss_weights"] = weights
+    batch["decoder_input_tokens"] = targets
     shapes = {"encoder_input_tokens": (4, 4), "decoder_input_tokens": targets.shape}
     params = jax.jit(lambda: model.get_initial_variables(jax.random.PRNGKey(0), shapes))()["params"]
     scores = jax.jit(model.score_batch)(params, batch)
@@ -126,17 +136,16 @@ def test_the_score_of_a_text_is_that_of_its_blocks_each_after_a_prefix_written_o
         text = [*prefix[row][prefix[row] > 0], *targets[row][: 3 * block]]
         text = np.pad(text, (0, 10 - len(text)))
         canvas = np.pad(targets[row], (0, 1))[3 * block : 3 * block + 3]
-        exists = np.arange(3 * block, 3 * block + 3) < targets.shape[1]
-        return text, canvas, exists
+        return text, canvas, np.pad(weights[row], (0, 1))[3 * block : 3 * block + 3]
 
     rows = [(row, block) for row in range(4) for block in range(USED[row])]
-    texts, canvases, exists = map(np.array, zip(*(naive(*pair) for pair in rows), strict=True))
+    texts, canvases, counted = map(np.array, zip(*(naive(*pair) for pair in rows), strict=True))
     of_blocks = jax.jit(whole.score_batch)(
         params,
         {
             "encoder_input_tokens": texts,
             "decoder_target_tokens": canvases,
-            "decoder_loss_weights": exists.astype(float),
+            "decoder_loss_weights": counted,
         },
     )
     expected = [

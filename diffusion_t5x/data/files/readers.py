@@ -202,6 +202,39 @@ class JsonLines:
 
 
 @dataclasses.dataclass(frozen=True)
+class MultipleChoice:
+    """A reader of questions with choices: JSON lines, an array or Parquet.
+
+    Objects have 'question', the list 'choices', and 'answer', the number of a choice from 0 or its
+    text; records have its number as a text.
+    """
+
+    fields = {"question": TEXT, "choices": TEXTS, "answer": TEXT}
+
+    def batches(self, files: tuple[str, ...]) -> Iterator[Batch]:
+        [path] = files
+        return object_batches(path, tuple(self.fields))
+
+    def record(self, item: Any, kind: str, split: str | None) -> Record | None:
+        if is_blank(item, kind):
+            return None
+        value = json_object(item, kind)
+        question = _check_field(value, "question", TEXT)
+        choices = _check_field(value, "choices", TEXTS)
+        if len(choices) < 2 or len({*choices}) < len(choices):
+            raise Malformed(f"'choices' is {choices!r:.40}, expected two or more different texts")
+        answer = value.get("answer")
+        if isinstance(answer, str) and answer in choices:
+            answer = choices.index(answer)
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise Malformed(
+                f"'answer' is {answer!r:.40}, expected one of the choices, or its number from 0 to "
+                f"{len(choices) - 1}"
+            )
+        return {"question": question, "choices": choices, "answer": str(answer)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Squad:
     """A reader of SQuAD v1.1: its JSON, one object per file, or Hugging Face's rows.
 
