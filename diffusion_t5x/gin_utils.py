@@ -92,7 +92,7 @@ def parse_config(
     found = [find(file, search_paths) for file in files]
     with _errors_with_hints(), _searching([*search_paths, str(config_dir())]):
         gin.parse_config_files_and_bindings(files, [], finalize_config=False)
-    macros = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
+    macros = macros_set()
     bindings = [to_binding(assignment) for assignment in assignments]
     with _errors_with_hints():
         for binding in bindings:
@@ -238,6 +238,11 @@ def _hint(message: str) -> str:
         known = sorted({".".join(key.split(".")[-dots:]) for key, _ in registered.items()})
         return f"\n{name!r}: {did_you_mean(name, known)}"
     return ""
+
+
+def macros_set() -> set[str]:
+    """Returns the names of the macros that the files and bindings parsed last set."""
+    return {scope for scope, selector in gin.config._CONFIG if selector == gin_values.MACRO}
 
 
 def _macros_read() -> set[str]:

@@ -31,6 +31,9 @@ Array: TypeAlias = jax.Array
 KVCache: TypeAlias = Any
 # name -> (weighted sum, sum of weights), so that sums over batches average exactly.
 Metrics: TypeAlias = Mapping[str, tuple[Array, Array]]
+# The feature of a batch that marks fixed positions, [batch, length] int32, 0 or 1. Their tokens are
+# those of `decoder_target_tokens`. It may be absent.
+FIXED_FEATURE = "decoder_fixed_positions"
 
 
 class Network(Protocol):
@@ -186,6 +189,10 @@ class Objective(Protocol):
     It may have two more attributes, for the adaptation of AR models: `shift`, True if a canvas
     position is predicted from the state of the position before; and `opening_steps`, the training
     steps in which attention opens from causal to `attention_pattern`, or 0.
+
+    `loss` may take one more argument, `fixed [batch, length]` bool, which a model gives it for a
+    batch that has fixed positions (infilling): they are clean in every canvas, and their weights
+    are 0 already.
     """
 
     @property
@@ -263,6 +270,13 @@ class StepView(NamedTuple):
     num_steps: int  # the number of steps, unless all canvases are done before
 
 
+class Fixed(NamedTuple):
+    """Positions of a text that are given, and are not decoded; both fields `[batch, length]`."""
+
+    tokens: Array  # int32, read only where `where` is True
+    where: Array  # bool
+
+
 class UpdateRule(Protocol):
     """What a denoising step writes into canvases, given what the network says about them."""
 
@@ -297,23 +311,32 @@ class Decoded(NamedTuple):
     # [batch] int32, canvas positions in those passes, and those of blocks that joined the prefix;
     # other positions of prefixes are not counted.
     positions: Array | None = None
+    # [batch] int32, passes that had to wait for one another: denoising steps, or tokens of an AR
+    # decoder; counted as `passes` are.
+    steps: Array | None = None
 
 
 class Decoder(Protocol):
     """How text is generated: a frozen dataclass, whose fields gin binds and calls may override."""
 
     def decode(
-        self, network: Network, length: int, rng: Array, return_trajectory: bool = False
+        self,
+        network: Network,
+        length: int,
+        rng: Array,
+        return_trajectory: bool = False,
+        fixed: Fixed | None = None,
     ) -> Decoded:
         """Decodes texts of at most `length` tokens for the prefixes of `network`.
 
         Args:
           rng: key for all draws.
           return_trajectory: keep the canvas of every step.
+          fixed: positions that are given; every sample and every canvas has their tokens.
 
         Raises:
-          ValueError: if there is no trajectory to return, or the network cannot do what the
-            decoder's settings need; the message names the setting.
+          ValueError: if there is no trajectory to return, positions cannot be fixed, or the network
+            cannot do what the decoder's settings need; the message names the setting.
         """
 
 
@@ -331,7 +354,9 @@ class SteppedDecoder(Decoder, Protocol):
           ValueError: if they cannot be taken apart; the message names the setting.
         """
 
-    def start(self, network: Network, length: int, rng: Array) -> tuple[Network | None, Any]:
+    def start(
+        self, network: Network, length: int, rng: Array, fixed: Fixed | None = None
+    ) -> tuple[Network | None, Any]:
         """Begins; returns the network that steps read, or None if the state has all, and a state.
 
         Only the parameters of a network returned as None are bound again for `step`.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 import seqio
 
-from diffusion_t5x.interfaces import Decoder, Objective, SteppedDecoder
+from diffusion_t5x.interfaces import FIXED_FEATURE, Decoder, Fixed, Objective, SteppedDecoder
 from diffusion_t5x.names import check_known
 from diffusion_t5x.networks import bound_network
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
@@ -32,6 +32,7 @@ from diffusion_t5x.objectives.attention_patterns import (
 Array = jax.Array
 Batch = Mapping[str, Array]
 MetricsMap = dict[str, clu.metrics.Average]
+COSTS = ("steps", "passes", "positions")  # fields of `interfaces.Decoded`
 
 
 class Model:
@@ -196,6 +197,8 @@ class Model:
         """Returns targets and the objective's weights of them, each `[batch, length]`."""
         targets = batch["decoder_target_tokens"]
         weights = batch.get("decoder_loss_weights", targets > 0).astype(jnp.float32)
+        if FIXED_FEATURE in batch:
+            weights *= batch[FIXED_FEATURE] == 0
         return targets, self.objective.token_weights(targets, weights)
 
     def _normalize(self, batch: Batch, weights: Array) -> tuple[Array, Array]:
@@ -209,7 +212,11 @@ class Model:
         network = self.bind(params, batch, network_rng, **settings)
         targets, weights = self._targets(batch)
         weights, normalizer = self._normalize(batch, weights)
-        loss_sum, weight_sum, sums = self.objective.loss(network, targets, weights, objective_rng)
+        given = FIXED_FEATURE in batch
+        fixed = {"fixed": batch[FIXED_FEATURE] != 0} if given else {}
+        loss_sum, weight_sum, sums = self.objective.loss(
+            network, targets, weights, objective_rng, **fixed
+        )
         sums = {"loss": (loss_sum, weight_sum), **sums}
         metrics = {
             name: clu.metrics.Average(total=total, count=count)
@@ -258,12 +265,14 @@ class Model:
 
         Args:
           params: the network's parameters.
-          batch: only the prefixes are read, and the length of the targets.
+          batch: only the prefixes are read, and the length of the targets; and, where the feature
+            `decoder_fixed_positions` is not 0, the targets.
           rng: key for the decoder's draws; None for a fixed one.
           return_all_decodes: return every sample, best last.
           return_trajectory: return the canvas of every step, as aux['trajectory']
             `[batch, (num_samples,) num_steps + 1, length]`.
-          return_cost: return aux['passes'] and aux['positions'] (see `interfaces.Decoded`).
+          return_cost: return aux['passes'], aux['positions'] and aux['steps'] (see
+            `interfaces.Decoded`), as far as the decoder counts them.
           **decoder_params: override fields of the decoder for this call.
 
         Returns:
@@ -281,6 +290,7 @@ class Model:
             batch["decoder_input_tokens"].shape[1],
             rng,
             return_trajectory=return_trajectory,
+            **_fixed(batch),
         )
         aux = {"scores": decoded.scores}
         if decoded.trajectory is not None:
@@ -289,9 +299,8 @@ class Model:
         if not return_all_decodes:
             tokens, aux = jax.tree.map(lambda x: x[:, -1], (tokens, aux))
         if return_cost:
-            if decoded.passes is None or decoded.positions is None:
-                raise ValueError(f"return_cost = True: {type(decoder).__name__} counts no passes.")
-            aux |= {"passes": decoded.passes, "positions": decoded.positions}
+            costs = {name: getattr(decoded, name) for name in COSTS}
+            aux |= {name: cost for name, cost in costs.items() if cost is not None}
         return tokens, aux
 
     def start_decoding(self, params: Any, batch: Batch, rng: Array) -> tuple[Any, Any]:
@@ -302,7 +311,7 @@ class Model:
         """
         decoder = cast(SteppedDecoder, self.decoder)
         length = batch["decoder_input_tokens"].shape[1]
-        network, state = decoder.start(self.bind(params, batch), length, rng)
+        network, state = decoder.start(self.bind(params, batch), length, rng, **_fixed(batch))
         bound = cast(bound_network.BoundNetwork | None, network)
         return None if bound is None else bound.prefixes, state
 
@@ -379,6 +388,17 @@ def check_decoder(objective: Objective, decoder: Decoder) -> None:
             f"{name}.block_length = {decoded}, but the model is trained with "
             f"{type(objective).__name__}.block_length = {trained}; set BLOCK_LENGTH for both."
         )
+
+
+def _fixed(batch: Batch) -> dict[str, Fixed]:
+    """Returns the batch's fixed positions as an argument of decoders, if it has any.
+
+    Of the targets, decoders get what stands there, and nothing else.
+    """
+    if FIXED_FEATURE not in batch:
+        return {}
+    where = batch[FIXED_FEATURE] != 0
+    return {"fixed": Fixed(jnp.where(where, batch["decoder_target_tokens"], 0), where)}
 
 
 def _fixed_rng(batch: Batch) -> Array:

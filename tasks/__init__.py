@@ -16,6 +16,7 @@
 | `embedded_qa` | questions about signatures of the standard library; F1 and EM |
 | `embedded_code` | small functions with assertions; pass@1 |
 | `embedded_all` | these three tasks in one mixture |
+| `embedded_infilling_line`, `embedded_infilling_span` | a line, a span of such a function; pass@1 |
 | `embedded_pretrain_prefix_lm` | prose 80 %, source 20 %, as prefix LM |
 | `embedded_pretrain_span_corruption` | the same as T5's span corruption |
 
@@ -33,6 +34,7 @@ import seqio
 from diffusion_t5x.tasks import (
     chat,
     code,
+    infilling,
     multiple_choice,
     pretraining,
     question_answering,
@@ -50,6 +52,7 @@ if "embedded_all" not in seqio.MixtureRegistry.names():
 __all__ = [
     "chat",
     "code",
+    "infilling",
     "multiple_choice",
     "pretraining",
     "question_answering",

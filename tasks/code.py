@@ -35,7 +35,7 @@ HUMAN_EVAL_FIELDS = dict.fromkeys(
 
 
 @seqio.map_over_dataset
-def _embedded_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+def embedded_problem(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
     """Builds a prompt of the description and the first assertion; the others are hidden."""
     shown = example["tests"][:1]
     return _problem(example["text"], shown, example["code"], example["tests"])
@@ -144,7 +144,7 @@ def _register(name: str, source: seqio.DataSource, problem: Any, ks: tuple[int, 
     )
 
 
-_register(EMBEDDED, sources.EmbeddedDataSource(sources.code_files), _embedded_problem, (1,))
+_register(EMBEDDED, sources.EmbeddedDataSource(sources.code_files), embedded_problem, (1,))
 _register(MBPP, _mbpp_source(), _mbpp_problem, (1, 10, 80))
 _register(
     HUMAN_EVAL,

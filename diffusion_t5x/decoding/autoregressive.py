@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.decoding.canvases import best_last
 from diffusion_t5x.decoding.lengths import cache_lengths
-from diffusion_t5x.interfaces import Decoded, KVCache, Network
+from diffusion_t5x.interfaces import Decoded, Fixed, KVCache, Network
 
 Array = jax.Array
 NEGATIVE = -1e10
@@ -33,6 +33,15 @@ def filter_logits(logits: Array, top_k: int, top_p: float) -> Array:
         last = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < last, NEGATIVE, logits)
     return logits
+
+
+def _refuse_fixed(fixed: Fixed | None) -> None:
+    if fixed is not None:
+        raise ValueError(
+            "fixed positions (the feature decoder_fixed_positions, or FIXED of runs/sample.gin) "
+            "with AutoregressiveDecoder, which writes from left to right and cannot know what "
+            "follows; use a diffusion objective (objectives/diffusion.gin), or another task."
+        )
 
 
 class _State(NamedTuple):
@@ -74,13 +83,22 @@ class AutoregressiveDecoder:
             )
 
     def decode(
-        self, network: Network, length: int, rng: Array, return_trajectory: bool = False
+        self,
+        network: Network,
+        length: int,
+        rng: Array,
+        return_trajectory: bool = False,
+        fixed: Fixed | None = None,
     ) -> Decoded:
         """Decodes up to `length` tokens, the end of the text included; scores are log-likelihoods.
 
+        Reading the prefix is counted as the pass that gives the first token.
+
         Raises:
-          ValueError: if a trajectory is asked for, since there is no canvas.
+          ValueError: if a trajectory is asked for, since there is no canvas; or if positions are
+            fixed, since no token knows what follows it.
         """
+        _refuse_fixed(fixed)
         if return_trajectory:
             raise ValueError("return_trajectory: an autoregressive decoder has no canvas.")
         lengths = cache_lengths(length)
@@ -101,8 +119,11 @@ class AutoregressiveDecoder:
         """Returns the calls of `step` after `start`: see `interfaces.SteppedDecoder`."""
         return length - 1
 
-    def start(self, network: Network, length: int, rng: Array) -> tuple[None, _State]:
+    def start(
+        self, network: Network, length: int, rng: Array, fixed: Fixed | None = None
+    ) -> tuple[None, _State]:
         """Reads the prefixes into the state's cache, and draws the first token."""
+        _refuse_fixed(fixed)
         return None, self._emit_first(network, length, jax.random.split(rng, length), length)
 
     def step(self, network: Network, state: _State, rng: Array) -> _State:
@@ -114,7 +135,11 @@ class AutoregressiveDecoder:
         """Returns the texts so far."""
         tokens = state.tokens.reshape(-1, self.num_samples, state.tokens.shape[1])
         scores = state.scores.reshape(tokens.shape[:2])
-        return best_last(scores, Decoded(tokens, scores))
+        steps = jnp.full(len(tokens), state.emitted)
+        passes = steps * self.num_samples
+        return best_last(scores, Decoded(tokens, scores))._replace(
+            passes=passes, positions=passes, steps=steps
+        )
 
     def _emit_first(self, network: Network, length: int, rngs: Array, room: int) -> _State:
         """Reads the prefixes into a cache with `room`, and draws the first of `length` tokens."""

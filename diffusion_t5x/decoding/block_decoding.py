@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.decoding.lengths import FIRST, cache_lengths
-from diffusion_t5x.interfaces import CachedNetwork, Decoded, KVCache, Network
+from diffusion_t5x.interfaces import CachedNetwork, Decoded, Fixed, KVCache, Network
 from diffusion_t5x.objectives.text_blocks import count_blocks
 
 Array = jax.Array
@@ -31,16 +31,18 @@ class _State(NamedTuple):
     ended: Array  # [batch] bool
     passes: Array  # [batch] int32
     positions: Array  # [batch] int32
+    steps: Array  # [batch] int32
 
 
 def decode_blocks(
     network: CachedNetwork,
     length: int,
     rng: Array,
-    decode_canvas: Callable[[Network, Array], Decoded],
+    decode_canvas: Callable[[Network, Array, Fixed | None], Decoded],
     *,
     block_length: int,
     eos_id: int,
+    fixed: Fixed | None = None,
 ) -> Decoded:
     """Decodes one text per prefix, each of its blocks the best sample of its canvas.
 
@@ -51,15 +53,31 @@ def decode_blocks(
       network: has cached prefixes that may grow.
       length: most tokens.
       rng: key for all draws.
-      decode_canvas: maps `(network, rng)` to the `Decoded` samples of one block.
+      decode_canvas: maps `(network, rng, fixed)` to the `Decoded` samples of one block.
       block_length: tokens per block.
       eos_id: the token that ends a text; blocks after it are padding. A negative one ends none.
+      fixed: positions that are given; no text ends before the last of them that is not padding.
     """
     count = count_blocks(length, block_length)
+    last_fixed: Array = jnp.int32(0)  # the block before whose end no text ends
+    if fixed is not None:
+        where = fixed.where & (fixed.tokens != 0)
+        ends = jnp.where(where, jnp.arange(length), 0)
+        last_fixed = jnp.max(ends, axis=1) // block_length
+        padding = ((0, 0), (0, count * block_length - length))
+        fixed = jax.tree.map(lambda x: jnp.pad(x, padding), fixed)
+
+    def fixed_of(block: Array) -> Fixed | None:
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, block * block_length, block_length, 1), fixed
+        )
+
     rngs = jax.random.split(rng, count)
 
     def write_block(state: _State) -> _State:
-        decoded = decode_canvas(network.with_cache(state.cache), rngs[state.block])
+        decoded = decode_canvas(
+            network.with_cache(state.cache), rngs[state.block], fixed_of(state.block)
+        )
         best = jnp.where(state.ended[:, None], 0, decoded.tokens[:, -1])
         start = state.block * block_length
         tokens = jax.lax.dynamic_update_slice(state.tokens, best, (0, start))
@@ -67,8 +85,9 @@ def decode_blocks(
         if trajectory is not None and decoded.trajectory is not None:
             steps = jnp.where(state.ended[:, None, None], 0, decoded.trajectory[:, -1])
             trajectory = jax.lax.dynamic_update_slice(trajectory, steps, (0, 0, start))
-        ended = state.ended | jnp.any(best == eos_id, axis=1)
-        passes, positions = (0 if x is None else x for x in (decoded.passes, decoded.positions))
+        ended = state.ended | (jnp.any(best == eos_id, axis=1) & (state.block >= last_fixed))
+        counts = decoded.passes, decoded.positions, decoded.steps
+        passes, positions, taken = (0 if x is None else x for x in counts)
         another = (state.block + 1 < count) & ~jnp.all(ended)
         cache = jax.lax.cond(
             another, lambda cache: network.append_tokens(cache, best), lambda c: c, state.cache
@@ -82,9 +101,11 @@ def decode_blocks(
             ended=ended,
             passes=state.passes + passes,
             positions=state.positions + positions + jnp.where(another, block_length, 0),
+            steps=state.steps + taken,
         )
 
-    state = _start(network, jax.eval_shape(lambda: decode_canvas(network, rng)), count)
+    block = jax.eval_shape(lambda: decode_canvas(network, rng, fixed_of(jnp.int32(0))))
+    state = _start(network, block, count)
     # The cache grows with the text: one with room for all of it would be attended to in full.
     blocks_before = 0
     for blocks in cache_lengths(count, max(1, FIRST // block_length)):
@@ -103,6 +124,7 @@ def decode_blocks(
         trajectory=None if trajectory is None else trajectory[:, None, :, :length],
         passes=state.passes,
         positions=state.positions,
+        steps=state.steps,
     )
 
 
@@ -122,4 +144,5 @@ def _start(network: CachedNetwork, block: Decoded, count: int) -> _State:
         ended=jnp.zeros(batch_size, bool),
         passes=jnp.zeros(batch_size, jnp.int32),
         positions=jnp.zeros(batch_size, jnp.int32),
+        steps=jnp.zeros(batch_size, jnp.int32),
     )

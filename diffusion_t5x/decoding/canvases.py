@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.decoding.lengths import bucket_lengths
-from diffusion_t5x.interfaces import Canvas, Readout
+from diffusion_t5x.interfaces import Canvas, Fixed, Readout
 
 Array = jax.Array
 Tree = TypeVar("Tree")
@@ -31,6 +31,33 @@ def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Canvas:
         done=jnp.zeros(count, bool),
         used=jnp.full(count, length, jnp.int32),
         trajectory=trajectory,
+    )
+
+
+def impose(canvas: Canvas, fixed: Fixed | None) -> Canvas:
+    """Returns canvases with the fixed tokens, which are certain; `fixed` is `[rows, length]`."""
+    if fixed is None:
+        return canvas
+    return canvas._replace(
+        tokens=jnp.where(fixed.where, fixed.tokens, canvas.tokens),
+        text=jnp.where(fixed.where, fixed.tokens, canvas.text),
+        certainty=jnp.where(fixed.where, 0.0, canvas.certainty),
+    )
+
+
+def impose_on_readout(readout: Readout, fixed: Fixed | None) -> Readout:
+    """Returns a readout that gives the fixed tokens probability 1: `fixed` is `[rows, length]`.
+
+    Rules therefore take them for what they have written already, and scores do not count them.
+    """
+    if fixed is None:
+        return readout
+    tokens = ("drawn", "argmax")
+    return Readout(
+        **{
+            name: jnp.where(fixed.where, fixed.tokens if name in tokens else 0.0, value)
+            for name, value in readout._asdict().items()
+        }
     )
 
 

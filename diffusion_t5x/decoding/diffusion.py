@@ -29,6 +29,7 @@ from diffusion_t5x.interfaces import (
     Canvas,
     Corruption,
     Decoded,
+    Fixed,
     Network,
     StepView,
     StopRule,
@@ -47,6 +48,7 @@ class _State(NamedTuple):
     passes: Array  # forward passes over canvases, per example
     positions: Array  # canvas positions in them, per example
     canvas: Canvas
+    fixed: Fixed | None  # [batch, length] each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +137,18 @@ class DiffusionDecoder:
                 )
 
     def decode(
-        self, network: Network, length: int, rng: Array, return_trajectory: bool = False
+        self,
+        network: Network,
+        length: int,
+        rng: Array,
+        return_trajectory: bool = False,
+        fixed: Fixed | None = None,
     ) -> Decoded:
         """Decodes one text per prefix and sample, scored by the update rule.
 
         A text written in blocks has one sample, whose blocks are each the best of their canvases
-        and whose scores add up.
+        and whose scores add up. Fixed positions are in every canvas from the first on, whatever the
+        rules; to rules and scores the network is certain of them.
 
         Raises:
           ValueError: if prefixes cannot be cached under the objective's attention pattern.
@@ -158,16 +166,23 @@ class DiffusionDecoder:
                 decode_canvas,
                 block_length=self.block_length,
                 eos_id=self.eos_id,
+                fixed=fixed,
             )
-        return decode_canvas(network.cache_prefix() if self.prefix_cache else network, rng)
+        network = network.cache_prefix() if self.prefix_cache else network
+        return decode_canvas(network, rng, fixed)
 
     def _decode_canvas(
-        self, network: Network, rng: Array, length: int, return_trajectory: bool
+        self,
+        network: Network,
+        rng: Array,
+        fixed: Fixed | None,
+        length: int,
+        return_trajectory: bool,
     ) -> Decoded:
         """Decodes canvases of `length` tokens: see `decode`."""
         batch_size = network.batch_size
         canvas_rng, rngs = self._split(rng)
-        state = self._first_canvas(batch_size, length, canvas_rng, return_trajectory)
+        state = self._first_canvas(batch_size, length, canvas_rng, return_trajectory, fixed)
         finished = []
         first_step = 0
         for samples, last_step in self._stages():
@@ -190,6 +205,7 @@ class DiffusionDecoder:
             trajectory=canvas.trajectory,
             passes=jnp.full(batch_size, state.passes),
             positions=jnp.full(batch_size, state.positions),
+            steps=jnp.full(batch_size, state.step),
         )
 
     def count_steps(self, length: int) -> int:
@@ -211,11 +227,12 @@ class DiffusionDecoder:
         return self.num_steps
 
     def start(
-        self, network: Network, length: int, rng: Array
+        self, network: Network, length: int, rng: Array, fixed: Fixed | None = None
     ) -> tuple[Network | CachedNetwork, _State]:
         """Draws the first canvases; with `prefix_cache`, reads the prefixes into a cache."""
         network = network.cache_prefix() if self.prefix_cache else network
-        return network, self._first_canvas(network.batch_size, length, self._split(rng)[0], False)
+        canvas_rng, _ = self._split(rng)
+        return network, self._first_canvas(network.batch_size, length, canvas_rng, False, fixed)
 
     def step(self, network: Network, state: _State, rng: Array) -> _State:
         """Takes a denoising step; canvases that are done stay as they are."""
@@ -235,11 +252,20 @@ class DiffusionDecoder:
         return canvas_rng, (draws, updates)
 
     def _first_canvas(
-        self, batch_size: int, length: int, rng: Array, return_trajectory: bool
+        self,
+        batch_size: int,
+        length: int,
+        rng: Array,
+        return_trajectory: bool,
+        fixed: Fixed | None,
     ) -> _State:
         noise = self.corruption.prior(rng, (batch_size * self.num_samples, length))
+        rows = _repeat(fixed, self.num_samples)
+        if rows is not None:
+            noise = jnp.where(rows.where, rows.tokens, noise)
+        canvas = canvases.start(noise, self.num_steps, return_trajectory)
         zero = jnp.int32(0)
-        return _State(zero, zero, zero, canvases.start(noise, self.num_steps, return_trajectory))
+        return _State(zero, zero, zero, canvases.impose(canvas, rows), fixed)
 
     def _stages(self) -> list[tuple[int, int]]:
         """Returns pairs: the canvases per example, and the step up to which there are that many."""
@@ -267,7 +293,7 @@ class DiffusionDecoder:
         self, network: Network, samples: int, rngs: Sequence[Array], state: _State
     ) -> _State:
         """Takes one step of `samples` canvases per prefix."""
-        old = state.canvas
+        old, fixed = state.canvas, _repeat(state.fixed, samples)
         draw_rng, update_rng = (r[state.step] for r in rngs)
         # Read: one pass of the network, and a draw for each position.
         readout, positions = read_canvas(
@@ -278,6 +304,7 @@ class DiffusionDecoder:
             trim_multiple=self.trim_multiple,
             chunk_logits=self.block_logits,
         )
+        readout = canvases.impose_on_readout(readout, fixed)
         view = StepView(old, readout, state.step, self.num_steps)
         # Update and score.
         new, score = self.update(view, update_rng, self.corruption)
@@ -285,7 +312,7 @@ class DiffusionDecoder:
             old, readout = canvases.keep_text(old, readout, self.eos_id)
             view = view._replace(canvas=old, readout=readout)
             _, score = self.update(view, update_rng, self.corruption)
-        new = new._replace(readout=readout, score=score)
+        new = canvases.impose(new._replace(readout=readout, score=score), fixed)
         # Trim: padding that the network writes again leaves the computation.
         if self.trim_multiple:
             new = new._replace(used=canvases.count_used(old, readout.argmax))
@@ -307,6 +334,7 @@ class DiffusionDecoder:
             passes=state.passes + samples,
             positions=state.positions + samples * positions,
             canvas=new,
+            fixed=state.fixed,
         )
 
     def _temperature(self, index: Array) -> Array | float:
@@ -315,3 +343,8 @@ class DiffusionDecoder:
             return self.temperature
         share = index / max(1, self.num_steps - 1)
         return self.temperature + (self.final_temperature - self.temperature) * share
+
+
+def _repeat(fixed: Fixed | None, samples: int) -> Fixed | None:
+    """Returns the fixed positions of each row, from those of each prefix."""
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), fixed)

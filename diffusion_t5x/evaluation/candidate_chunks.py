@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -14,8 +15,10 @@ from diffusion_t5x.runtime import resumable
 
 # Index of an example -> tokens [candidates, length] and scores [candidates].
 Outputs: TypeAlias = dict[int, tuple[np.ndarray, np.ndarray]]
-# A chunk's number and candidates per example -> the candidates, and the seconds that decoding took.
-DrawChunk: TypeAlias = Callable[[int, int], tuple[Outputs, float]]
+# What decoding took, summed over examples and candidates: 'seconds', and what decoders count.
+Costs: TypeAlias = Mapping[str, float]
+# A chunk's number and candidates per example -> the candidates, and what they cost.
+DrawChunk: TypeAlias = Callable[[int, int], tuple[Outputs, Costs]]
 
 
 @runtime_checkable
@@ -133,7 +136,7 @@ class ChunkFiles(NamedTuple):
 
 def draw(
     draw_chunk: DrawChunk, sizes: Sequence[int], judges: TaskJudges, files: ChunkFiles | None
-) -> tuple[Outputs, float]:
+) -> tuple[Outputs, Costs]:
     """Draws chunks of `sizes` candidates; each is judged while the next are drawn.
 
     Args:
@@ -143,15 +146,17 @@ def draw(
       files: Keep chunks and judgements, of which none is made twice; None to keep none.
 
     Returns:
-      Candidates in the order of chunks, and the seconds that decoding all of them took.
+      Candidates in the order of chunks, and what decoding all of them cost.
     """
-    chunks, seconds, pending = [], 0.0, []
+    chunks, pending = [], []
+    costs: collections.defaultdict[str, float] = collections.defaultdict(float)
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
         for number, size in enumerate(sizes):
             chunk, took = _drawn(draw_chunk, number, size, files)
             chunks.append(chunk)
-            seconds += took
+            for name, cost in took.items():
+                costs[name] += cost
             if judges.metrics:
                 pending.append(pool.submit(_judge, judges, number, chunk, files))
             for judged in pending:
@@ -170,25 +175,26 @@ def draw(
             f"all {sum(sizes)} candidates of every example are alike; "
             "does the decoder sample? (TEMPERATURE)"
         )
-    return outputs, seconds
+    return outputs, costs
 
 
 def _drawn(
     draw_chunk: DrawChunk, number: int, size: int, files: ChunkFiles | None
-) -> tuple[Outputs, float]:
+) -> tuple[Outputs, Costs]:
     """Returns a chunk from its file, or draws and keeps it."""
     name = f"chunk-{number:05}"
-    if files and (record := files.load(name)):
+    record = files.load(name) if files else None
+    if record and "costs" in record:  # older versions noted the seconds alone
         outputs = {
             int(index): (np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
             for index, (tokens, scores) in record["examples"].items()
         }
-        return outputs, record["seconds"]
-    outputs, seconds = draw_chunk(number, size)
+        return outputs, record["costs"]
+    outputs, costs = draw_chunk(number, size)
     if files:
         examples = {index: [array.tolist() for array in pair] for index, pair in outputs.items()}
-        files.save(name, {"seconds": seconds, "examples": examples})
-    return outputs, seconds
+        files.save(name, {"costs": costs, "examples": examples})
+    return outputs, costs
 
 
 def _judge(judges: TaskJudges, number: int, chunk: Outputs, files: ChunkFiles | None) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.checkpointing.reading import restore_params
 from diffusion_t5x.data import datasets
-from diffusion_t5x.data.detokenize import detokenize, end_text
+from diffusion_t5x.data.detokenize import close_holes, detokenize, end_text
 from diffusion_t5x.evaluation.likelihoods import Likelihood
-from diffusion_t5x.models import Model
+from diffusion_t5x.interfaces import FIXED_FEATURE
+from diffusion_t5x.models import COSTS, Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 from diffusion_t5x.runtime.terminal import Progress
 from diffusion_t5x.runtime.train_state import INIT_SHAPES, abstract_params
@@ -41,12 +42,18 @@ class Prediction(NamedTuple):
 
     Attributes:
       tokens: `[length]` int32, or `[num_samples, length]` with the best sample last; end-of-text
-        tokens alone after the text.
-      aux: 'scores', `[]` or `[num_samples]`, and whatever else was asked of the model.
+        tokens alone after the text, and no padding in what fills the holes of a text.
+      aux: 'scores', `[]` or `[num_samples]`, and whatever else was asked of the model; with
+        `return_cost` also 'tokens', of the best text those that were not given, its end included.
     """
 
     tokens: np.ndarray
     aux: dict[str, np.ndarray]
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """What the text cost, as far as the decoder counts it, for sums over examples."""
+        return {name: float(self.aux[name]) for name in (*COSTS, "tokens") if name in self.aux}
 
 
 def prediction_fields(tokens: np.ndarray, scores: np.ndarray, vocabulary: Any) -> dict[str, Any]:
@@ -145,10 +152,24 @@ class Predictor(CompiledFunction[Prediction]):
     NAME = "prediction"
 
     def _run(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
-        return self._model.predict_batch_with_aux(params, batch, rng, **self._flags)
+        found = self._model.predict_batch_with_aux(params, batch, rng, **self._flags)
+        return *found, batch.get(FIXED_FEATURE)
 
     def _split(self, result: Any, rows: int) -> list[Prediction]:
-        tokens, aux = end_text(result[0], self._model.output_vocabulary.eos_id), result[1]
+        (canvas, aux, fixed), eos_id = result, self._model.output_vocabulary.eos_id
+        given: np.ndarray | int = 0
+        if fixed is not None:
+            where = np.expand_dims(fixed != 0, tuple(range(1, canvas.ndim - 1)))
+            where = np.broadcast_to(where, canvas.shape)
+            given = np.sum(where & (canvas != 0), axis=-1)
+            canvas = close_holes(canvas, where, eos_id)
+        tokens = end_text(canvas, eos_id)
+        if self._flags.get("return_cost"):
+            text = np.sum(tokens != (eos_id or 0), axis=-1)
+            last = np.minimum(text, canvas.shape[-1] - 1)[..., None]
+            end = np.take_along_axis(canvas, last, axis=-1)[..., 0]
+            count = text + ((end == eos_id) & (text < canvas.shape[-1])) - given
+            aux = {**aux, "tokens": np.maximum(count if canvas.ndim == 2 else count[:, -1], 0)}
         return [
             Prediction(tokens[row], {name: value[row] for name, value in aux.items()})
             for row in range(rows)

@@ -22,7 +22,7 @@ from diffusion_t5x.data import datasets, lengths, programs, task_checks
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.data.task_checks import MetricError
 from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results, task_metrics
-from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
+from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Costs, Outputs
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Output,
@@ -33,7 +33,7 @@ from diffusion_t5x.evaluation.compiled_model import (
     restorer,
 )
 from diffusion_t5x.evaluation.likelihoods import LIKELIHOOD_KEYS, Likelihood, summarize
-from diffusion_t5x.models import Model
+from diffusion_t5x.models import COSTS, Model
 from diffusion_t5x.runtime import directory_lock, resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -92,7 +92,7 @@ class InferenceEvaluator:
         self._model, self._batch_size = model, dataset_cfg.batch_size
         self._output_dir = epath.Path(output_dir)
         common = model, partitioner, random_seed, dataset_cfg.batch_size
-        self._predict = Predictor(*common, return_all_decodes=return_all_decodes)
+        self._predict = Predictor(*common, return_cost=True, return_all_decodes=return_all_decodes)
         self._score = Scorer(*common)
         self._settings = {
             "split": dataset_cfg.split,
@@ -160,10 +160,9 @@ class InferenceEvaluator:
 
         Returns:
           task -> metric -> value, a float or, of what only TensorBoard shows, another JSON value;
-          besides the task's metrics 'examples' and 'decode_seconds_per_example' (all candidates
-          of one), without compilation, and for a feature that the lengths cut 'inputs_cut', of how
-          many examples, and 'inputs_tokens_cut'; with `likelihood` what `likelihoods.summarize`
-          returns.
+          besides the task's metrics 'examples' and what decoding cost (`_cost_metrics`), for a
+          feature that the lengths cut 'inputs_cut', of how many examples, and 'inputs_tokens_cut',
+          and with `likelihood` what `likelihoods.summarize` returns.
 
         Raises:
           MetricError: if a metric fails.
@@ -183,18 +182,19 @@ class InferenceEvaluator:
     def _evaluate(self, name: str, params: Any, step: int, resume_key: str | None) -> Metrics:
         """Decodes and measures one task; SeqIO calls back for what its metrics need."""
         decoded: Outputs = {}
-        seconds = 0.0
+        costs: Costs = {}
         if name not in self._prepared:
             self._judges[name].prepare(self._output_dir / name)
             self._prepared.add(name)
 
         def predict(dataset: tf.data.Dataset) -> Predictions:
-            nonlocal decoded, seconds
+            nonlocal decoded, costs
             if sum(self._chunk_sizes) == 1:
                 pairs, seconds = self._run(self._predict, f"predict {name}", params, dataset)
                 decoded = {index: (found.tokens, found.aux["scores"]) for index, found in pairs}
+                costs = _sum_costs(pairs, seconds)
             else:
-                decoded, seconds = candidate_chunks.draw(
+                decoded, costs = candidate_chunks.draw(
                     functools.partial(self._predict_chunk, name, params, dataset),
                     self._chunk_sizes,
                     self._judges[name],
@@ -239,13 +239,13 @@ class InferenceEvaluator:
         if decoded or scored:
             values["examples"] = len(decoded or scored)
         if decoded:
-            values["decode_seconds_per_example"] = seconds / len(decoded)
+            values |= _cost_metrics(costs, len(decoded))
             self._write_predictions(name, step, decoded)
         return values
 
     def _predict_chunk(
         self, name: str, params: Any, dataset: tf.data.Dataset, number: int, size: int
-    ) -> tuple[Outputs, float]:
+    ) -> tuple[Outputs, Costs]:
         """Decodes each example `size` times, with the random keys of chunk `number`."""
         title = f"predict {name} {number}"
         pairs, seconds = self._run(self._predict, title, params, dataset, number, repeats=size)
@@ -259,7 +259,7 @@ class InferenceEvaluator:
             )
             for index, group in groups.items()
         }
-        return stacked, seconds
+        return stacked, _sum_costs(pairs, seconds)
 
     def _run(
         self,
@@ -295,6 +295,33 @@ class InferenceEvaluator:
             }
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_atomically(self._output_dir / name / f"predictions-{step}.jsonl", "".join(lines))
+
+
+def _sum_costs(pairs: Sequence[tuple[int, Prediction]], seconds: float) -> Costs:
+    """Sums what predictions cost."""
+    total = {"seconds": seconds}
+    for _, prediction in pairs:
+        for name, cost in prediction.costs.items():
+            total[name] = total.get(name, 0.0) + cost
+    return total
+
+
+def _cost_metrics(costs: Costs, num_examples: int) -> Metrics:
+    """Returns what decoding an example cost, all its samples and candidates together.
+
+    'decode_seconds_per_example' leaves compilation out. Where the decoder counts them,
+    'decode_steps_per_example' are passes that had to wait for one another, 'decode_passes_' and
+    'decode_positions_per_example' those of `interfaces.Decoded`, and 'decode_tokens_per_pass' the
+    tokens of the best text, its end included and what was given not, for each pass.
+    """
+    values = {
+        f"decode_{name}_per_example": costs[name] / num_examples
+        for name in ("seconds", *COSTS)
+        if name in costs
+    }
+    if costs.get("passes"):
+        values["decode_tokens_per_pass"] = costs["tokens"] / costs["passes"]
+    return values
 
 
 def _text(example: Mapping[str, Any], feature: str, vocabulary: Any) -> str | None:

@@ -5,10 +5,13 @@ python -m diffusion_t5x.experiments --plan table2
 python -m diffusion_t5x.experiments --run table2 --scale embedded
 python -m diffusion_t5x.experiments --run path/to/mine.gin --scale laptop
 python -m diffusion_t5x.experiments --table table2 --scale embedded
+python -m diffusion_t5x.experiments --run demo --sweep NUM_STEPS=2,5,10 --sweep NUM_SAMPLES=1,8
 
 An experiment is a file of gin/experiments or a path, a scale a file of gin/scales or a path. Each
 stage is a command that could be typed; the plan prints them all. `--gin.NAME=VALUE` is handed on to
-every stage. Stages lie in ROOT/SCALE and are shared by experiments, results in ROOT/EXPERIMENT.
+every stage. `--sweep` decodes each fine-tuned model with every combination of the values instead,
+and draws quality against cost. Stages lie in ROOT/SCALE and are shared by experiments, results in
+ROOT/EXPERIMENT, those of a sweep in ROOT/EXPERIMENT_sweep.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import gin
 from diffusion_t5x import eval as eval_command
 from diffusion_t5x import gin_utils, paths, sample, train
 from diffusion_t5x.commands.flags import GIN_FLAG, comma_separated
-from diffusion_t5x.experiments import experiment_graph, report, stages
+from diffusion_t5x.experiments import experiment_graph, report, stages, sweeps
 from diffusion_t5x.experiments.experiment_graph import Experiment, Scale
 from diffusion_t5x.experiments.stages import Stage
 from diffusion_t5x.names import check_known
@@ -106,6 +109,7 @@ class Run:
         root: str | pathlib.Path,
         gin_flags: Sequence[str] = (),
         search_paths: Sequence[str] = (),
+        sweep: Sequence[str] = (),
     ):
         """Reads the gin files, as `load` does.
 
@@ -113,19 +117,33 @@ class Run:
           root: Directory of all experiments.
           gin_flags: `--gin.NAME=VALUE` each, for every stage.
           search_paths: Further directories of gin files, for every stage.
+          sweep: `NAME=VALUE,VALUE` each: settings with which models are decoded.
 
         Raises:
-          ValueError: if there is no such experiment or scale, or the scale lacks something.
+          ValueError: if there is no such experiment or scale, the scale lacks something, or a sweep
+            is refused (`sweeps.sweep`).
         """
+        axes = sweeps.parse(sweep)
         self.name = pathlib.Path(name).stem
         self.experiment, self.scale, scale_name = load(name, scale, search_paths)
         directory = epath.Path(paths.expand(os.fspath(root), "--root"))
         self.stages_dir = directory / scale_name
         own = scale_name == pathlib.Path(self.experiment.scale).stem
-        self.results_dir = directory / (self.name if own else f"{self.name}_{scale_name}")
+        results = self.name if own else f"{self.name}_{scale_name}"
+        self.results_dir = directory / (f"{results}_sweep" if axes else results)
         searched = [f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []
         self._flags = [*searched, *gin_flags]
         self.stages = stages.make(self.experiment, self.scale, self.stages_dir)
+        if axes:
+            task = self.scale.tasks[self.experiment.tasks[0]]
+            by_name = {stage.name: stage for stage in self.stages}
+            tests = {
+                row.method.name: by_name[row.test(task)]
+                for _, row in experiment_graph.rows(self.experiment)
+            }
+            bindings = [flag.removeprefix(GIN_FLAG) for flag in gin_flags]
+            self.experiment = sweeps.sweep(self.experiment, axes, tests, bindings, search_paths)
+            self.stages = stages.make(self.experiment, self.scale, self.stages_dir)
 
     def argv(self, stage: Stage) -> list[str]:
         """Returns a stage's arguments, with the best checkpoint if it is chosen by now."""
@@ -264,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", help="name or gin file; by default the experiment's own")
     parser.add_argument("--root", default="runs", help="directory for everything")
     parser.add_argument("--commands", action="store_true", help="print commands and their output")
+    text = "NAME=VALUE,VALUE,...: decode with each value; repeat for every combination"
+    parser.add_argument("--sweep", action="append", default=[], help=text)
     text = "comma-separated directories of gin files"
     parser.add_argument("--gin_search_paths", type=comma_separated, default=[], help=text)
     args, others = parser.parse_known_args(argv)
@@ -278,7 +298,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         terminal.print_table(["experiment", "what", "scale"], body)
         return
     run = Run(
-        args.plan or args.run or args.table, args.scale, args.root, others, args.gin_search_paths
+        args.plan or args.run or args.table,
+        args.scale,
+        args.root,
+        others,
+        args.gin_search_paths,
+        args.sweep,
     )
     if args.plan:
         print(run.plan())

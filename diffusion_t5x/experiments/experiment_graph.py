@@ -167,6 +167,7 @@ class Experiment:
       sizes: With an architecture, keys of `Scale.models`.
       pretraining: Keys of `Scale.pretraining`.
       decoding: Name -> gin bindings with which the test split is decoded.
+      decodings_of: Method's name -> the names of its decodings; a method that is not named has all.
       published: Row, named by what varies among the rows -> role -> the paper's number.
       scale: The scale at which it runs by default, a name or a file.
       trajectory: A text whose denoising is shown at the end; None to show none.
@@ -179,6 +180,7 @@ class Experiment:
     sizes: tuple[str, ...] = ("base",)
     pretraining: tuple[str, ...] = ("prefix_lm",)
     decoding: Mapping[str, Bindings] = dataclasses.field(default_factory=lambda: {DEFAULT: {}})
+    decodings_of: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     scale: str = "paper"
     trajectory: str | None = None
@@ -246,6 +248,8 @@ def rows(experiment: Experiment) -> Iterator[tuple[str, Row]]:
         tuple(experiment.decoding),
     ]
     for values in itertools.product(*axes):
+        if values[4] not in experiment.decodings_of.get(values[3].name, experiment.decoding):
+            continue
         names = [value.shown if isinstance(value, Method) else value for value in values]
         varying = [name for name, axis in zip(names, axes, strict=True) if len(axis) > 1]
         yield "/".join(varying or names[3:4]), Row(*values)

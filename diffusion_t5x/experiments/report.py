@@ -10,7 +10,7 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -28,11 +28,33 @@ COLUMNS: Mapping[str, Callable[[Sequence[float]], float]] = {
     "train_steps": statistics.mean,
     "train_seconds": statistics.mean,
     "decode_seconds_per_example": statistics.mean,
+    "decode_passes_per_example": statistics.mean,
+    "decode_steps_per_example": statistics.mean,
+    "decode_positions_per_example": statistics.mean,
+    "decode_tokens_per_pass": statistics.mean,
     "examples": min,
 }
+COSTS = tuple(name for name in COLUMNS if name.startswith("decode_"))
+# What a curve of quality against cost has on its axis -> in words.
+CURVES = {
+    "decode_seconds_per_example": "seconds per text",
+    "decode_passes_per_example": "forward passes per text",
+}
+STEPS = "NUM_STEPS"  # the setting along a curve
 # What results depend on besides the configuration and the machine.
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "babel", "sacrebleu")
 Table = tuple[list[str], list[list[Any]]]  # header and body
+
+
+class Point(NamedTuple):
+    """A point of a curve of quality against cost."""
+
+    steps: int | None  # denoising steps at most, where they are set
+    values: list[float]  # the task's metric, of each seed
+    costs: dict[str, float]
+
+
+Curves = dict[str, dict[str, list[Point]]]  # task -> label of a curve -> its points
 
 
 def best_step(validation: epath.Path) -> int | None:
@@ -91,7 +113,8 @@ def _result(row: Row, task: TaskSettings, root: epath.Path) -> dict[str, Any] | 
         "seed": row.seed,
         "train_steps": result["step"],
         "train_seconds": sum(map(_seconds, before)) + _seconds(training, result["step"]),
-        "decode_seconds_per_example": metrics.pop("decode_seconds_per_example"),
+        # Older evaluations counted the seconds alone.
+        **{name: metrics.pop(name) for name in COSTS if name in metrics},
         "examples": int(metrics.pop("examples")),
         "metrics": metrics,
     }
@@ -153,7 +176,9 @@ class Report:
         for (name, task), group in groups:
             metrics = [[row["metrics"][m] for row in group if m in row["metrics"]] for m in names]
             line: list[Any] = [name, task, *(spread(seeds) if seeds else None for seeds in metrics)]
-            line += [join([row[column] for row in group]) for column, join in COLUMNS.items()]
+            for column, join in COLUMNS.items():
+                values = [row[column] for row in group if column in row]
+                line.append(join(values) if values else None)
             body.append([*line, len(group)])
         return ["row", "task", *names, *COLUMNS, "seeds"], body
 
@@ -177,13 +202,39 @@ class Report:
         return header, body
 
     def write(self, directory: epath.Path) -> None:
-        """Writes `results.json`, `results.md` and `results.png` into `directory`, atomically."""
+        """Writes `results.json`, `results.md` and `results.png` into `directory`, atomically.
+
+        If a model is decoded in several ways, `cost.png` shows quality against cost.
+        """
         write_atomically(directory / "results.json", json.dumps(self.results, indent=1) + "\n")
         parts = [markdown(*self.details())]
         if self._experiment.published:
             parts.insert(0, markdown(*self.comparison()))
         write_atomically(directory / "results.md", "\n".join(parts))
         self._plot(directory / "results.png")
+        if curves := self._curves():
+            plot_curves(curves, directory / "cost.png")
+
+    def _curves(self) -> Curves:
+        """Returns the points of each task's curves, one curve for all that differs in steps alone.
+
+        There are none unless some model is decoded in several ways.
+        """
+        found: Curves = {}
+        for name, row in self._rows:
+            settings = dict(self._experiment.decoding[row.decoding])
+            steps = settings.pop(STEPS, None)
+            model = [part for part in name.split("/") if part != row.decoding]
+            model = model or [row.method.shown]
+            label = ", ".join([*model, *(f"{key} = {value}" for key, value in settings.items())])
+            for role, task in self._tasks.items():
+                group = self._groups.get((name, task.name), [])
+                if all(set(CURVES) <= set(one) for one in group) and group:
+                    curves = found.setdefault(f"{role}, {task.metric}", {})
+                    values = self._values(name, task)
+                    costs = {cost: statistics.mean(one[cost] for one in group) for cost in CURVES}
+                    curves.setdefault(label, []).append(Point(steps, values, costs))
+        return found if len(self._experiment.decoding) > 1 else {}
 
     def _plot(self, path: epath.Path) -> None:
         """Draws a panel per task, a bar per row of the table: the task's metric, and its spread."""
@@ -224,6 +275,36 @@ class Report:
                     by_name[name] = [json.loads(line) for line in lines]
             if by_name:
                 _show_samples(task.name, by_name)
+
+
+def plot_curves(curves: Curves, path: epath.Path) -> None:
+    """Draws quality against each cost: a panel for each task and cost, points labelled by steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (1 + 4.2 * len(CURVES), 3.6 * len(curves))
+    figure, panels = pyplot.subplots(len(curves), len(CURVES), figsize=size, squeeze=False)
+    for line, (title, lines) in zip(panels, curves.items(), strict=True):
+        for panel, (cost, words) in zip(line, CURVES.items(), strict=True):
+            for label, unsorted in lines.items():
+                points = sorted(unsorted, key=lambda point: point.costs[cost])
+                means = [statistics.mean(point.values) for point in points]
+                errors = [
+                    statistics.stdev(point.values) if len(point.values) > 1 else 0.0
+                    for point in points
+                ]
+                x = [point.costs[cost] for point in points]
+                panel.errorbar(x, means, errors, marker="o", capsize=3, label=label)
+                for point, mean in zip(points, means, strict=True):
+                    text = "" if point.steps is None else str(point.steps)
+                    place = (point.costs[cost], mean)
+                    panel.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7)
+            panel.set(xscale="log", xlabel=words, ylabel=title)
+            panel.spines[["top", "right"]].set_visible(False)
+        line[0].legend(fontsize=7)
+    save_figure(figure, path)
 
 
 def save_figure(figure: Any, path: epath.Path) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from diffusion_t5x.interfaces import Corruption, Metrics, Network, Score
 from diffusion_t5x.names import check_known
 from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
+from diffusion_t5x.objectives.infilling import draw_fixed, keep_fixed
 from diffusion_t5x.objectives.likelihood import any_order_bound
 from diffusion_t5x.objectives.losses import CrossEntropy
 from diffusion_t5x.objectives.next_token import NextToken
@@ -58,6 +59,9 @@ class StepUnrolledDenoising:
         causal attention, which is trained beside; 0 for none. Each token of text then weighs that
         much, compared with one denoising pass. The fine-tuning of DiffusionGemma in TRL
         (`sft_diffusion_gemma.py`) adds such a loss with weight 1, of the prefix as well.
+      fixed_rate: probability that all of an example but one random span is fixed: clean in every
+        canvas, and without loss, so that a model learns to fill holes (`infilling.draw_fixed`).
+        Batches with fixed positions of their own keep those.
       score_draws: canvases of a text (of a block) from which its likelihood is bounded; at least 2,
         for the error. Four times as many halve the error.
     """
@@ -75,6 +79,7 @@ class StepUnrolledDenoising:
     shift: bool = False
     opening_steps: int = 0
     next_token_weight: float = 0.0
+    fixed_rate: float = 0.0
     score_draws: int = 16
     packs: ClassVar[bool] = False
 
@@ -99,6 +104,8 @@ class StepUnrolledDenoising:
                 f"score_draws = {self.score_draws!r}; expected a whole number of at least 2: the "
                 "error of a score is that of several draws (SCORE_DRAWS)."
             )
+        if not 0.0 <= self.fixed_rate <= 1.0:
+            raise ValueError(f"fixed_rate = {self.fixed_rate}; expected a probability in [0, 1].")
         for name in (
             "num_unrolls",
             "unroll_temperature",
@@ -129,7 +136,12 @@ class StepUnrolledDenoising:
         return weights
 
     def loss(
-        self, network: Network, targets: Array, weights: Array, rng: Array
+        self,
+        network: Network,
+        targets: Array,
+        weights: Array,
+        rng: Array,
+        fixed: Array | None = None,
     ) -> tuple[Array, Array, Metrics]:
         """Computes the loss of all passes, with metrics of each; the class says how."""
         next_token = jnp.float32(0.0)
@@ -148,9 +160,15 @@ class StepUnrolledDenoising:
             network, targets, weights = self._take_block(
                 network, targets, weights * used[:, None], block
             )
+            fixed = None if fixed is None else take_block(fixed, block, self.block_length)
+        if fixed is None and self.fixed_rate:
+            fixed_rng, rng = jax.random.split(rng)
+            fixed = draw_fixed(fixed_rng, targets, self.fixed_rate)
+            weights *= ~fixed
         times_rng, corrupt_rng, passes_rng = jax.random.split(rng, 3)
         times = self.corruption.sample_times(times_rng, *targets.shape)
         canvas, _ = self.corruption.corrupt(corrupt_rng, targets, times)
+        canvas = keep_fixed(canvas, targets, fixed)
         total = jnp.float32(0.0)
         for unroll in range(self.num_unrolls + 1):
             passes_rng, dropout_rng, draw_rng = jax.random.split(passes_rng, 3)
@@ -165,7 +183,7 @@ class StepUnrolledDenoising:
             total += readout.loss_sum
             for name, pair in readout.sums(weights).items():
                 metrics[f"{name}/unroll_{unroll}"] = pair
-            canvas = jax.lax.stop_gradient(readout.tokens)
+            canvas = keep_fixed(jax.lax.stop_gradient(readout.tokens), targets, fixed)
         if self.reduction == "mean":
             total /= self.num_unrolls + 1
         return total + self.next_token_weight * next_token, jnp.sum(weights), metrics

@@ -40,9 +40,15 @@ class NextToken:
         return weights
 
     def loss(
-        self, network: Network, targets: Array, weights: Array, rng: Array
+        self,
+        network: Network,
+        targets: Array,
+        weights: Array,
+        rng: Array,
+        fixed: Array | None = None,
     ) -> tuple[Array, Array, Metrics]:
         """Computes the cross-entropy of the targets in one pass; `rng` is for dropout alone."""
+        del fixed  # clean anyway, and of weight 0
         hidden = network.forward(targets, rng)
         readout = self.cross_entropy(hidden, network.logits, targets, weights)
         return readout.loss_sum, jnp.sum(weights), readout.sums(weights)

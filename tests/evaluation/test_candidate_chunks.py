@@ -14,7 +14,7 @@ def _chunk(number, size):
     """Candidates of two examples that tell where they come from."""
     tokens = 100 * number + np.arange(size, dtype=np.int32)[:, None] + np.zeros((1, 4), np.int32)
     scores = -0.1 * tokens[:, 0].astype(np.float32)
-    return {7: (tokens, scores), 3: (tokens + 50, scores / 3)}, 0.5
+    return {7: (tokens, scores), 3: (tokens + 50, scores / 3)}, {"seconds": 0.5, "passes": 3.0}
 
 
 def _judges(judge):
@@ -39,12 +39,12 @@ def _equal(ours, theirs):
 )
 def test_chunks_are_as_many_candidates_as_were_asked_for(settings, sizes):
     assert chunk_sizes(*settings) == sizes
-    outputs, seconds = candidate_chunks.draw(_chunk, sizes, NOBODY, None)
+    outputs, costs = candidate_chunks.draw(_chunk, sizes, NOBODY, None)
     tokens, scores = outputs[7]
     expected = [100 * number + i for number, size in enumerate(sizes) for i in range(size)]
     assert tokens[:, 0].tolist() == expected
     assert scores.shape == (settings[0],)
-    assert seconds == 0.5 * len(sizes)
+    assert costs == {"seconds": 0.5 * len(sizes), "passes": 3.0 * len(sizes)}
 
 
 @pytest.mark.parametrize("settings", [(0, 1), (1, 0), (-1, 8)])
@@ -81,9 +81,9 @@ def test_a_killed_run_resumes_after_its_last_chunk_and_gives_the_same(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         candidate_chunks.draw(dying, sizes, _judges(judge), files)
     before = list(judged)
-    outputs, seconds = candidate_chunks.draw(living, sizes, _judges(judge), files)
+    outputs, costs = candidate_chunks.draw(living, sizes, _judges(judge), files)
     assert drawn == [0, 1, 2, 3]
-    assert seconds == 2.0
+    assert costs == {"seconds": 2.0, "passes": 12.0}
     _equal(outputs, whole)
     assert remembered == before
     assert judged == [[[100 * n + i for i in range(s)], [100 * n + i + 50 for i in range(s)]]

@@ -90,6 +90,10 @@ def test_predictions_are_written_in_order_with_inputs_targets_and_scores(run_dir
     assert f"{toy.TASK}:validation: 11 of 11 examples have longer inputs" in capsys.readouterr().out
     file = tmp_path / toy.TASK / "predictions-3.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
+    # A pass of the AR decoder gives one token; a batch waits for its longest text.
+    metrics = row["metrics"]
+    assert metrics["decode_steps_per_example"] == metrics["decode_passes_per_example"]
+    assert 0 < metrics["decode_tokens_per_pass"] <= 1
     assert [record["inputs"] for record in records] == [f"v{number:03}" for number in range(11)]
     assert all(record["target"] == record["inputs"] for record in records)
     assert all(record["score"] <= 0 for record in records)
@@ -100,6 +104,10 @@ def test_results_do_not_depend_on_the_number_of_checkpoints_or_the_rows_filled_u
 ):
     [row] = _evaluate(run_dir, tmp_path / "one", "diffusion", mode="latest")["rows"]
     rows = _evaluate(run_dir, tmp_path / "all", "diffusion")["rows"]
+    cost = [
+        row["metrics"][f"decode_{name}_per_example"] for name in ("steps", "passes", "positions")
+    ]
+    assert cost == [2, 2 * 2, 2 * 2 * 6]  # steps, samples, positions of a canvas
     drop = lambda metrics: {k: v for k, v in metrics.items() if "seconds" not in k}  # noqa: E731
     assert drop(row["metrics"]) == drop(rows[-1]["metrics"])
     texts = [

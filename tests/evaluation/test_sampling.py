@@ -6,7 +6,7 @@ import toy
 
 from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.data.detokenize import detokenize
-from diffusion_t5x.evaluation.sampling import sample, show_step
+from diffusion_t5x.evaluation.sampling import parse_template, sample, show_step
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
@@ -136,3 +136,42 @@ def test_what_cannot_be_decoded_is_refused_and_said_why(run_dir, inputs, message
 def test_a_decoder_without_a_canvas_has_none_to_show(run_dir):
     with pytest.raises(ValueError, match="trajectory"):
         _sample(run_dir, "ab", show_trajectory=True)
+
+
+def test_a_template_is_tokens_around_holes():
+    eos = toy.VOCABULARY.eos_id
+    tokens, fixed = parse_template("ab<2>c", toy.VOCABULARY, 8)
+    np.testing.assert_array_equal(tokens, [*_tokens("ab"), 0, 0, *_tokens("c"), eos, 0, 0])
+    np.testing.assert_array_equal(fixed, [1, 1, 0, 0, 1, 1, 1, 1])
+    tokens, fixed = parse_template(r"\<2><1>b<*>", toy.VOCABULARY, 8)
+    np.testing.assert_array_equal(tokens, [*_tokens("<2>"), 0, *_tokens("b"), 0, 0, 0])
+    np.testing.assert_array_equal(fixed, [1, 1, 1, 0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("abc", "'abc' has no hole; expected one, such as <8>"),
+        (r"a\<8>", "has no hole"),
+        ("a<0>b", "<0> is no hole"),
+        ("a<*>b", r"<\*> reaches to the end"),
+        ("<*><2>", r"<\*> reaches to the end"),
+        ("ab<3>c", "has 7 tokens with its holes and its end; at most 6 fit"),
+        ("<99999999999>", "at most 6 fit"),
+        ("abcdef<*>", "at most 6 fit"),
+        (("a<1>", "b<1>"), r"a tuple of as many as there are INPUTS, 1"),
+        (7, "FIXED = 7; expected a text with holes"),
+    ],
+)
+def test_a_text_whose_holes_cannot_be_filled_is_refused(run_dir, template, message):
+    with pytest.raises(ValueError, match=message):
+        _sample(run_dir, "ab", "diffusion", fixed=template)
+
+
+def test_holes_are_filled_and_what_is_around_them_stays(run_dir):
+    outputs = _sample(run_dir, ("ab", "cd"), "diffusion", fixed=("x<2>z", "q<*>"))
+    assert outputs[0].startswith("x")
+    assert outputs[0].endswith("z")
+    assert outputs[1].startswith("q")
+    with pytest.raises(ValueError, match=r"FIXED.*AutoregressiveDecoder"):
+        _sample(run_dir, "ab", fixed="x<2>z")
