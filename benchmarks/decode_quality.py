@@ -2,12 +2,15 @@
 
 python -m benchmarks.decode_quality                                  # trains all that it needs
 python -m benchmarks.decode_quality --task code --checkpoint DIR     # a run of `make demo`, say
+python -m benchmarks.decode_quality --task code --checkpoint DIR --markdown --settings rules
 python -m benchmarks.decode_quality --task code --checkpoint DIR --baseline PLAIN_DIR \\
     --objective objectives/diffusion_cached_prefix.gin               # trained under that pattern
 
-For each setting one JSON line: the task's metric on held-out text, position-forwards per example
-(a count without noise) and seconds per example (the median of interleaved rounds), each beside
-the paper's sampler of the same run: with the model itself, or with the one at `--baseline`, which
+For each setting one JSON line, or with `--markdown` a row of a table: the task's metric on held-out
+text, passes and position-forwards per example (counts without noise), the step after which a
+canvas no longer changed, and seconds per example (the median of interleaved rounds), the last three
+beside the paper's sampler of the same run. `--settings rules` are all update rules that the model's
+noise allows. The baseline decodes with the model itself, or with the one at `--baseline`, which
 was trained by `objectives/diffusion.gin`. Without a checkpoint, models of both kinds are trained
 first (see `trained_models.py`), for each task; where its texts are long enough, one that writes in
 blocks too, measured as its objective's file has it and with the fast preset. Tasks, lengths and the
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -63,9 +67,31 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "num_steps": 48,
         "num_samples": 1,
     },
+    **{
+        name: {"num_samples": 1, "num_steps": 32, "temperature": 0.0, "update": rule}
+        for name, rule in (
+            ("confidence", updates.ConfidenceUnmask()),
+            ("confidence_margin", updates.ConfidenceUnmask("margin")),
+            ("confidence_entropy", updates.ConfidenceUnmask("entropy")),
+            ("confidence_threshold", updates.ConfidenceUnmask(threshold=0.9)),
+        )
+    },
+    **{
+        name: {"num_samples": 1, "num_steps": 64, "temperature": 1.0, "update": rule}
+        for name, rule in (
+            ("ancestral", updates.Ancestral()),
+            ("remask_capped", updates.Remask("capped", 0.02)),
+            ("remask_rescaled", updates.Remask("rescaled", 0.1)),
+            ("remask_confidence", updates.Remask("rescaled", 1.0, by_confidence=True)),
+        )
+    },
     "one_sample": {"num_samples": 1},
     "one_sample_stop": {"num_samples": 1, "stop": stopping.Unchanged()},
 }
+# What a row of the table has of a record.
+COLUMNS = ("decoder", "percent", "passes", "last_change", "position_forwards", "speedup")
+# Those that compare update rules.
+RULES = ("objective", "argmax", *(name for name, fields in SETTINGS.items() if "update" in fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +173,16 @@ def position_forwards(aux: Mapping[str, Any], prefix_length: int, rereads: bool)
     return float(np.mean(aux["positions"] + prefix_length * prefixes))
 
 
+def last_changes(trajectory: np.ndarray) -> np.ndarray:
+    """Returns the step that made the last change to each canvas: `[batch]`, 0 if none did.
+
+    Args:
+      trajectory: `[batch, num_steps + 1, length]`.
+    """
+    differs = np.any(trajectory != trajectory[:, -1:], axis=-1)  # [batch, num_steps + 1]
+    return np.max(np.where(differs, np.arange(1, differs.shape[1] + 1), 0), axis=1)
+
+
 def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
     """Decodes everything again and again: the metric, the count, and the seconds of each round."""
     model = trained.model
@@ -164,6 +200,11 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
         )
         for example in trained.examples
     ]
+    shown = jax.jit(
+        functools.partial(model.predict_batch_with_aux, return_trajectory=True, **fields)
+    )
+    trajectory = shown(trained.params, trained.batches[0], jax.random.PRNGKey(0))[1]["trajectory"]
+    last_change = last_changes(np.asarray(trajectory)).mean()
     predict(trained.params, trained.batches[0], jax.random.PRNGKey(0))  # compiles
     prefix_length = trained.batches[0]["encoder_input_tokens"].shape[1]
     rereads = isinstance(model.module, DecoderOnly) and not decoder.prefix_cache
@@ -193,6 +234,8 @@ def measure(trained: Trained, decoder: Any) -> Iterator[dict[str, float]]:
         yield {
             "metric": metric,
             "percent": float(values[metric]) * percent,
+            "passes": statistics.fmean(float(np.mean(aux["passes"])) for _, aux in results),
+            "last_change": float(last_change),
             "position_forwards": statistics.fmean(
                 position_forwards(aux, prefix_length, rereads) for _, aux in results
             ),
@@ -234,9 +277,14 @@ def _runs(
     if not decoder.block_length:
         decoder = dataclasses.replace(decoder, prefix_cache=False)
     runs = {"plain": (plain, decoder)}
-    for name in settings or [*SETTINGS, "fast"]:
+    chosen = settings or [*SETTINGS, "fast"]
+    for name in RULES if chosen == ["rules"] else chosen:
         decoder = trained.fast
         if name in SETTINGS:
+            update = SETTINGS[name].get("update")
+            uniform = trained.model.decoder.corruption.masses(np.float32(0.5)).uniform
+            if isinstance(update, updates.Remask) and uniform > 0:
+                continue  # needs mask noise
             decoder = dataclasses.replace(trained.model.decoder, **SETTINGS[name])
         runs[name] = trained, decoder
     return runs
@@ -253,13 +301,16 @@ def main() -> None:
     parser.add_argument("--model", help="gin file of the network")
     parser.add_argument("--objective", default=PAPERS, help="gin file of the checkpoint's")
     parser.add_argument("--binding", action="append", default=[], help="of gin, as BLOCK_LENGTH=16")
-    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast"], help="beside plain")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "fast", "rules"])
+    parser.add_argument("--markdown", action="store_true", help="rows of a table, not JSON")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.checkpoint and not args.task:
         parser.error("--checkpoint needs the --task that it was trained on.")
+    if args.markdown:
+        print(f"| task | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}")
     datasets.import_task_module(TASKS)  # Before gin reads a file, after which none is known anew.
     for role in [args.task] if args.task else trained_models.STEPS:
         size = args.examples, args.batch_size
@@ -280,7 +331,9 @@ def main() -> None:
             blocks = load(role, path, trained_models.BLOCKS, *size, bindings=[length])
             runs |= {"blocks": (blocks, blocks.model.decoder), "blocks_fast": (blocks, blocks.fast)}
         for record in compare(runs, args.rounds):
-            print(json.dumps(record), flush=True)
+            cells = [f"{record[c]:.1f}" if c != "decoder" else record[c] for c in COLUMNS]
+            row = f"| {role} | {' | '.join(cells)} |"
+            print(row if args.markdown else json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

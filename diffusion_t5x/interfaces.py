@@ -149,6 +149,9 @@ class Corruption(Protocol):
     def rate(self, times: Array) -> Array:
         """Returns the probability that a token is replaced by noise at `times`, of their shape."""
 
+    def masses(self, times: Array) -> Masses:
+        """Returns what tokens have become at `times`, each of their shape."""
+
     def corrupt(self, rng: Array, tokens: Array, times: Array) -> tuple[Array, Array]:
         """Corrupts clean targets, `tokens [batch, length]`.
 
@@ -233,15 +236,20 @@ class Objective(Protocol):
 class Readout(NamedTuple):
     """What one pass says about each position of canvases; every field is `[rows, length]`.
 
-    Probabilities are the network's own, at temperature 1; log-probabilities and entropy in nats.
+    Tokens are drawn from the distribution that logits rules and temperature leave. Probabilities
+    are the network's own, without either, so that scores compare. All in nats but the margin.
     """
 
-    drawn: Array  # a draw from softmax(logits / temperature), int32; the argmax at temperature 0
-    argmax: Array  # the likeliest token, int32; -1 before the first step
+    drawn: Array  # a draw from softmax(ruled logits / temperature), int32; at temperature 0 argmax
+    argmax: Array  # the likeliest token that the rules leave, int32; -1 before the first step
     drawn_log_prob: Array  # log-probability of `drawn`
     argmax_log_prob: Array  # log-probability of `argmax`
-    canvas_log_prob: Array  # log-probability of the token that the canvas has
-    entropy: Array  # entropy of the distribution
+    # Log-probability of the token that the canvas has; -inf of tokens that no network predicts.
+    canvas_log_prob: Array
+    entropy: Array  # of the distribution that is drawn from; 0 at temperature 0
+    # Probability of `argmax` less that of the likeliest other token that the rules leave; None
+    # unless the update rule needs it.
+    margin: Array | None = None
 
 
 class Canvas(NamedTuple):
@@ -277,8 +285,29 @@ class Fixed(NamedTuple):
     where: Array  # bool
 
 
+class LogitsRule(Protocol):
+    """Changes the distribution that tokens are drawn from, by its logits.
+
+    It may have an attribute `tokens`, those that it names, which must be of the vocabulary.
+    """
+
+    def __call__(self, logits: Array, temperature: Array | float) -> Array:
+        """Returns other logits `[..., vocab]` float32, -inf for tokens that are never drawn.
+
+        Args:
+          logits: before they are divided by the temperature; some may be -inf.
+          temperature: of the draw that follows, scalar; a Python 0 for the argmax.
+        """
+
+
 class UpdateRule(Protocol):
-    """What a denoising step writes into canvases, given what the network says about them."""
+    """What a denoising step writes into canvases, given what the network says about them.
+
+    It may have more attributes, each False where missing: `needs_margin`, to get `Readout.margin`;
+    `keeps_text`, so that canvases which a stop rule ends keep the rule's text, not the argmax; and
+    `finishes`, if it sets `done` in canvases that no further step would change. And it may have a
+    method `check(corruption)`, which raises ValueError if it cannot do with that.
+    """
 
     def __call__(self, step: StepView, rng: Array, corruption: Corruption) -> tuple[Canvas, Array]:
         """Updates canvases; `rng` is for the rule's own draws, `corruption` is the decoder's.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 import seqio
 
+from diffusion_t5x.decoding.logits_rules import check_rules
 from diffusion_t5x.interfaces import FIXED_FEATURE, Decoder, Fixed, Objective, SteppedDecoder
 from diffusion_t5x.names import check_known
 from diffusion_t5x.networks import bound_network
@@ -64,9 +65,10 @@ class Model:
 
         Raises:
           ValueError: if the network has fewer embeddings than the vocabulary or the corruption has
-            tokens, the objective shifts and the network cannot, objective and decoder disagree (see
-            `check_decoder`), the decoder ends texts with another token than the vocabulary, or
-            T5X's optimizer would train what `TransformerConfig.low_rank` freezes.
+            tokens, a logits rule names others or leaves none to draw, the objective shifts and the
+            network cannot, objective and decoder disagree (see `check_decoder`), the decoder ends
+            texts with another token than the vocabulary, or T5X's optimizer would train what
+            `TransformerConfig.low_rank` freezes.
         """
         rows = module.config.vocab_size
         if vocabulary.vocab_size > rows:
@@ -101,6 +103,7 @@ class Model:
                 f"token {vocabulary.eos_id}; set it to that."
             )
         check_decoder(objective, decoder)
+        check_rules(getattr(decoder, "logits_rules", ()), rows, objective.forbidden)
         ours = optimizer_def is None or isinstance(optimizer_def, optax.GradientTransformation)
         if module.config.low_rank is not None and not ours:
             raise ValueError(
@@ -284,6 +287,8 @@ class Model:
         """
         decoder = _override(self.decoder, decoder_params)
         check_decoder(self.objective, decoder)
+        rules, rows = getattr(decoder, "logits_rules", ()), self.module.config.vocab_size
+        check_rules(rules, rows, self.objective.forbidden)
         rng = jax.random.PRNGKey(0) if rng is None else rng
         decoded = decoder.decode(
             self.bind(params, batch, many_passes=True),

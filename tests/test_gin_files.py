@@ -15,7 +15,8 @@ import pytest
 import gin
 from diffusion_t5x import gin_utils, models
 from diffusion_t5x.data import datasets
-from diffusion_t5x.decoding import stopping
+from diffusion_t5x.decoding import stopping, updates
+from diffusion_t5x.decoding.logits_rules import Suppress, TopK, TopP
 from diffusion_t5x.experiments import __main__ as experiments
 from diffusion_t5x.interop import hf_configs
 from diffusion_t5x.networks.config import SCANNED_FROM, TransformerConfig
@@ -34,6 +35,13 @@ OBJECTIVES = (
     "objectives/diffusion_blocks.gin",
 )
 FAST = "decoders/fast.gin"
+RULES = {
+    "decoders/confidence.gin": updates.ConfidenceUnmask(),
+    "decoders/ancestral.gin": updates.Ancestral(),
+    "decoders/remask.gin": updates.Remask(),
+    "decoders/entropy_bound.gin": updates.EntropyBound(0.1),
+    "decoders/argmax_unrolled.gin": updates.ArgmaxUnrolled(),
+}
 LOW_RANK = "models/low_rank.gin"
 RUNS = tuple(f"runs/{name}.gin" for name in ("pretrain", "adapt", "finetune", "eval", "infer"))
 LM_EVAL = "runs/lm_eval.gin"
@@ -116,7 +124,7 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RUNS, SAMPLE, EXPORT, LM_EVAL}
+    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RULES, *RUNS, SAMPLE, EXPORT, LM_EVAL}
     known |= {*STACKS, *SIZE_FILES, LOW_RANK, "models/common.gin", "runs/common.gin"}
     known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
     folders = ("models/", "objectives/", "decoders/", "runs/")
@@ -447,6 +455,54 @@ def test_the_fast_decoder_keeps_what_the_objective_says_and_takes_fewer_passes()
             paper, halve_every=2, stop=stopping.Unchanged(), trim_multiple=8
         )
         assert fast != paper
+
+
+def test_a_file_of_an_update_rule_follows_any_diffusion_objective():
+    masks = ("CORRUPTION=@corruption.MaskCorruption()", "corruption.MaskCorruption.vocab_size=768",
+             "corruption.MaskCorruption.mask_id=767")  # fmt: skip
+    for name, rule in RULES.items():
+        for objective in OBJECTIVES[1:]:
+            files = ["models/tiny.gin", objective, name]
+            bindings = ["DROPOUT_RATE=0.0", *_required(objective)]
+            if name == "decoders/remask.gin":
+                gin.clear_config()
+                gin_utils.parse_config(files, bindings)
+                with pytest.raises(ValueError, match="UniformCorruption has uniform noise"):
+                    gin.get_configurable(models.Model)()
+                bindings += masks
+            gin.clear_config()
+            gin_utils.parse_config(files, bindings)
+            decoder = gin.get_configurable(models.Model)().decoder
+            assert decoder.update == rule
+            steps, temperature = (
+                gin.query_parameter(f"%{m}") for m in ("NUM_STEPS", "TEMPERATURE")
+            )
+            assert (decoder.num_steps, decoder.temperature) == (steps, temperature)
+            if name == "decoders/entropy_bound.gin":
+                assert (decoder.stop, steps) == (stopping.StableAndConfident(0.005), 48)
+                assert (temperature, decoder.final_temperature) == (0.8, 0.4)
+
+
+def test_macros_of_update_rules_reach_them():
+    for name, given, rule in (
+        ("confidence", ("MEASURE='margin'", "THRESHOLD=0.5", "PER_STEP=2"),
+         updates.ConfidenceUnmask("margin", 0.5, 2)),
+        ("argmax_unrolled", ("UNCERTAIN_SHARE=0.5",), updates.ArgmaxUnrolled(0.5)),
+        ("remask", ("SIGMA='rescaled'", "REMASK_ETA=0.5", "BY_CONFIDENCE=True"),
+         updates.Remask("rescaled", 0.5, True)),
+    ):  # fmt: skip
+        gin.clear_config()
+        gin_utils.parse_config([OBJECTIVES[1], f"decoders/{name}.gin"], ["VOCAB_SIZE=9", *given])
+        assert gin.get_configurable(type(rule))() == rule
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_macros_of_logits_rules_reach_the_decoder_and_are_none_by_default(objective):
+    given = ("TOP_K=5", "TOP_P=0.9", "SUPPRESS=(1,)")
+    for bindings, rules in (((), ()), (given, (Suppress((1,)), TopK(5), TopP(0.9)))):
+        bytes_ = "vocabularies.get_vocabulary.name='bytes'"
+        _parse("models/tiny.gin", objective, RUNS[1], bytes_, *bindings)
+        assert gin.get_configurable(models.Model)().decoder.logits_rules == rules
 
 
 def test_low_rank_adaptation_is_one_file_and_nothing_else_of_a_model():

@@ -11,28 +11,10 @@ import jax.numpy as jnp
 
 from diffusion_t5x.decoding.canvases import best_last
 from diffusion_t5x.decoding.lengths import cache_lengths
-from diffusion_t5x.interfaces import Decoded, Fixed, KVCache, Network
+from diffusion_t5x.decoding.logits_rules import apply_rules, as_rules
+from diffusion_t5x.interfaces import Decoded, Fixed, KVCache, LogitsRule, Network
 
 Array = jax.Array
-NEGATIVE = -1e10
-
-
-def filter_logits(logits: Array, top_k: int, top_p: float) -> Array:
-    """Rules out of `logits [batch, vocab]` all but the `top_k` likeliest and the `top_p` nucleus.
-
-    The nucleus is the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman
-    et al. 2020); a `top_k` of 0 keeps all tokens, and so does a `top_p` of 0 or 1.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, NEGATIVE, logits)
-    if 0.0 < top_p < 1.0:
-        descending = jnp.sort(logits, axis=-1)[:, ::-1]
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < last, NEGATIVE, logits)
-    return logits
 
 
 def _refuse_fixed(fixed: Fixed | None) -> None:
@@ -56,31 +38,29 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveDecoder:
-    """Greedy, temperature, top-k and nucleus decoding; stops when every row has ended.
+    """Greedy decoding and draws; stops when every row has ended.
 
     Attributes:
       num_samples: texts per prefix; the prefix is read once for all of them.
       temperature: 0 is greedy.
-      top_k: sample among the k likeliest tokens; 0 for all.
-      top_p: sample within the nucleus of this probability; 0 for all.
+      logits_rules: change the distribution of each token, in order, before the temperature: rules
+        of `decoding.logits_rules`. Scores are those without.
       eos_id: the token that ends a text; what follows it is padding (0). A negative one ends none,
         so that all texts are decoded to their full length.
     """
 
     num_samples: int = 1
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 0.0
+    logits_rules: tuple[LogitsRule, ...] = ()
     eos_id: int = 1
 
     def __post_init__(self):
         if self.num_samples < 1:
             raise ValueError(f"num_samples = {self.num_samples}; expected at least 1.")
-        if self.temperature < 0 or self.top_k < 0 or not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(
-                f"temperature = {self.temperature}, top_k = {self.top_k}, top_p = {self.top_p}; "
-                "expected temperature >= 0, top_k >= 0 and 0 <= top_p <= 1."
-            )
+        if self.temperature < 0:
+            raise ValueError(f"temperature = {self.temperature}; expected a value >= 0.")
+        rules = as_rules(self.logits_rules, "AutoregressiveDecoder")
+        object.__setattr__(self, "logits_rules", rules)
 
     def decode(
         self,
@@ -174,7 +154,7 @@ class AutoregressiveDecoder:
 
     def sample(self, rng: Array, logits: Array) -> Array:
         """Draws one token per row of `logits [batch, vocab]`: `[batch]` int32."""
+        logits = apply_rules(self.logits_rules, logits, self.temperature)
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = filter_logits(logits / self.temperature, self.top_k, self.top_p)
-        return jax.random.categorical(rng, logits, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(rng, logits / self.temperature, axis=-1).astype(jnp.int32)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.decoding import canvases
 from diffusion_t5x.decoding.block_decoding import decode_blocks
+from diffusion_t5x.decoding.logits_rules import as_rules, is_rule
 from diffusion_t5x.decoding.readout import read_canvas
 from diffusion_t5x.decoding.updates import ResampleAll
 from diffusion_t5x.interfaces import (
@@ -30,6 +31,7 @@ from diffusion_t5x.interfaces import (
     Corruption,
     Decoded,
     Fixed,
+    LogitsRule,
     Network,
     StepView,
     StopRule,
@@ -64,6 +66,8 @@ class DiffusionDecoder:
       temperature: temperature of the draw at each step; 0 is the argmax.
       final_temperature: temperature of the last step's draw, reached linearly; None keeps
         `temperature`.
+      logits_rules: change the distribution of each draw and of the argmax, in order, before the
+        temperature: rules of `decoding.logits_rules`.
       update: what a step writes into a canvas, a rule of `decoding.updates`.
       stop: when a canvas is done before its steps are over, a rule of `decoding.stopping`; None
         for never. Decoding ends when all canvases of the batch are done.
@@ -92,6 +96,7 @@ class DiffusionDecoder:
     num_samples: int = 8
     temperature: float = 0.2
     final_temperature: float | None = None
+    logits_rules: tuple[LogitsRule, ...] = ()
     update: UpdateRule = ResampleAll()
     stop: StopRule | None = None
     halve_every: int = 0
@@ -131,10 +136,13 @@ class DiffusionDecoder:
             )
         for name, module in (("update", "updates"), ("stop", "stopping")):
             rule = getattr(self, name)
-            if not callable(rule) and (name, rule) != ("stop", None):
+            if not is_rule(rule) and (name, rule) != ("stop", None):
                 raise ValueError(
                     f"{name} = {rule!r}; expected a rule of diffusion_t5x.decoding.{module}."
                 )
+        object.__setattr__(self, "logits_rules", as_rules(self.logits_rules, "DiffusionDecoder"))
+        if check := getattr(self.update, "check", None):
+            check(self.corruption)
 
     def decode(
         self,
@@ -265,6 +273,9 @@ class DiffusionDecoder:
             noise = jnp.where(rows.where, rows.tokens, noise)
         canvas = canvases.start(noise, self.num_steps, return_trajectory)
         zero = jnp.int32(0)
+        if getattr(self.update, "needs_margin", False):
+            margin = jnp.zeros(noise.shape)
+            canvas = canvas._replace(readout=canvas.readout._replace(margin=margin))
         return _State(zero, zero, zero, canvases.impose(canvas, rows), fixed)
 
     def _stages(self) -> list[tuple[int, int]]:
@@ -280,7 +291,7 @@ class DiffusionDecoder:
         self, take_step: Callable[[_State], _State], first_step: int, last_step: int, state: _State
     ) -> _State:
         """Takes steps until all canvases are done or `last_step` steps were taken."""
-        if self.stop is None:
+        if self.stop is None and not getattr(self.update, "finishes", False):
             # The number of steps is known, so that a GPU need not tell the host before each.
             return jax.lax.fori_loop(first_step, last_step, lambda _, x: take_step(x), state)
 
@@ -303,6 +314,7 @@ class DiffusionDecoder:
             self._temperature(state.step),
             trim_multiple=self.trim_multiple,
             chunk_logits=self.block_logits,
+            rules=self.logits_rules,
         )
         readout = canvases.impose_on_readout(readout, fixed)
         view = StepView(old, readout, state.step, self.num_steps)
@@ -316,13 +328,12 @@ class DiffusionDecoder:
         # Trim: padding that the network writes again leaves the computation.
         if self.trim_multiple:
             new = new._replace(used=canvases.count_used(old, readout.argmax))
-        # Stop: a canvas that is done keeps the argmax of this step.
+        # Stop: a canvas that is done keeps the argmax of this step, or the rule's own text.
         if self.stop is not None:
             done = self.stop(view, score)
-            tokens, text = (
-                jnp.where(done[:, None], readout.argmax, x) for x in (new.tokens, new.text)
-            )
-            new = new._replace(tokens=tokens, text=text, done=done)
+            kept = new.text if getattr(self.update, "keeps_text", False) else readout.argmax
+            tokens, text = (jnp.where(done[:, None], kept, x) for x in (new.tokens, new.text))
+            new = new._replace(tokens=tokens, text=text, done=done | new.done)
         if self.pad_after_eos:
             after = canvases.ended(new.text, self.eos_id)
             tokens, text = (jnp.where(after, 0, x) for x in (new.tokens, new.text))

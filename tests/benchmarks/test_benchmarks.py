@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import small_hf_models
 
@@ -43,11 +44,18 @@ def test_decode_quality_compares_settings_with_the_papers_sampler(tmp_path):
     assert plain["position_forwards"] == 10 * 8 * (24 + 24)
     assert cached["position_forwards"] == 24 + 10 * 8 * 24
     assert cached["percent"] == plain["percent"]
+    assert cached["passes"] == 10 * 8
     for line in (plain, cached):
         assert line["fewer_position_forwards"] == pytest.approx(
             plain["position_forwards"] / line["position_forwards"]
         )
         assert line["speedup"] == pytest.approx(plain["seconds"] / line["seconds"])
+
+
+def test_the_last_change_of_a_canvas_by_hand():
+    one, two, three = [0, 5, 6, 6, 6], [4, 4, 4, 4, 4], [1, 1, 1, 1, 2]
+    trajectory = np.array([one, two, three])[..., None]
+    np.testing.assert_array_equal(decode_quality.last_changes(trajectory), [2, 0, 4])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""AR decoding: filters against brute force, scores against the chain rule, stopping."""
+"""AR decoding: scores against the chain rule, logits rules, stopping."""
 
 import dataclasses
 import itertools
@@ -9,32 +9,11 @@ import numpy as np
 import pytest
 from fake_network import table_network
 
-from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder, filter_logits
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.logits_rules import Suppress, TopK
 
 KEY = jax.random.PRNGKey(0)
 LOGITS = np.log(np.array([[0.5, 0.05, 0.25, 0.2], [0.1, 0.2, 0.3, 0.4]]))
-
-
-def _kept(logits):
-    return [set(np.flatnonzero(row > -1e9)) for row in np.asarray(logits)]
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "expected"),
-    [
-        (0, 0.0, [{0, 1, 2, 3}, {0, 1, 2, 3}]),
-        (2, 0.0, [{0, 2}, {2, 3}]),
-        (1, 0.0, [{0}, {3}]),
-        (99, 0.0, [{0, 1, 2, 3}, {0, 1, 2, 3}]),
-        (0, 0.6, [{0, 2}, {2, 3}]),
-        (0, 0.8, [{0, 2, 3}, {1, 2, 3}]),
-        (0, 0.01, [{0}, {3}]),
-        (0, 1.0, [{0, 1, 2, 3}, {0, 1, 2, 3}]),
-        (2, 0.66, [{0}, {2, 3}]),  # within the two kept: 2/3 and 1/3; 4/7 and 3/7
-    ],
-)
-def test_filters_keep_what_brute_force_keeps(top_k, top_p, expected):
-    assert _kept(filter_logits(jnp.asarray(LOGITS), top_k, top_p)) == expected
 
 
 def _chain(successor, vocab=6):
@@ -69,7 +48,7 @@ def test_a_text_that_never_ends_fills_the_length():
 
 def test_sampled_scores_are_the_chain_rule_and_best_comes_last():
     table = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
-    decoded = AutoregressiveDecoder(num_samples=5, temperature=0.7, top_k=4).decode(
+    decoded = AutoregressiveDecoder(num_samples=5, temperature=0.7, logits_rules=(TopK(4),)).decode(
         table_network(jnp.asarray(table), 3), 6, KEY
     )
     log_probs = table - np.log(np.exp(table).sum(-1, keepdims=True))
@@ -94,8 +73,22 @@ def test_samples_follow_the_tempered_distribution():
     )
 
 
+def test_suppressed_tokens_are_never_written_and_scores_stay_the_networks_own():
+    # Uniform first logits; then 0 -> 3, or what is next to it where 3 is suppressed.
+    table = _chain([3, 0, 0, 4, 1, 0]).at[0, 5].set(19.0)
+    for temperature in (0.0, 0.1):
+        decoded = AutoregressiveDecoder(
+            temperature=temperature, logits_rules=(Suppress((3, 2, 1)), TopK(1))
+        ).decode(table_network(table, 1), 4, KEY)
+        np.testing.assert_array_equal(decoded.tokens[0, 0], [0, 5, 0, 5])
+        expected = np.log(1 / 6) - 2 * np.log1p(np.exp(1.0))
+        np.testing.assert_allclose(decoded.scores, expected, rtol=1e-5)
+
+
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match=r"top_p = 1.5"):
-        AutoregressiveDecoder(top_p=1.5)
+    with pytest.raises(ValueError, match=r"temperature = -1"):
+        AutoregressiveDecoder(temperature=-1)
+    with pytest.raises(ValueError, match=r"logits_rules = .*a tuple of rules"):
+        AutoregressiveDecoder(logits_rules=(TopK,))
     with pytest.raises(ValueError, match="no canvas"):
         AutoregressiveDecoder().decode(table_network(jnp.eye(3), 1), 2, KEY, return_trajectory=True)
