@@ -29,7 +29,8 @@ import jax
 Array: TypeAlias = jax.Array
 # What a network keeps of the tokens that it has read. Only networks look inside.
 KVCache: TypeAlias = Any
-# name -> (weighted sum, sum of weights), so that sums over batches average exactly.
+# name -> (weighted sum, sum of weights), so that sums over batches average exactly. Of a name
+# 'X/by_Y' both are `[n]`, for n equal parts of [0, 1], in which Y lies.
 Metrics: TypeAlias = Mapping[str, tuple[Array, Array]]
 # The feature of a batch that marks fixed positions, [batch, length] int32, 0 or 1. Their tokens are
 # those of `decoder_target_tokens`. It may be absent.

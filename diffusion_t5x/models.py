@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import clu.metrics
 import flax.linen as nn
+import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,42 @@ Array = jax.Array
 Batch = Mapping[str, Array]
 MetricsMap = dict[str, clu.metrics.Average]
 COSTS = ("steps", "passes", "positions")  # fields of `interfaces.Decoded`
+
+
+@flax.struct.dataclass
+class AverageByParts(clu.metrics.Average):
+    """Averages in parts, such as of a range: `total` and `count` are `[parts]`.
+
+    `compute` returns the mean of the averages, in which parts of no weight do not count; it thus
+    depends less than the plain average on which parts the examples happened to fall into.
+    """
+
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def merge(self, other: clu.metrics.Average) -> AverageByParts:
+        return self.replace(total=self.total + other.total, count=self.count + other.count)
+
+    def parts(self) -> dict[str, float]:
+        """Returns the averages of the parts by their names, without those of no weight."""
+        pairs = zip(self.names, self.total, self.count, strict=True)
+        return {name: float(total / count) for name, total, count in pairs if count > 0}
+
+    def compute(self) -> Any:
+        counted = self.count > 0
+        averages = jnp.where(counted, self.total / jnp.where(counted, self.count, 1.0), 0.0)
+        return jnp.sum(averages) / jnp.sum(counted)
+
+
+def make_metric(name: str, total: Array, count: Array) -> clu.metrics.Average:
+    """Returns the metric of two sums, as `interfaces.Metrics` has them.
+
+    The parts of 'X/by_Y' are named by their upper ends, such as 'X/Y_0.1'.
+    """
+    if not total.shape:
+        return clu.metrics.Average(total=total, count=count)
+    stem, parts = name.replace("/by_", "/"), len(total)
+    names = tuple(f"{stem}_{(index + 1) / parts:.4g}" for index in range(parts))
+    return AverageByParts(total=total, count=count, names=names)
 
 
 class Model:
@@ -77,15 +114,9 @@ class Model:
                 f"{vocabulary.vocab_size} tokens; set VOCAB_SIZE to at least that."
             )
         for part in (objective, decoder):
-            corruption = getattr(part, "corruption", None)
-            drawn = 0 if corruption is None else corruption.vocab_size
-            if drawn > rows:
-                raise ValueError(
-                    f"{type(part).__name__}.corruption.vocab_size = {drawn}, but the network knows "
-                    f"only {rows} tokens; set VOCAB_SIZE for both."
-                )
+            _check_noise(part, rows, module.config.extra_tokens)
         smoothing = getattr(getattr(objective, "cross_entropy", None), "label_smoothing", 0.0)
-        if objective.forbidden and smoothing:
+        if smoothing and any(token < rows for token in objective.forbidden):
             raise ValueError(
                 f"label_smoothing = {smoothing}, but {type(objective).__name__} forbids the tokens "
                 f"{objective.forbidden}, which smoothing would predict; set LABEL_SMOOTHING = 0."
@@ -221,10 +252,7 @@ class Model:
             network, targets, weights, objective_rng, **fixed
         )
         sums = {"loss": (loss_sum, weight_sum), **sums}
-        metrics = {
-            name: clu.metrics.Average(total=total, count=count)
-            for name, (total, count) in sums.items()
-        }
+        metrics = {name: make_metric(name, *pair) for name, pair in sums.items()}
         return loss_sum / normalizer, metrics
 
     def bind(
@@ -373,14 +401,42 @@ class Model:
         return jnp.all((tokens == targets) | ~counted, axis=-1)
 
 
+def _check_noise(part: Objective | Decoder, rows: int, extra: int) -> None:
+    """Refuses noise of tokens that a network of `rows` and `extra` ones lacks, or never writes."""
+    corruption = getattr(part, "corruption", None)
+    if corruption is None:
+        return
+    name, size = f"{type(part).__name__}.corruption", corruption.vocab_size
+    if size > rows + extra:
+        settings = "set VOCAB_SIZE for both"
+        if any(token >= rows for token in corruption.forbidden):
+            settings = f"set TransformerConfig.extra_tokens = {size - rows}"
+        raise ValueError(
+            f"{name}.vocab_size = {size}, but the network knows only {rows + extra} tokens; "
+            f"{settings}."
+        )
+    if not set(range(rows, size)) <= set(corruption.forbidden):
+        raise ValueError(
+            f"{name}.vocab_size = {size}, but tokens from {rows} on are extra_tokens, which only "
+            f"mask noise has; expected at most {rows}, which is VOCAB_SIZE."
+        )
+
+
 def check_decoder(objective: Objective, decoder: Decoder) -> None:
     """Checks that a decoder's settings suit the objective that the model is trained with.
 
     Raises:
-      ValueError: if prefixes are to be cached although they see the canvas, or both cut texts into
-        blocks of different lengths.
+      ValueError: if prefixes are to be cached although they see the canvas, both cut texts into
+        blocks of different lengths, or only one of them has a mask token, or another one.
     """
     pattern, name = objective.attention_pattern, type(decoder).__name__
+    noise = getattr(decoder, "corruption", None)
+    if noise is not None and noise.forbidden != objective.forbidden:
+        raise ValueError(
+            f"{name}.corruption is {type(noise).__name__} with mask tokens {noise.forbidden}, but "
+            f"those of {type(objective).__name__} are {objective.forbidden}; bind CORRUPTION for "
+            "both."
+        )
     if getattr(decoder, "prefix_cache", False) and pattern not in CACHED_PATTERNS:
         raise ValueError(
             f"{name}.prefix_cache = True, but the prefix sees the canvas under attention_pattern = "

@@ -32,8 +32,12 @@ OBJECTIVES = (
     "objectives/autoregressive.gin",
     "objectives/diffusion.gin",
     "objectives/diffusion_cached_prefix.gin",
+    "objectives/uniform_bound.gin",
+    "objectives/masked.gin",
+    "objectives/mixed.gin",
     "objectives/diffusion_blocks.gin",
 )
+NOISE = ("noise/uniform.gin", "noise/mask.gin", "noise/mixed.gin")
 FAST = "decoders/fast.gin"
 RULES = {
     "decoders/confidence.gin": updates.ConfidenceUnmask(),
@@ -124,10 +128,11 @@ def _parse(model="models/tiny.gin", objective=OBJECTIVES[1], run=RUNS[0], *bindi
 
 
 def test_no_file_is_without_its_test():
-    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, FAST, *RULES, *RUNS, SAMPLE, EXPORT, LM_EVAL}
+    known = {*MODELS, *FAMILY_FILES, *OBJECTIVES, *NOISE, FAST, *RULES, *RUNS, SAMPLE, EXPORT}
+    known |= {LM_EVAL}
     known |= {*STACKS, *SIZE_FILES, LOW_RANK, "models/common.gin", "runs/common.gin"}
     known |= {"models/hugging_face.gin"}  # tests/interop/test_hf_models.py
-    folders = ("models/", "objectives/", "decoders/", "runs/")
+    folders = ("models/", "objectives/", "noise/", "decoders/", "runs/")
     found = {name for name in FILES if name.startswith(folders)}
     assert found == known
 
@@ -142,9 +147,31 @@ def test_models_of_eight_layers_and_more_have_them_scanned():
 @pytest.mark.parametrize("run", [*RUNS, SAMPLE])
 def test_every_composition_parses(run):
     # Gin refuses unknown functions and parameters, and macros that are read but not set.
-    for model, objective in itertools.product(MODELS, OBJECTIVES):
+    first = MODELS[0], MODELS[-1]
+    pairs = {*itertools.product(MODELS, OBJECTIVES[:2]), *itertools.product(first, OBJECTIVES)}
+    for model, objective in sorted(pairs):
         _parse(model, objective, run)
         assert gin.query_parameter("models.Model.objective")
+
+
+@pytest.mark.parametrize("loss", ["StepUnrolledDenoising", "BoundDenoising"])
+@pytest.mark.parametrize("noise", ["Uniform", "Mask", "Mixed"])
+def test_every_noise_goes_with_every_loss_and_the_decoder_has_the_same(noise, loss):
+    objective = OBJECTIVES[1] if loss.startswith("Step") else "objectives/uniform_bound.gin"
+    gin.clear_config()
+    settings = ["SCHEDULE='cosine'", "ANTITHETIC=True", "NEXT_TOKEN_WEIGHT=0.5", "SHIFT=True"]
+    files = [MODELS[0], objective, f"noise/{noise.lower()}.gin"]
+    gin_utils.parse_config(files, ["DROPOUT_RATE=0.0", *settings])
+    model = gin.get_configurable(models.Model)()
+    assert type(model.objective).__name__ == loss
+    assert (model.objective.next_token_weight, model.objective.shift) == (0.5, True)
+    made = model.objective.corruption
+    assert type(made).__name__ == f"{noise}Corruption"
+    assert made == model.decoder.corruption
+    assert (made.schedule, made.antithetic) == ("cosine", True)
+    extra = noise != "Uniform"
+    assert made.forbidden == ((768,) if extra else ())
+    assert made.vocab_size == 768 + extra == 768 + model.module.config.extra_tokens
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ import small_networks
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.diffusion import DiffusionDecoder
-from diffusion_t5x.models import Model
+from diffusion_t5x.models import Model, make_metric
 from diffusion_t5x.networks.decoder_only import DecoderOnly
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
-from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.objectives.corruption import MaskCorruption, UniformCorruption
 from diffusion_t5x.objectives.losses import CrossEntropy
+from diffusion_t5x.training.hooks import compute
 
 VOCAB = 19
 CORRUPTION = UniformCorruption(VOCAB)
@@ -121,6 +122,9 @@ class _NoCorruption:
 
     def sample_times(self, rng, batch_size, length):
         return jnp.zeros((batch_size, 1))
+
+    def rate(self, times):
+        return times
 
     def corrupt(self, rng, tokens, times):
         return tokens, jnp.zeros(tokens.shape, bool)
@@ -321,3 +325,42 @@ def test_parts_that_do_not_fit_together_are_refused():
         Model(model.module, objective, model.decoder, model.output_vocabulary, None)
     with pytest.raises(ValueError, match="loss_normalizing_factor"):
         make_model(DecoderOnly, "diffusion", loss_normalizing_factor="SUM")
+
+
+def _noisy_model(noise, decoded=None, extra_tokens=0, **settings):
+    network, _ = small_networks.make(DecoderOnly, **SIZES, extra_tokens=extra_tokens)
+    objective = StepUnrolledDenoising(noise, **settings)
+    decoder = DiffusionDecoder(decoded or noise, num_steps=2, num_samples=2)
+    vocabulary = types.SimpleNamespace(vocab_size=VOCAB, eos_id=1)
+    return Model(network, objective, decoder, vocabulary, None)
+
+
+def test_noise_that_the_network_has_no_token_for_is_refused():
+    mask = MaskCorruption(VOCAB, mask_id=VOCAB)
+    with pytest.raises(ValueError, match=r"vocab_size = 20, .* 19 tokens; .*extra_tokens = 1"):
+        _noisy_model(mask)
+    with pytest.raises(ValueError, match=r"tokens from 19 on are extra_tokens, .*at most 19"):
+        _noisy_model(UniformCorruption(VOCAB + 1), extra_tokens=1)
+    with pytest.raises(ValueError, match=r"UniformCorruption with mask tokens \(\), .*\(19,\)"):
+        _noisy_model(mask, CORRUPTION, extra_tokens=1)
+    inside = MaskCorruption(VOCAB, mask_id=VOCAB - 1)
+    smoothing = CrossEntropy(label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing = 0\.1, but .* forbids"):
+        _noisy_model(inside, cross_entropy=smoothing)
+    _noisy_model(mask, extra_tokens=1, cross_entropy=smoothing)  # which smoothing never predicts
+
+
+def test_losses_by_rate_are_logged_by_name_and_smoothed_without_empty_parts():
+    sums, counts = jnp.array([2.0, 0.0, 9.0, 0.0]), jnp.array([1.0, 0.0, 3.0, 0.0])
+    metric = make_metric("cross_entropy/by_rate", sums, counts)
+    pair = jnp.float32(5.0), jnp.float32(2.0)
+    merged = metric.merge(make_metric("cross_entropy/by_rate", sums, counts.at[0].set(3.0)))
+    values = compute({"cross_entropy/by_rate": merged, "loss": make_metric("loss", *pair)})
+    assert values == {
+        "cross_entropy/by_rate": pytest.approx((1.0 + 3.0) / 2),
+        "cross_entropy/rate_0.25": 1.0,
+        "cross_entropy/rate_0.75": 3.0,
+        "loss": 2.5,
+    }
+    nothing = jax.tree.map(jnp.zeros_like, merged)
+    assert compute({"a/by_rate": nothing}).keys() == {"a/by_rate"}

@@ -78,6 +78,12 @@ def prepare(
             f"positions ({type(model.module).__name__}); expected one such as "
             "models/hugging_face.gin makes."
         )
+    if network.extra_tokens:
+        raise ValueError(
+            f"--format=hugging_face: no family of Hugging Face's has tokens without logits "
+            f"(TransformerConfig.extra_tokens = {network.extra_tokens}); only our own formats "
+            "hold such a model."
+        )
     expected = {
         name: jax.ShapeDtypeStruct(shape, np.float32)
         for name, shape in hf_models.parameter_shapes(fields).items()

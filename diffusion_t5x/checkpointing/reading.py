@@ -5,7 +5,8 @@ They are ours, T5X's, or models of Hugging Face's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.serialization
@@ -67,12 +68,25 @@ def has_average(path: str) -> bool:
     return (epath.Path(path) / "average").exists()
 
 
-def has_low_rank(path: str) -> bool:
-    """Returns whether a checkpoint has factors of low-rank adaptation; reads no array."""
-    if t5x_checkpoints.is_t5x_checkpoint(path):
-        return any(map(is_low_rank, t5x_checkpoints.open_checkpoint(path).params))
+# What settings add to a network -> whether a parameter belongs to it. A run that starts from a
+# checkpoint that lacks all of it begins with fresh ones; no other parameter begins so.
+ADDITIONS: Mapping[str, Callable[[str], object]] = {
+    "low-rank factors": is_low_rank,
+    "embeddings of extra tokens": re.compile(r"(^|/)extra_embedding$").search,
+    "self-conditioning": re.compile(r"(^|/)self_conditioning").search,
+}
+
+
+def lacking_additions(path: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of `ADDITIONS` that parameters have and a checkpoint lacks; reads no array."""
+    stored: Iterable[str] = ()
     item = epath.Path(path).absolute() / "params"
-    return item.exists() and any(map(is_low_rank, named_leaves(_stored_tree(item))))
+    if t5x_checkpoints.is_t5x_checkpoint(path):
+        stored = t5x_checkpoints.open_checkpoint(path).params
+    elif item.exists():
+        stored = named_leaves(_stored_tree(item))
+    added = {kind: belongs for kind, belongs in ADDITIONS.items() if any(map(belongs, names))}
+    return tuple(kind for kind, belongs in added.items() if not any(map(belongs, stored)))
 
 
 def read_step(path: str) -> int:

@@ -52,10 +52,10 @@ def impose_on_readout(readout: Readout, fixed: Fixed | None) -> Readout:
     """
     if fixed is None:
         return readout
-    tokens = ("drawn", "argmax")
+    known: dict[str, Array | float] = {"drawn": fixed.tokens, "argmax": fixed.tokens, "margin": 1.0}
     return Readout(
         **{
-            name: jnp.where(fixed.where, fixed.tokens if name in tokens else 0.0, value)
+            name: None if value is None else jnp.where(fixed.where, known.get(name, 0.0), value)
             for name, value in readout._asdict().items()
         }
     )
@@ -106,6 +106,7 @@ def keep_text(canvas: Canvas, readout: Readout, eos_id: int) -> tuple[Canvas, Re
         argmax_log_prob=end(readout.argmax, readout.argmax_log_prob),
         canvas_log_prob=end(canvas.tokens, readout.canvas_log_prob),
         entropy=end(readout.argmax, readout.entropy),
+        margin=readout.margin,
     )
     last = canvas.readout._replace(argmax=end(before, before))
     return canvas._replace(tokens=end(canvas.tokens, canvas.tokens), readout=last), cut

@@ -75,7 +75,9 @@ def check_is_t5(params: Mapping[str, StoredArray]) -> None:
     Raises:
       ValueError: If T5 has no such parameter, or no table of distances is there.
     """
-    pattern = r"/bias$|position_embedding$|(query|key)_norm/|/post_\w+_norm/"
+    pattern = (
+        r"/bias$|(position|extra)_embedding$|self_conditioning|(query|key)_norm/|/post_\w+_norm/"
+    )
     other = [name for name in params if re.search(pattern, name)]
     for name, array in params.items():
         if name.endswith("/key/kernel"):
@@ -101,6 +103,8 @@ def hint(misfits: Iterable[str]) -> str:
         r"model has no token_embedder/logits_kernel": "tied_logits = False",
         r"lacks .*/low_rank_a": "low_rank = None, which is the default",
         r"model has no .*/low_rank_a": "low_rank, which models/low_rank.gin sets",
+        r"lacks .*extra_embedding": "extra_tokens = 0, which is the default",
+        r"model has no .*extra_embedding": "extra_tokens, which files of gin/noise/ set",
     }
     settings = [setting for pattern, setting in hints.items() if re.search(pattern, text)]
     return "".join(f"\nIt may need TransformerConfig.{setting}." for setting in settings)

@@ -159,6 +159,9 @@ class TransformerConfig:
     sliding_period: int | None = None
     """Every layer whose number, counted from 1, is a multiple of this sees everything in spite of
     `sliding_window`: 2 in Gemma 2, 6 in Gemma 3. None for none."""
+    extra_tokens: int = 0
+    """Tokens from `vocab_size` on that canvases may have and no text, such as noise's mask token:
+    they have an embedding, and no logits, so that they are never predicted."""
     low_rank: LowRank | None = None
     """Adapts chosen projections and freezes all else (LoRA); None to train everything."""
 
@@ -187,6 +190,8 @@ class TransformerConfig:
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} = {value}; expected at least 1.")
+        if self.extra_tokens < 0:
+            raise ValueError(f"extra_tokens = {self.extra_tokens}; expected at least 0.")
         for name in ("relative_buckets", "decoder_buckets"):
             if getattr(self, name) < 4 or getattr(self, name) % 2:
                 raise ValueError(

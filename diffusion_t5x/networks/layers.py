@@ -195,6 +195,14 @@ class TokenEmbedding(nn.Module):
         self.embedding = nn_partitioning.param_with_axes(
             "embedding", nn.initializers.normal(std), shape, jnp.float32, axes=("vocab", "embed")
         )
+        if config.extra_tokens:
+            self.extra_embedding = nn_partitioning.param_with_axes(
+                "extra_embedding",
+                nn.initializers.normal(std),
+                (config.extra_tokens, config.embed_dim),
+                jnp.float32,
+                axes=("abspos_buckets", "embed"),  # few rows, on every device
+            )
         if config.positions == "learned":
             self.position_embedding = nn_partitioning.param_with_axes(
                 "position_embedding",
@@ -222,7 +230,7 @@ class TokenEmbedding(nn.Module):
         positions need. Only places that are cut off later are beyond the table (`bind` checks it).
         """
         config = self.config
-        x = jnp.take(self.embedding, tokens, axis=0).astype(config.dtype)
+        x = self._look_up(tokens).astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
         if config.positions == "learned":
@@ -231,6 +239,14 @@ class TokenEmbedding(nn.Module):
             x = x + positions.astype(config.dtype)
         x = self.dropout(x, deterministic=deterministic)
         return nn_partitioning.with_sharding_constraint(x, HIDDEN_AXES)
+
+    def _look_up(self, tokens: Array) -> Array:
+        if not (extra := self.config.extra_tokens):
+            return jnp.take(self.embedding, tokens, axis=0)
+        of_text = jnp.take(self.embedding, jnp.minimum(tokens, self.config.vocab_size - 1), axis=0)
+        index = tokens - self.config.vocab_size
+        added = jnp.take(self.extra_embedding, jnp.clip(index, 0, extra - 1), axis=0)
+        return jnp.where((index < 0)[..., None], of_text, added)
 
     def output_weights(self, batch_size: int) -> Array:
         """Returns the matrix of `logits` for each data-parallel shard of `batch_size` rows.

@@ -4,7 +4,8 @@ Imports `interfaces` and `names` alone. Imported by networks (attention patterns
 Never enters: flax modules, gin, files, logging, and anything about a particular network.
 """
 
+from diffusion_t5x.objectives.bounds import BoundDenoising
 from diffusion_t5x.objectives.denoising import StepUnrolledDenoising
 from diffusion_t5x.objectives.next_token import NextToken
 
-__all__ = ["NextToken", "StepUnrolledDenoising"]
+__all__ = ["BoundDenoising", "NextToken", "StepUnrolledDenoising"]

@@ -8,7 +8,7 @@ differ in these functions alone; a schedule says how fast noise grows with time.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ SCHEDULES = ("linear", "cosine", "polynomial")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Corruption:
+class ScheduledCorruption:
     """What all kinds of noise share.
 
     Attributes:
@@ -70,10 +70,24 @@ class _Corruption:
     def _progress(self, times: Array) -> Array:
         """Returns the schedule's value, from 0 to 1, stretched to the range of rates."""
         if self.schedule == "cosine":
-            times = 1.0 - jnp.cos(times * (jnp.pi / 2))
+            times = 2.0 * jnp.sin(times * (jnp.pi / 4)) ** 2  # exact where it is small
         elif self.schedule == "polynomial":
             times = times**self.power
         return times * (self.max_rate - self.min_rate) + self.min_rate
+
+    def full_range(self) -> Self:
+        """Returns the same noise from a clean text to pure noise, at one time for each text."""
+        return dataclasses.replace(self, min_rate=0.0, max_rate=1.0, per_token=False)
+
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """Returns the tokens that only noise has."""
+        return ()
+
+    @property
+    def only_masks(self) -> bool:
+        """Returns whether the mask token is all the noise that there is."""
+        return False
 
     @property
     def num_uniform(self) -> int:
@@ -134,7 +148,7 @@ class _Corruption:
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformCorruption(_Corruption):
+class UniformCorruption(ScheduledCorruption):
     """Replaces tokens, independently, by tokens drawn uniformly from the vocabulary.
 
     At corruption rate `r` each token is replaced with probability `r`; noise may equal what it
@@ -142,8 +156,6 @@ class UniformCorruption(_Corruption):
     rate is drawn from U(0, 1), as in the paper (arXiv 2112.06749, section 2.2; arXiv 2401.17181,
     section 4.1). Prefixes are never corrupted.
     """
-
-    forbidden: ClassVar[tuple[int, ...]] = ()
 
     @property
     def num_uniform(self) -> int:
@@ -163,11 +175,12 @@ class UniformCorruption(_Corruption):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskCorruption(_Corruption):
+class MaskCorruption(ScheduledCorruption):
     """Replaces tokens, independently, by the mask token: absorbing noise (arXiv 2107.03006).
 
     Attributes:
-      mask_id: a token that no text contains.
+      mask_id: a token that no text contains: one of `vocab_size`, or the first after them, which
+        `vocab_size` then counts as well and `TransformerConfig.extra_tokens` gives an embedding.
     """
 
     _: dataclasses.KW_ONLY
@@ -175,16 +188,21 @@ class MaskCorruption(_Corruption):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.mask_id < self.vocab_size:
+        if not 0 < self.mask_id <= self.vocab_size:
             raise ValueError(
                 f"mask_id = {self.mask_id}, vocab_size = {self.vocab_size}; expected a token of "
-                "the vocabulary, and not 0, which is padding."
+                "the vocabulary or the first after it, and not 0, which is padding."
             )
+        object.__setattr__(self, "vocab_size", max(self.vocab_size, self.mask_id + 1))
 
     @property
     def forbidden(self) -> tuple[int, ...]:
         """Forbids the mask token, which no text contains."""
         return (self.mask_id,)
+
+    @property
+    def only_masks(self) -> bool:
+        return True
 
     @property
     def num_uniform(self) -> int:
@@ -222,6 +240,10 @@ class MixedCorruption(MaskCorruption):
         super().__post_init__()
         if not 0.0 <= self.uniform_share < 1.0:
             raise ValueError(f"uniform_share = {self.uniform_share}; expected 0 <= share < 1.")
+
+    @property
+    def only_masks(self) -> bool:
+        return self.uniform_share == 0
 
     def masses(self, times: Array) -> Masses:
         s = self._progress(times)

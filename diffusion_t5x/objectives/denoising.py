@@ -13,7 +13,7 @@ from diffusion_t5x.names import check_known
 from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
 from diffusion_t5x.objectives.infilling import draw_fixed, keep_fixed
 from diffusion_t5x.objectives.likelihood import any_order_bound
-from diffusion_t5x.objectives.losses import CrossEntropy
+from diffusion_t5x.objectives.losses import CrossEntropy, by_rate
 from diffusion_t5x.objectives.next_token import NextToken
 from diffusion_t5x.objectives.padding import check_padding, weigh_padding
 from diffusion_t5x.objectives.text_blocks import count_blocks, count_used_blocks, take_block
@@ -26,8 +26,9 @@ class StepUnrolledDenoising:
     """Denoises a corrupted target, then denoises the model's own output.
 
     The canvas is the corrupted target; its denoising gives the loss L1. Tokens drawn from those
-    logits are the next canvas, whose denoising gives L2; no gradient flows through the draw. The
-    paper sums L1 + L2 and draws at temperature 0 (arXiv 2401.17181, section 4.1); SUNDAE averages
+    logits, at all positions and whatever the noise, are the next canvas, whose denoising gives L2;
+    no gradient flows through the draw. With mask noise no mask is left in that canvas. The paper
+    sums L1 + L2 and draws at temperature 0 (arXiv 2401.17181, section 4.1); SUNDAE averages
     and draws at temperature 1 (arXiv 2112.06749, equation 4).
 
     Attributes:
@@ -35,6 +36,8 @@ class StepUnrolledDenoising:
       num_unrolls: denoising passes after the first; 1 in both papers.
       unroll_temperature: temperature of the draw; 0 is the argmax.
       reduction: 'sum' or 'mean' over the passes.
+      loss_passes: 'all', or 'last' for the loss of the last pass alone; those before it then have
+        no gradient.
       padding_weight: loss weight of padding positions; 1 counts them like text, as the paper does.
       padding: how much of the padding after a text counts: 'canvas', all of it (the paper's);
         'tail', the next `tail_length` tokens; 'eos_only', none, so that what a model writes after
@@ -70,6 +73,7 @@ class StepUnrolledDenoising:
     num_unrolls: int = 1
     unroll_temperature: float = 0.0
     reduction: str = "sum"
+    loss_passes: str = "all"
     padding_weight: float = 1.0
     padding: str = "canvas"
     tail_length: int = 0
@@ -89,6 +93,7 @@ class StepUnrolledDenoising:
         )
         check_known(self.reduction, ("sum", "mean"), "StepUnrolledDenoising.reduction")
         check_padding(self.padding, self.tail_length, self.padding_weight, "StepUnrolledDenoising")
+        check_known(self.loss_passes, ("all", "last"), "StepUnrolledDenoising.loss_passes")
         if self.block_length and self.attention_pattern != "causal_prefix":
             raise ValueError(
                 f"block_length = {self.block_length} with attention_pattern = "
@@ -143,7 +148,10 @@ class StepUnrolledDenoising:
         rng: Array,
         fixed: Array | None = None,
     ) -> tuple[Array, Array, Metrics]:
-        """Computes the loss of all passes, with metrics of each; the class says how."""
+        """Computes the loss of the passes, with metrics of each; the class says how.
+
+        'cross_entropy/by_rate' is that of the passes with a loss, by the first canvas's rate.
+        """
         next_token = jnp.float32(0.0)
         metrics: dict[str, tuple[Array, Array]] = {}
         if self.next_token_weight:
@@ -169,7 +177,8 @@ class StepUnrolledDenoising:
         times = self.corruption.sample_times(times_rng, *targets.shape)
         canvas, _ = self.corruption.corrupt(corrupt_rng, targets, times)
         canvas = keep_fixed(canvas, targets, fixed)
-        total = jnp.float32(0.0)
+        total, plain = jnp.float32(0.0), jnp.zeros(targets.shape)
+        counted = 1 if self.loss_passes == "last" else self.num_unrolls + 1
         for unroll in range(self.num_unrolls + 1):
             passes_rng, dropout_rng, draw_rng = jax.random.split(passes_rng, 3)
             readout = self.cross_entropy(
@@ -180,12 +189,16 @@ class StepUnrolledDenoising:
                 rng=draw_rng,
                 temperature=self.unroll_temperature,
             )
-            total += readout.loss_sum
+            if unroll > self.num_unrolls - counted:
+                total += readout.loss_sum
+                plain += (readout.loss - readout.z_loss) / counted
             for name, pair in readout.sums(weights).items():
                 metrics[f"{name}/unroll_{unroll}"] = pair
             canvas = keep_fixed(jax.lax.stop_gradient(readout.tokens), targets, fixed)
+        rates = self.corruption.rate(times)
+        metrics["cross_entropy/by_rate"] = by_rate(plain, weights, rates)
         if self.reduction == "mean":
-            total /= self.num_unrolls + 1
+            total /= counted
         return total + self.next_token_weight * next_token, jnp.sum(weights), metrics
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Score:

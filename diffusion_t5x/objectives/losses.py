@@ -17,12 +17,16 @@ from diffusion_t5x.objectives.logits import chunk_length, first_largest, map_chu
 
 Array = jax.Array
 LossNormalizingFactor = float | str | None
+# `(logits [batch, chunk, vocab] float32, targets, *conditions) -> [batch, chunk]`.
+TokenLoss = Callable[..., Array]
 
 NORMALIZING_FACTORS = (
     "NUM_REAL_TARGET_TOKENS",
     "NUM_TOTAL_TARGET_TOKENS",
     "AVERAGE_PER_SEQUENCE",
 )
+
+RATE_PARTS = 10  # of [0, 1], in which losses are logged
 
 
 class TokenReadout(NamedTuple):
@@ -33,6 +37,7 @@ class TokenReadout(NamedTuple):
 
     loss_sum: Array  # sum of weight times loss over all positions, a scalar
     loss: Array  # cross-entropy with the targets in nats, smoothing and z-loss included
+    log_prob: Array  # log softmax(logits)[target]
     z_loss: Array  # the part of `loss` that is z-loss
     tokens: Array  # a draw from softmax(logits / temperature), int32; the argmax at temperature 0
     correct: Array  # True where the argmax is the target
@@ -84,6 +89,8 @@ class CrossEntropy:
         *,
         rng: Array | None = None,
         temperature: float = 0.0,
+        token_loss: TokenLoss | None = None,
+        conditions: tuple[Array, ...] = (),
     ) -> TokenReadout:
         """Reads every position of `hidden [batch, length, embed]` once.
 
@@ -93,6 +100,10 @@ class CrossEntropy:
           weights: `[batch, length]` float32, the weights of `loss_sum`; no gradient flows to them.
           rng: key for the draw of `tokens`; may be None at temperature 0.
           temperature: of the draw.
+          token_loss: replaces the cross-entropy and its smoothing in `loss`; z-loss is still added.
+            It closes over no array.
+          conditions: `[batch, length]` each, what `token_loss` needs besides logits and targets; no
+            gradient flows to them.
 
         Raises:
           ValueError: if `temperature` is positive and there is no `rng`, or negative.
@@ -104,11 +115,13 @@ class CrossEntropy:
         logits_fn, consts = jax.closure_convert(logits_fn, hidden[:, :length])
 
         def read(hidden: Array, consts: list[Array], chunk: tuple[Any, ...]) -> TokenReadout:
-            targets, weights, rng = chunk
+            targets, weights, *conditions, rng = chunk
             logits = logits_fn(hidden, *consts).astype(jnp.float32)
-            return self._read_chunk(logits, targets, weights, rng, temperature)
+            loss = token_loss(logits, targets, *conditions) if token_loss else None
+            return self._read_chunk(logits, targets, weights, rng, temperature, loss)
 
-        return _read_with_gradient(read, length, hidden, consts, (targets, weights, rng))
+        inputs = (targets, weights, *conditions, rng)
+        return _read_with_gradient(read, length, hidden, consts, inputs)
 
     def log_likelihood(self, network: Network, targets: Array, weights: Array) -> Array:
         """Sums weight times log softmax(logits)[target] over positions: `[batch]`.
@@ -121,14 +134,25 @@ class CrossEntropy:
         return -jnp.sum(readout.loss * weights, axis=-1)
 
     def _read_chunk(
-        self, logits: Array, targets: Array, weights: Array, rng: Array | None, temperature: float
+        self,
+        logits: Array,
+        targets: Array,
+        weights: Array,
+        rng: Array | None,
+        temperature: float,
+        loss: Array | None,
     ) -> TokenReadout:
-        """Reads `logits [batch, chunk, vocab]` float32 for `targets [batch, chunk]`."""
+        """Reads `logits [batch, chunk, vocab]` float32 for `targets [batch, chunk]`.
+
+        `loss [batch, chunk]` replaces cross-entropy; None for that.
+        """
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        loss = log_z - target_logit
-        if self.label_smoothing:
-            loss += self._smoothing_term(logits, target_logit)
+        log_prob = target_logit - log_z
+        if loss is None:
+            loss = log_z - target_logit
+            if self.label_smoothing:
+                loss += self._smoothing_term(logits, target_logit)
         z_loss = self.z_loss * jnp.square(log_z)
         loss += z_loss
         frozen = jax.lax.stop_gradient(logits)
@@ -139,7 +163,8 @@ class CrossEntropy:
         if temperature > 0:
             assert rng is not None  # checked in __call__
             tokens = jax.random.categorical(rng, frozen / temperature, axis=-1).astype(jnp.int32)
-        return TokenReadout(jnp.sum(loss * weights), loss, z_loss, tokens, argmax == targets)
+        loss_sum = jnp.sum(loss * weights)
+        return TokenReadout(loss_sum, loss, log_prob, z_loss, tokens, argmax == targets)
 
     def _smoothing_term(self, logits: Array, target_logit: Array) -> Array:
         """Computes what smoothing adds to the plain loss: `[batch, chunk]`."""
@@ -149,6 +174,20 @@ class CrossEntropy:
         entropy = -(confidence * np.log(confidence) + others * off_value * np.log(off_value))
         mean_other = (jnp.sum(logits, axis=-1) - target_logit) * off_value
         return self.label_smoothing * target_logit - mean_other - entropy
+
+
+def by_rate(values: Array, weights: Array, rates: Array) -> tuple[Array, Array]:
+    """Sums `values [batch, length]` over `weights` in ten equal parts of the corruption rates.
+
+    Args:
+      rates: in [0, 1]; broadcast to the values.
+
+    Returns:
+      Weighted sums and sums of weights, `[10]` each.
+    """
+    part = jnp.clip(jnp.floor(rates * RATE_PARTS), 0, RATE_PARTS - 1)
+    inside = weights * (jnp.arange(RATE_PARTS)[:, None, None] == part)  # [10, batch, length]
+    return jnp.sum(values * inside, axis=(1, 2)), jnp.sum(inside, axis=(1, 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

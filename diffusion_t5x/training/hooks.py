@@ -187,5 +187,9 @@ def text_evaluations(evaluator: Any) -> dict[str, Evaluate]:
 
 
 def compute(metrics: Metrics) -> dict[str, float]:
-    """Waits for the devices; returns the averages."""
-    return {name: float(metric.compute()) for name, metric in jax.device_get(metrics).items()}
+    """Waits for the devices; returns the averages, and those of parts that a metric names."""
+    values: dict[str, float] = {}
+    for name, metric in jax.device_get(metrics).items():
+        values[name] = float(metric.compute())
+        values |= getattr(metric, "parts", dict)()
+    return values

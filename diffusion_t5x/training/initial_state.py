@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +12,7 @@ from diffusion_t5x.checkpointing import checkpoints, integrity, reading
 from diffusion_t5x.checkpointing.checkpoints import CheckpointConfig, Checkpointer
 from diffusion_t5x.checkpointing.items import restore_position
 from diffusion_t5x.data.datasets import DatasetIterator
-from diffusion_t5x.interop.low_rank import is_low_rank
-from diffusion_t5x.runtime.train_state import TrainState, replace, select
+from diffusion_t5x.runtime.train_state import TrainState, named_leaves, replace, select
 from diffusion_t5x.training import run_record
 
 
@@ -28,7 +25,7 @@ class StartingPoint:
       first_step: Step that the run started at, from which TRAIN_STEPS_RELATIVE counts.
       is_own: Whether the run saved the checkpoint itself, and resumes.
       has_optimizer: Whether the optimiser state is restored as well.
-      low_rank_begins: Whether the checkpoint is of the network without low-rank adaptation, whose
+      begins: What the network has and the checkpoint's had not (`reading.ADDITIONS`), whose
         parameters begin fresh, with a fresh optimiser state.
       parameters: Which parameters of it, of `reading.PARAMETERS`; a run of its own goes on with
         its 'raw' ones, and its average.
@@ -41,7 +38,7 @@ class StartingPoint:
     is_own: bool = False
     has_optimizer: bool = False
     damaged: tuple[str, ...] = ()
-    low_rank_begins: bool = False
+    begins: tuple[str, ...] = ()
     parameters: str = "raw"
 
     def __str__(self) -> str:
@@ -52,7 +49,7 @@ class StartingPoint:
         parts = "parameters and optimiser" if self.has_optimizer else "parameters"
         if self.parameters == "averaged" and reading.has_average(self.path):
             parts = f"averaged {parts}"
-        fresh = ", with fresh low-rank factors" if self.low_rank_begins else ""
+        fresh = f", with fresh {' and '.join(self.begins)}" if self.begins else ""
         return f"{parts} of {self.path}, at step {self.step}{fresh}"
 
     def last_step(self, total_steps: int | None, relative_steps: int | None) -> int:
@@ -87,17 +84,17 @@ class StartingPoint:
         """Refuses a checkpoint of other names or shapes than the state's; reads no array.
 
         Returns:
-          This starting point, which may now say that low-rank adaptation begins here.
+          This starting point, which may now say what begins here.
 
         Raises:
           CheckpointMismatchError: If they differ.
         """
         if self.path is None:
             return self
-        base = _without_low_rank(abstract.params)
-        if not self.is_own and base is not abstract.params and not reading.has_low_rank(self.path):
-            reading.check_params(self.path, base)
-            return dataclasses.replace(self, has_optimizer=False, low_rank_begins=True)
+        names = list(named_leaves(abstract.params))
+        if not self.is_own and (begins := reading.lacking_additions(self.path, names)):
+            reading.check_params(self.path, select(abstract.params, _in_checkpoint(begins)))
+            return dataclasses.replace(self, has_optimizer=False, begins=begins)
         reading.check_params(self.path, abstract.params)
         if self.has_optimizer:
             reading.check_item(self.path, "optimizer", reading.optimizer_item(abstract))
@@ -106,9 +103,9 @@ class StartingPoint:
         return self
 
 
-def _without_low_rank(params: Any) -> Any:
-    """Returns what a network without low-rank adaptation has; `params` if that is everything."""
-    return select(params, lambda name: not is_low_rank(name))
+def _in_checkpoint(begins: tuple[str, ...]) -> Callable[[str], bool]:
+    """Returns which parameters are in a checkpoint that lacks these of `reading.ADDITIONS`."""
+    return lambda name: not any(reading.ADDITIONS[kind](name) for kind in begins)
 
 
 def what_is_left(step: int, last_step: int) -> str:
@@ -193,19 +190,19 @@ def restore(
     if start.path is None:
         return create()
     fresh = create()  # of which only what the checkpoint lacks is kept
-    opt_state, factors = fresh.opt_state, select(fresh.params, is_low_rank)
+    in_checkpoint = _in_checkpoint(start.begins)
+    opt_state = fresh.opt_state
+    added = select(fresh.params, lambda name: not in_checkpoint(name))
     del fresh
-    read = functools.partial(reading.restore_params, verify=False, parameters=start.parameters)
-    if start.low_rank_begins:
-        wanted = _without_low_rank(abstract.params)
-        params = replace(read(start.path, wanted), factors)
-    else:
-        params = read(start.path, abstract.params)
+    wanted = select(abstract.params, in_checkpoint)
+    params = reading.restore_params(start.path, wanted, verify=False, parameters=start.parameters)
+    if start.begins:
+        params = replace(params, added)
     step = jax.device_put(np.int32(start.step), abstract.step.sharding)
     if start.step and jax.process_index() == 0:
         why = "it has no optimiser state that can be restored here (T5X's cannot)"
-        if start.low_rank_begins:
-            why = "its optimiser state is not that of low-rank factors"
+        if start.begins:
+            why = f"its optimiser state is not that of {' and '.join(start.begins)}"
         print(
             f"{start.path}: restored parameters and step {start.step}; {why}, so the optimiser "
             "starts fresh."

@@ -4,14 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_network import perfect_network, table_network
+from fake_network import FakeNetwork, perfect_network, table_network
 
 from diffusion_t5x.objectives import NextToken, StepUnrolledDenoising
-from diffusion_t5x.objectives.corruption import UniformCorruption
+from diffusion_t5x.objectives.corruption import (
+    MaskCorruption,
+    MixedCorruption,
+    UniformCorruption,
+)
 from diffusion_t5x.objectives.losses import CrossEntropy
 
 VOCAB, BATCH, LENGTH = 9, 4, 6
 KEY = jax.random.PRNGKey(0)
+MASK, MIXED = MaskCorruption(VOCAB, mask_id=VOCAB), MixedCorruption(VOCAB, mask_id=VOCAB)
 
 
 def _data(seed=0):
@@ -95,6 +100,58 @@ def test_no_gradient_flows_through_the_unroll():
         )
 
     np.testing.assert_allclose(unrolled, jax.grad(frozen)(jnp.asarray(table)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("corruption", [UniformCorruption(VOCAB), MASK, MIXED])
+def test_the_loss_of_the_last_pass_alone_has_its_gradient_alone(corruption):
+    table, targets, weights = _data(5)
+    args = jnp.asarray(targets), jnp.asarray(weights), KEY
+    canvases = []
+    objective = StepUnrolledDenoising(
+        corruption, num_unrolls=2, loss_passes="last", reduction="mean"
+    )
+
+    def loss(table, network):
+        return objective.loss(network(table), *args)[0]
+
+    def unrolled(table):
+        # The token that only noise has answers like token 0.
+        return FakeNetwork(
+            BATCH,
+            table,
+            lambda canvas: jax.nn.one_hot(canvas % VOCAB, VOCAB),
+            lambda canvas, rng: canvases.append(canvas),
+        )
+
+    value = loss(jnp.asarray(table), unrolled)
+    assert len(canvases) == 3
+    assert all((canvas < VOCAB).all() for canvas in canvases[1:])  # the model's own draws
+    assert (canvases[0] == VOCAB).any() == (VOCAB in corruption.forbidden)
+    last = np.asarray(canvases[2])
+
+    def frozen(table):
+        network = table_network(table, BATCH)
+        hidden = network.forward(jnp.asarray(last), None)
+        return CrossEntropy()(hidden, network.logits, *args[:2]).loss_sum
+
+    assert value == pytest.approx(float(frozen(jnp.asarray(table))))
+    gradients = [jax.grad(loss)(jnp.asarray(table), unrolled), jax.grad(frozen)(jnp.asarray(table))]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_by_rate_is_that_of_the_examples_whose_rate_is_in_each_part():
+    table, targets, weights = _data(6)
+    noise = UniformCorruption(VOCAB, per_token=True)
+    network = table_network(jnp.asarray(table), BATCH)
+    args = jnp.asarray(targets), jnp.asarray(weights), KEY
+    objective = StepUnrolledDenoising(noise, cross_entropy=CrossEntropy(z_loss=0.1))
+    metrics = objective.loss(network, *args)[2]
+    sums, counts = metrics["cross_entropy/by_rate"]
+    rates = np.asarray(noise.sample_times(jax.random.split(KEY, 3)[0], BATCH, LENGTH))
+    expected = [weights[(rates >= i / 10) & (rates < (i + 1) / 10)].sum() for i in range(10)]
+    np.testing.assert_allclose(counts, expected, atol=1e-6)
+    passes = [float(metrics[f"cross_entropy/unroll_{i}"][0]) for i in range(2)]
+    assert sums.sum() == pytest.approx(sum(passes) / 2, rel=1e-5)
 
 
 def test_padding_positions_count_as_much_as_padding_weight_says():
