@@ -88,11 +88,16 @@ def our_params(model: models.Model, batch: Mapping[str, jax.Array]) -> Any:
 def our_gradient(model: models.Model, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     """The compiled loss and gradient of a batch, and the arguments to call it with."""
     params = our_params(model, batch)
+    return lower_gradient(model, params, batch).compile(), (params, batch)
+
+
+def lower_gradient(model: models.Model, params: Any, batch: Mapping[str, jax.Array]) -> Any:
+    """Loss and gradient of a batch, lowered and not compiled; shapes will do for parameters."""
 
     def loss(params: Any, batch: Any) -> jax.Array:
         return model.loss_fn(params, batch, KEY)[0]
 
-    return jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile(), (params, batch)
+    return jax.jit(jax.value_and_grad(loss)).lower(params, batch)
 
 
 def our_decoding(model: models.Model, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:

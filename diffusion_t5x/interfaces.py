@@ -47,13 +47,28 @@ class Network(Protocol):
     def batch_size(self) -> int:
         """Number of prefixes, `batch` below."""
 
-    def forward(self, canvas: Array, rng: Array | None) -> Array:
+    @property
+    def self_conditioning(self) -> bool:
+        """Whether `forward` takes `conditioning`."""
+
+    def forward(self, canvas: Array, rng: Array | None, conditioning: Array | None = None) -> Array:
         """Computes hidden states of `canvas [batch, length]` in one pass: `[batch, length, embed]`.
 
         Under a causal attention pattern the state at a position has seen the prefix and the tokens
         *before* that position, and predicts it; under a bidirectional one it has seen the whole
         canvas. With `Objective.shift` it is the state of the position before, or of the last prefix
         token, under any pattern. `rng` is the key for dropout; None where there is none.
+        `conditioning [batch, length, embed]` is what `expect_embedding` returned for the pass
+        before; None, or rows of 0, if there was none.
+        """
+
+    def expect_embedding(
+        self, hidden: Array, logits_fn: Callable[[Array], Array] | None = None
+    ) -> Array:
+        """Averages tokens' embeddings by what `hidden [batch, length, embed]` predicts.
+
+        `logits_fn` makes other logits than `logits` of it. The result is `[batch, length, embed]`,
+        the conditioning of a next pass.
         """
 
     def logits(self, hidden: Array) -> Array:
@@ -80,6 +95,18 @@ class Network(Protocol):
     def as_causal(self) -> Network:
         """Returns the network under causal attention: what an AR model makes of the prefixes."""
 
+    def read_text(self, targets: Array, rng: Array | None) -> tuple[Array, Array, Array]:
+        """Reads prefixes and `targets [batch, length]` in one pass that predicts both.
+
+        Returns:
+          Hidden states `[batch, n + length, embed]`, the tokens that they predict, `[batch, n +
+          length]`, of which the first `n` are those of prefixes, and whether there is such a token
+          or only padding, bool.
+
+        Raises:
+          ValueError: if prefixes are read by an encoder.
+        """
+
     def extend_prefix(self, tokens: Array, counts: Array) -> Network:
         """Returns the network with the first `counts [batch]` of `tokens [batch, length]` appended.
 
@@ -87,14 +114,41 @@ class Network(Protocol):
           ValueError: if the network's prefixes cannot be extended.
         """
 
+    def drop_prefix(self, dropped: Array) -> Network:
+        """Returns the network with empty prefixes in the rows where `dropped [batch]` is True.
+
+        Raises:
+          ValueError: if prefixes are cached already, or packed.
+        """
+
     def repeat(self, n: int) -> Network:
         """Returns the network with every prefix repeated: row `i * n + j` has prefix `i`."""
 
-    def cache_prefix(self) -> CachedNetwork:
+    @property
+    def caches_prefix(self) -> bool:
+        """Whether `cache_prefix` is possible: prefixes do not depend on the canvas."""
+
+    def cache_prefix(self, rng: Array | None = None) -> CachedNetwork:
         """Returns the network with keys and values of the prefixes computed once.
+
+        `rng` is the key for dropout in the prefixes, which all passes then share; gradients of all
+        passes flow into the one reading.
 
         Raises:
           ValueError: if they depend on the canvas under the objective's attention pattern.
+        """
+
+    def cache_blocks(
+        self, tokens: Array, block_length: int, rng: Array | None = None
+    ) -> CachedNetwork:
+        """Returns the network that reads all blocks of texts in one pass, as if one by one.
+
+        `tokens [batch, length]` are clean texts of whole blocks, read once, `rng` being the key for
+        dropout. Canvases of the same length are blocks each of which sees the prefix, the clean
+        blocks before it and itself.
+
+        Raises:
+          ValueError: if the network's prefixes cannot be extended and cached.
         """
 
 
@@ -268,6 +322,9 @@ class Canvas(NamedTuple):
     # [rows, num_steps + 1, length] int32, the canvas before the first step and after each one;
     # None unless asked for.
     trajectory: Array | None
+    # [rows, length, embed], what the last step predicted, for the next one; 0 before the first.
+    # None if the network takes none.
+    conditioning: Array | None = None
 
 
 class StepView(NamedTuple):

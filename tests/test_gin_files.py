@@ -466,6 +466,25 @@ def test_macros_of_recipes_reach_every_denoising_objective_and_are_off_by_defaul
             assert (made.shift, made.opening_steps, made.next_token_weight) == expected
 
 
+def test_macros_of_conditioning_and_guidance_reach_every_denoising_model_and_are_off_by_default():
+    given = ("SELF_CONDITIONING=True", "PREFIX_DROP_RATE=0.1", "GUIDANCE_SCALE=2.0",
+             "NEXT_TOKEN_WEIGHT=1.0", "NEXT_TOKEN_PREFIX=True")  # fmt: skip
+    for objective in OBJECTIVES[1:]:
+        off, on = (False, 0.0, 1.0, False, False), (True, 0.1, 2.0, True, False)
+        for bindings, expected in (((), off), (given, on)):
+            bytes_ = "vocabularies.get_vocabulary.name='bytes'"
+            _parse("models/tiny.gin", objective, RUNS[1], bytes_, *bindings)
+            made = gin.get_configurable(models.Model)()
+            settings = (
+                made.module.config.self_conditioning, made.objective.prefix_drop_rate,
+                made.decoder.guidance_scale, made.objective.next_token_prefix,
+                made.objective.all_blocks,
+            )  # fmt: skip
+            assert settings == expected
+    _parse("models/tiny.gin", "objectives/diffusion_blocks.gin", RUNS[1], bytes_, "ALL_BLOCKS=True")
+    assert gin.get_configurable(models.Model)().objective.all_blocks
+
+
 def test_only_the_cached_objectives_cache_the_prefix_and_hide_the_canvas_from_it():
     patterns = ("bidirectional", "cached_prefix", "causal_prefix")
     for objective, pattern in zip(OBJECTIVES[1:], patterns, strict=True):

@@ -14,7 +14,9 @@ Array = jax.Array
 Tree = TypeVar("Tree")
 
 
-def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Canvas:
+def start(
+    noise: Array, num_steps: int, keep_trajectory: bool, conditioning: Array | None = None
+) -> Canvas:
     """Returns the canvases before the first step, from `noise [rows, length]` int32."""
     count, length = noise.shape
     unknown = jnp.full((count, length), -jnp.inf)
@@ -31,6 +33,7 @@ def start(noise: Array, num_steps: int, keep_trajectory: bool) -> Canvas:
         done=jnp.zeros(count, bool),
         used=jnp.full(count, length, jnp.int32),
         trajectory=trajectory,
+        conditioning=conditioning,
     )
 
 
@@ -53,12 +56,12 @@ def impose_on_readout(readout: Readout, fixed: Fixed | None) -> Readout:
     if fixed is None:
         return readout
     known: dict[str, Array | float] = {"drawn": fixed.tokens, "argmax": fixed.tokens, "margin": 1.0}
-    return Readout(
-        **{
-            name: None if value is None else jnp.where(fixed.where, known.get(name, 0.0), value)
-            for name, value in readout._asdict().items()
-        }
-    )
+    given: dict[str, Array] = {
+        name: jnp.where(fixed.where, known.get(name, 0.0), value)
+        for name, value in readout._asdict().items()
+        if value is not None
+    }
+    return readout._replace(**given)
 
 
 def windows(canvas: Canvas, trim_multiple: int) -> tuple[list[int], Array]:

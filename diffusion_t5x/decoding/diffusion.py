@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.decoding import canvases
 from diffusion_t5x.decoding.block_decoding import decode_blocks
+from diffusion_t5x.decoding.guidance import guide
 from diffusion_t5x.decoding.logits_rules import as_rules, is_rule
 from diffusion_t5x.decoding.readout import read_canvas
 from diffusion_t5x.decoding.updates import ResampleAll
@@ -82,6 +83,9 @@ class DiffusionDecoder:
       block_length: tokens of a canvas for a text that is written block by block, where each
         finished block joins the cached prefix of the next (`decoding.block_decoding`); 0 for one
         canvas. Needs `prefix_cache`, and a model trained with blocks of this length.
+      guidance_scale: how far predictions move from those without a prefix to those with it, and
+        beyond (`decoding.guidance`); 1 for the latter. Else each pass counts twice, being one with
+        and one without. Train with `StepUnrolledDenoising.prefix_drop_rate`.
       eos_id: the token that ends a text, after which no block is written; a negative one ends none.
       scored: 'canvas' scores all of it; 'text' what a sample has up to its first `eos_id`, that
         included. The rest is then taken for padding of a certain network by scores, stop rules,
@@ -103,6 +107,7 @@ class DiffusionDecoder:
     trim_multiple: int = 0
     prefix_cache: bool = False
     block_length: int = 0
+    guidance_scale: float = 1.0
     eos_id: int = -1
     scored: str = "canvas"
     pad_after_eos: bool = False
@@ -112,7 +117,9 @@ class DiffusionDecoder:
         for name in ("num_steps", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
-        for name in ("temperature", "halve_every", "trim_multiple", "block_length"):
+        for name in (
+            "temperature", "halve_every", "trim_multiple", "block_length", "guidance_scale"
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected a value >= 0.")
         if (
@@ -161,6 +168,8 @@ class DiffusionDecoder:
         Raises:
           ValueError: if prefixes cannot be cached under the objective's attention pattern.
         """
+        if self.guidance_scale != 1:
+            network = cast(Network, guide(network, self.guidance_scale))
         decode_canvas = functools.partial(
             self._decode_canvas,
             length=self.block_length or length,
@@ -190,7 +199,7 @@ class DiffusionDecoder:
         """Decodes canvases of `length` tokens: see `decode`."""
         batch_size = network.batch_size
         canvas_rng, rngs = self._split(rng)
-        state = self._first_canvas(batch_size, length, canvas_rng, return_trajectory, fixed)
+        state = self._first_canvas(network, length, canvas_rng, return_trajectory, fixed)
         finished = []
         first_step = 0
         for samples, last_step in self._stages():
@@ -220,7 +229,8 @@ class DiffusionDecoder:
         """Returns the calls of `step` after `start`: see `interfaces.SteppedDecoder`.
 
         Raises:
-          ValueError: if steps differ in shape, as with `block_length` and `halve_every`.
+          ValueError: if steps differ in shape, as with `block_length` and `halve_every`, or read
+            two networks.
         """
         del length
         for name, reason in (
@@ -232,6 +242,11 @@ class DiffusionDecoder:
                     f"DiffusionDecoder.{name} = {value}, {reason}; expected 0: a step alone reads "
                     "and writes all canvases of a text, whose shapes never change."
                 )
+        if self.guidance_scale != 1:
+            raise ValueError(
+                f"DiffusionDecoder.guidance_scale = {self.guidance_scale}; expected 1: a step "
+                "alone reads one network."
+            )
         return self.num_steps
 
     def start(
@@ -240,7 +255,7 @@ class DiffusionDecoder:
         """Draws the first canvases; with `prefix_cache`, reads the prefixes into a cache."""
         network = network.cache_prefix() if self.prefix_cache else network
         canvas_rng, _ = self._split(rng)
-        return network, self._first_canvas(network.batch_size, length, canvas_rng, False, fixed)
+        return network, self._first_canvas(network, length, canvas_rng, False, fixed)
 
     def step(self, network: Network, state: _State, rng: Array) -> _State:
         """Takes a denoising step; canvases that are done stay as they are."""
@@ -261,21 +276,30 @@ class DiffusionDecoder:
 
     def _first_canvas(
         self,
-        batch_size: int,
+        network: Network,
         length: int,
         rng: Array,
         return_trajectory: bool,
         fixed: Fixed | None,
     ) -> _State:
-        noise = self.corruption.prior(rng, (batch_size * self.num_samples, length))
+        noise = self.corruption.prior(rng, (network.batch_size * self.num_samples, length))
         rows = _repeat(fixed, self.num_samples)
         if rows is not None:
             noise = jnp.where(rows.where, rows.tokens, noise)
-        canvas = canvases.start(noise, self.num_steps, return_trajectory)
-        zero = jnp.int32(0)
+        conditioning = None
+        if network.self_conditioning:
+
+            def predict(noise: Array) -> Array:
+                read = network.repeat(self.num_samples)
+                return read.expect_embedding(read.forward(noise, None))
+
+            shape = jax.eval_shape(predict, noise)
+            conditioning = jnp.zeros(shape.shape, shape.dtype)
+        canvas = canvases.start(noise, self.num_steps, return_trajectory, conditioning)
         if getattr(self.update, "needs_margin", False):
             margin = jnp.zeros(noise.shape)
             canvas = canvas._replace(readout=canvas.readout._replace(margin=margin))
+        zero = jnp.int32(0)
         return _State(zero, zero, zero, canvases.impose(canvas, rows), fixed)
 
     def _stages(self) -> list[tuple[int, int]]:
@@ -307,7 +331,7 @@ class DiffusionDecoder:
         old, fixed = state.canvas, _repeat(state.fixed, samples)
         draw_rng, update_rng = (r[state.step] for r in rngs)
         # Read: one pass of the network, and a draw for each position.
-        readout, positions = read_canvas(
+        readout, conditioning, positions = read_canvas(
             network,
             old,
             draw_rng,
@@ -324,7 +348,8 @@ class DiffusionDecoder:
             old, readout = canvases.keep_text(old, readout, self.eos_id)
             view = view._replace(canvas=old, readout=readout)
             _, score = self.update(view, update_rng, self.corruption)
-        new = canvases.impose(new._replace(readout=readout, score=score), fixed)
+        new = new._replace(readout=readout, score=score, conditioning=conditioning)
+        new = canvases.impose(new, fixed)
         # Trim: padding that the network writes again leaves the computation.
         if self.trim_multiple:
             new = new._replace(used=canvases.count_used(old, readout.argmax))
@@ -338,12 +363,13 @@ class DiffusionDecoder:
             after = canvases.ended(new.text, self.eos_id)
             tokens, text = (jnp.where(after, 0, x) for x in (new.tokens, new.text))
             new = new._replace(tokens=tokens, text=text)
+        networks = 1 if self.guidance_scale == 1 else 2
         # Keep what was done before, and what is to be shown.
         new = canvases.record(canvases.keep_done(new, state.canvas), state.step)
         return _State(
             step=state.step + 1,
-            passes=state.passes + samples,
-            positions=state.positions + samples * positions,
+            passes=state.passes + samples * networks,
+            positions=state.positions + samples * networks * positions,
             canvas=new,
             fixed=state.fixed,
         )

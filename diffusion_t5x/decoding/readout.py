@@ -25,28 +25,35 @@ def read_canvas(
     trim_multiple: int,
     chunk_logits: int,
     rules: Sequence[LogitsRule] = (),
-) -> tuple[Readout, Array]:
+) -> tuple[Readout, Array | None, Array]:
     """Reads canvases with a network that is bound to one prefix per row.
 
     They are read up to the longest one in use, or the next of `canvases.windows`; positions beyond
     keep their last readout. One function is compiled for each length that can occur.
 
     Returns:
-      The readout of all positions, and how many positions of a row were read, a scalar int32.
+      The readout of all positions, the conditioning of the next pass (see `Canvas.conditioning`),
+      and how many positions of a row were read, a scalar int32.
     """
     before = canvas.readout._replace(drawn=canvas.readout.argmax)
     with_margin = before.margin is not None
 
-    def read(count: int) -> tuple[Readout, Array]:
+    def read(count: int) -> tuple[Readout, Array | None, Array]:
         tokens = canvas.tokens[:, :count]
-        hidden = network.forward(tokens, None)
+        conditioning = canvas.conditioning
+        given: tuple[Array, ...] = ()
+        if conditioning is not None:
+            given = (conditioning[:, :count],)
+        hidden = network.forward(tokens, None, *given)
+        if conditioning is not None:
+            conditioning = conditioning.at[:, :count].set(network.expect_embedding(hidden))
         readout = read_hidden(
             hidden, network.logits, tokens, rng, temperature, chunk_logits, rules, with_margin
         )
         readout = jax.tree.map(
             lambda new, old: jnp.concatenate([new, old[:, count:]], axis=1), readout, before
         )
-        return readout, jnp.int32(count)
+        return readout, conditioning, jnp.int32(count)
 
     lengths, index = windows(canvas, trim_multiple)
     return jax.lax.switch(index, [functools.partial(read, count) for count in lengths])

@@ -13,9 +13,11 @@ import numpy as np
 
 from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat_rows
 from diffusion_t5x.networks.layers import multiplies_in_bfloat16, prepare_kernels
-from diffusion_t5x.objectives.attention_patterns import Opening
+from diffusion_t5x.objectives.attention_patterns import CACHED_PATTERNS, Opening
+from diffusion_t5x.objectives.logits import chunk_length, map_chunks
 
 Array = jax.Array
+CHUNK_LOGITS = 2**22  # of a row, that exist at once for `expect_embedding`
 # Low enough to be never drawn and to weigh nothing, finite so that sums and gradients stay finite.
 FORBIDDEN_LOGIT = -1e9
 
@@ -44,7 +46,11 @@ class BoundNetwork:
     def _apply(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(self.variables, *args, method=method, **kwargs)
 
-    def forward(self, canvas: Array, rng: Array | None) -> Array:
+    @property
+    def self_conditioning(self) -> bool:
+        return self.module.config.self_conditioning
+
+    def forward(self, canvas: Array, rng: Array | None, conditioning: Array | None = None) -> Array:
         """Computes hidden states of the canvas after the prefixes as they were encoded."""
         return self._apply(
             self.module.decode,
@@ -55,6 +61,7 @@ class BoundNetwork:
             deterministic=self.deterministic,
             shift=self.shift,
             opening=self.opening,
+            conditioning=conditioning,
             rngs=dropout_rngs(rng, self.deterministic),
         )
 
@@ -65,6 +72,22 @@ class BoundNetwork:
             return logits
         is_forbidden = np.isin(np.arange(logits.shape[-1]), self.forbidden)
         return jnp.where(is_forbidden, FORBIDDEN_LOGIT, logits)
+
+    def expect_embedding(
+        self, hidden: Array, logits_fn: Callable[[Array], Array] | None = None
+    ) -> Array:
+        """Averages embeddings over softmax(logits), a chunk of positions at a time.
+
+        `logits_fn` makes other logits of `hidden`, whose last axis may differ; None for `logits`.
+        """
+        logits_fn = logits_fn or self.logits
+
+        def expect(chunk: Any) -> Array:
+            probabilities = jax.nn.softmax(logits_fn(chunk[0]).astype(jnp.float32))
+            return self._apply(self.module.expect_embedding, probabilities, self.output_weights)
+
+        length = chunk_length(hidden.shape[1], self.module.config.vocab_size, CHUNK_LOGITS)
+        return map_chunks(expect, length, (hidden, (None,)))
 
     def prefill(self, max_length: int, repeats: int) -> tuple[KVCache, Array]:
         pattern = self.attention_pattern
@@ -84,12 +107,53 @@ class BoundNetwork:
         context = self._apply(self.module.extend, self.context, tokens, counts)
         return dataclasses.replace(self, context=context)
 
+    def read_text(self, targets: Array, rng: Array | None) -> tuple[Array, Array, Array]:
+        return self._apply(
+            self.module.read_text,
+            self.context,
+            targets,
+            self.attention_pattern,
+            deterministic=self.deterministic,
+            rngs=dropout_rngs(rng, self.deterministic),
+        )
+
+    def drop_prefix(self, dropped: Array) -> BoundNetwork:
+        if self.segment_ids is not None:
+            raise ValueError("prefixes of packed rows cannot be dropped; set PACK = False.")
+        context = self._apply(self.module.drop_prefix, self.context, dropped)
+        return dataclasses.replace(self, context=context)
+
     def repeat(self, n: int) -> BoundNetwork:
         context = repeat_rows(self.context, n)
         return dataclasses.replace(self, context=context, batch_size=self.batch_size * n)
 
-    def cache_prefix(self) -> CachedBoundNetwork:
-        cache = self._apply(self.module.cache_prefix, self.context, self.attention_pattern)
+    @property
+    def caches_prefix(self) -> bool:
+        """Whether the pattern hides canvases from prefixes, and rows have one text each."""
+        return self.attention_pattern in CACHED_PATTERNS and self.segment_ids is None
+
+    def cache_blocks(
+        self, tokens: Array, block_length: int, rng: Array | None = None
+    ) -> CachedBoundNetwork:
+        before = tokens.shape[1] - block_length
+        counts = jnp.full(self.batch_size, before)
+        cached = self.extend_prefix(tokens[:, :before], counts).cache_prefix(rng, self.shift)
+        return dataclasses.replace(cached, block_length=block_length)
+
+    def cache_prefix(
+        self, rng: Array | None = None, keep_states: bool = False
+    ) -> CachedBoundNetwork:
+        if self.segment_ids is not None:
+            raise ValueError("prefixes of packed rows cannot be cached; set PACK = False.")
+        cache = self._apply(
+            self.module.cache_prefix,
+            self.context,
+            self.attention_pattern,
+            deterministic=self.deterministic,
+            opening=self.opening,
+            keep_states=keep_states,
+            rngs=dropout_rngs(rng, self.deterministic),
+        )
         return CachedBoundNetwork(**vars(self), cache=cache)
 
 
@@ -98,21 +162,34 @@ class CachedBoundNetwork(BoundNetwork):
     """An `interfaces.CachedNetwork`; canvases may have any number of rows per cached prefix."""
 
     cache: KVCache  # keys and values of the prefixes
+    block_length: int = 0  # canvases are all blocks of this length, the cache ends with clean ones
 
     @property
     def prefixes(self) -> KVCache:
         return self.cache
 
-    def forward(self, canvas: Array, rng: Array | None) -> Array:
-        """Computes hidden states of the canvas, after cached prefixes and without dropout."""
-        del rng
-        return self._apply(self.module.denoise, self.cache, canvas, self.shift)
+    def forward(self, canvas: Array, rng: Array | None, conditioning: Array | None = None) -> Array:
+        """Computes hidden states of the canvas after cached prefixes."""
+        return self._apply(
+            self.module.denoise,
+            self.cache,
+            canvas,
+            self.shift,
+            deterministic=self.deterministic,
+            opening=self.opening,
+            conditioning=conditioning,
+            block_length=self.block_length,
+            rngs=dropout_rngs(rng, self.deterministic),
+        )
 
     def repeat(self, n: int) -> CachedBoundNetwork:
         return dataclasses.replace(self, batch_size=self.batch_size * n)
 
     def with_cache(self, cache: KVCache) -> CachedBoundNetwork:
         return dataclasses.replace(self, cache=cache)
+
+    def drop_prefix(self, dropped: Array) -> BoundNetwork:
+        raise ValueError("cached prefixes cannot be dropped: drop them before they are cached.")
 
     def append_tokens(self, cache: KVCache, tokens: Array) -> KVCache:
         return self._apply(self.module.extend_cached, cache, tokens, self.attention_pattern)

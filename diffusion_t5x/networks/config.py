@@ -162,6 +162,9 @@ class TransformerConfig:
     extra_tokens: int = 0
     """Tokens from `vocab_size` on that canvases may have and no text, such as noise's mask token:
     they have an embedding, and no logits, so that they are never predicted."""
+    self_conditioning: bool = False
+    """Add to a canvas what a small feed-forward network, at first 0, makes of the pass before: of
+    the mean embedding under the distributions that it predicted (Chen et al., arXiv 2208.04202)."""
     low_rank: LowRank | None = None
     """Adapts chosen projections and freezes all else (LoRA); None to train everything."""
 
@@ -215,6 +218,11 @@ class TransformerConfig:
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}."
+            )
+        if self.self_conditioning and self.low_rank is not None:
+            raise ValueError(
+                "self_conditioning = True with low_rank, which would freeze its network at 0; set "
+                "self_conditioning = False, or low_rank = None."
             )
         rotary = self.positions == "rotary"
         for name, needed, given in (

@@ -9,6 +9,8 @@ from diffusion_t5x.networks.kv_cache import KVCache, grow, repeat, repeat_rows
 from diffusion_t5x.networks.network import Network
 from diffusion_t5x.networks.row_layout import (
     Prefix,
+    Row,
+    drop_prefix,
     extend_prefix,
     merge,
     read_prefix,
@@ -47,6 +49,7 @@ class DecoderOnly(Network):
         deterministic: bool,
         shift: bool = False,
         opening: Opening | None = None,
+        conditioning: Array | None = None,
     ) -> Array:
         """Reads prefix and target in one row.
 
@@ -54,8 +57,11 @@ class DecoderOnly(Network):
         of the token before it, which predicts it; that of the first is the last prefix token's.
 
         Raises:
-          ValueError: if packed canvases would need a start token, for which there is no room.
+          ValueError: if packed canvases would need a start token, for which there is no room, or
+            conditioning, since their tokens are not at the end of rows.
         """
+        if prefix.packed and conditioning is not None:
+            raise ValueError("self_conditioning: packed rows have none; set PACK = False.")
         causal = attention_pattern in AUTOREGRESSIVE_PATTERNS
         row = merge(prefix, target, segment_ids)
         started = prefix.packed and self.config.start_token
@@ -66,42 +72,95 @@ class DecoderOnly(Network):
                     f"{attention_pattern!r} attention; set PACK = False."
                 )
             row = start_texts(row)
+        hidden = self._read_row(
+            row, attention_pattern, opening, conditioning, deterministic=deterministic
+        )
+        return take_targets(hidden, row, target.shape[1], before=(causal or shift) and not started)
+
+    def _read_row(
+        self,
+        row: Row,
+        attention_pattern: str,
+        opening: Opening | None = None,
+        conditioning: Array | None = None,
+        *,
+        deterministic: bool,
+    ) -> Array:
+        """Computes the states of all tokens of a row: `[batch, prefix_length + length, embed]`."""
         positions = jnp.arange(row.tokens.shape[1])
         mask = make_mask(attention_pattern, row.segment_ids, row.is_prefix, opening)
+        embedded = self.token_embedder(row.tokens, deterministic, text_index(row.segment_ids))
         hidden, _, _ = self.decoder(
-            self.token_embedder(row.tokens, deterministic, text_index(row.segment_ids)),
+            self.condition(embedded, conditioning, deterministic),
             Attended(mask, positions, positions),
             deterministic=deterministic,
         )
-        return take_targets(hidden, row, target.shape[1], before=(causal or shift) and not started)
+        return hidden
 
     def prefill(
         self, prefix: Prefix, attention_pattern: str, max_length: int, repeats: int
     ) -> tuple[KVCache, Array]:
+        cache = self._read_prefix(prefix, attention_pattern)
+        return grow(repeat(cache, repeats), max_length), repeat_rows(cache.last, repeats)
+
+    def _read_prefix(
+        self,
+        prefix: Prefix,
+        attention_pattern: str,
+        *,
+        deterministic: bool = True,
+        opening: Opening | None = None,
+        keep_states: bool = False,
+    ) -> KVCache:
+        """Reads prefixes alone; the arguments are those of `cache_prefix`."""
         length = prefix.tokens.shape[1]
         positions = jnp.arange(length)
         is_prefix = jnp.ones_like(prefix.tokens, bool)
-        mask = make_mask(attention_pattern, prefix.segment_ids, is_prefix)
+        mask = make_mask(attention_pattern, prefix.segment_ids, is_prefix, opening)
         hidden, key_values, _ = self.decoder(
-            self.token_embedder(prefix.tokens, True, text_index(prefix.segment_ids)),
+            self.token_embedder(prefix.tokens, deterministic, text_index(prefix.segment_ids)),
             Attended(mask, positions, positions),
-            deterministic=True,
+            deterministic=deterministic,
             keep_key_values=True,
         )
-        cache = KVCache(key_values, prefix.segment_ids > 0, jnp.int32(length), hidden[:, -1])
-        return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
+        states = hidden if keep_states else None
+        visible = prefix.segment_ids > 0
+        return KVCache(key_values, visible, jnp.int32(length), hidden[:, -1], states)
+
+    def read_text(
+        self, prefix: Prefix, target: Array, attention_pattern: str, *, deterministic: bool
+    ) -> tuple[Array, Array, Array]:
+        row = merge(prefix, target, None)
+        hidden = self._read_row(row, attention_pattern, deterministic=deterministic)
+        return hidden[:, :-1], row.tokens[:, 1:], row.segment_ids[:, :-1] > 0
+
+    def drop_prefix(self, prefix: Prefix, dropped: Array) -> Prefix:
+        return drop_prefix(prefix, dropped)
 
     def extend(self, prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
         return extend_prefix(prefix, tokens, counts)
 
-    def cache_prefix(self, prefix: Prefix, attention_pattern: str) -> KVCache:
+    def cache_prefix(
+        self,
+        prefix: Prefix,
+        attention_pattern: str,
+        *,
+        deterministic: bool = True,
+        opening: Opening | None = None,
+        keep_states: bool = False,
+    ) -> KVCache:
         if attention_pattern not in CACHED_PATTERNS:
             raise ValueError(
                 f"attention_pattern = {attention_pattern!r}: the prefix sees the canvas, so its "
                 f"keys and values cannot be cached; expected one of {', '.join(CACHED_PATTERNS)}."
             )
-        cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
-        return cache
+        return self._read_prefix(
+            prefix,
+            attention_pattern,
+            deterministic=deterministic,
+            opening=opening,
+            keep_states=keep_states,
+        )
 
     def extend_cached(self, cache: KVCache, tokens: Array, attention_pattern: str) -> KVCache:
         if attention_pattern != "causal_prefix":

@@ -76,6 +76,7 @@ class EncoderDecoder(Network):
         deterministic: bool,
         shift: bool = False,
         opening: Opening | None = None,
+        conditioning: Array | None = None,
     ) -> Array:
         """Reads the canvas as it is under a denoising pattern, else the target after a 0.
 
@@ -103,6 +104,7 @@ class EncoderDecoder(Network):
             encoded_mask=segments[:, :, None] == prefix.segment_ids[:, None, :],
         )
         embedded = self.token_embedder(tokens, deterministic)
+        embedded = self.condition(embedded, conditioning, deterministic)
         hidden, _, _ = self.decoder(embedded, attended, deterministic=deterministic)
         return hidden
 
@@ -123,13 +125,42 @@ class EncoderDecoder(Network):
             self.token_embedder(start, True), attended, deterministic=True, keep_key_values=True
         )
         last = hidden[:, -1]
-        cache = KVCache(key_values, start == 0, jnp.int32(1), last, encoded, attended.encoded_mask)
+        cache = KVCache(
+            key_values, start == 0, jnp.int32(1), last,
+            encoded=encoded, encoded_mask=attended.encoded_mask,
+        )  # fmt: skip
         return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
 
-    def cache_prefix(self, prefix: EncodedPrefix, attention_pattern: str) -> KVCache:
+    def cache_prefix(
+        self,
+        prefix: EncodedPrefix,
+        attention_pattern: str,
+        *,
+        deterministic: bool = True,
+        opening: Opening | None = None,
+        keep_states: bool = False,
+    ) -> KVCache:
         """Caches the encoder's output, under any pattern, since the encoder sees no canvas."""
+        del deterministic, opening, keep_states  # Its keys and values have none of them.
         cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
         return cache.replace(key_values=None, visible=cache.visible[:, :0], index=jnp.int32(0))
+
+    def read_text(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises a ValueError: an encoder sees all of the prefix, and predicts nothing of it."""
+        raise ValueError(
+            "next_token_prefix = True needs a decoder-only network; set NEXT_TOKEN_PREFIX = False."
+        )
+
+    def drop_prefix(self, prefix: EncodedPrefix, dropped: Array) -> EncodedPrefix:
+        """Puts in place of prefixes the encoder's output for an empty one, without dropout."""
+        length = prefix.segment_ids.shape[1]
+        empty = self.encode(jnp.zeros((1, 1), jnp.int32), deterministic=True)
+        hidden = jnp.pad(empty.hidden, [(0, 0), (length - 1, 0), (0, 0)])
+        segment_ids = jnp.pad(empty.segment_ids, [(0, 0), (length - 1, 0)])
+        return EncodedPrefix(
+            jnp.where(dropped[:, None, None], hidden, prefix.hidden),
+            jnp.where(dropped[:, None], segment_ids, prefix.segment_ids),
+        )
 
     def extend(self, *args: Any, **kwargs: Any) -> Any:
         """Raises a ValueError: an encoder's prefix cannot grow, since all of it sees all of it."""

@@ -31,6 +31,8 @@ class KVCache(flax.struct.PyTreeNode):
     visible: Array  # [batch, cache_length] bool; False for the padding before a prefix
     index: Array  # scalar int32, the position of the next token
     last: Array  # [batch, embed], the hidden state of the last token
+    # [batch, cache_length, embed], hidden states of all tokens; None unless they are asked for.
+    states: Array | None = None
     encoded: PerLayer = None  # of the encoder's output; None without an encoder
     encoded_mask: Array | None = None  # [batch, 1, encoder_length] bool; None without an encoder
 
@@ -51,6 +53,7 @@ def repeat(cache: KVCache, repeats: int) -> KVCache:
         key_values=repeat_key_values(cache.key_values),
         visible=repeat_rows(cache.visible, repeats),
         last=repeat_rows(cache.last, repeats),
+        states=repeat_rows(cache.states, repeats),
         encoded=repeat_key_values(cache.encoded),
         encoded_mask=repeat_rows(cache.encoded_mask, repeats),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -154,6 +155,7 @@ class GatedMlp(nn.Module):
     """The feed-forward layer: the product of activated input projections, projected back."""
 
     config: TransformerConfig
+    out_scale: float = 1.0  # variance of the initial output kernel times its input width
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
@@ -166,7 +168,8 @@ class GatedMlp(nn.Module):
         product = _recomputed(self._activated_product, config)(inputs)
         product = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(product, deterministic)
         product = nn_partitioning.with_sharding_constraint(product, ("batch", "length", "mlp"))
-        out = Dense(config, config.embed_dim, ("mlp", "embed"), use_bias=config.mlp_bias, name="wo")
+        out = Dense(config, config.embed_dim, ("mlp", "embed"), scale=self.out_scale,
+                    use_bias=config.mlp_bias, name="wo")  # fmt: skip
         return out(product)
 
     @nn.nowrap
@@ -179,6 +182,24 @@ def _activate(name: str, x: Array) -> Array:
     if name == "linear":
         return x
     return jax.nn.gelu(x, approximate=False) if name == "gelu_exact" else getattr(jax.nn, name)(x)
+
+
+class SelfConditioning(nn.Module):
+    """What is added to a canvas for the prediction of the pass before; 0 for 0, and at first.
+
+    DiffusionGemma's has the same norm and gates, but also normalises the sum, which a network that
+    was trained without would not know.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, conditioning: Array, deterministic: bool) -> Array:
+        """Maps mean embeddings `[batch, length, embed]` to what is added to those of tokens."""
+        norm = "rms" if self.config.norm == "layer" else self.config.norm
+        config = dataclasses.replace(self.config, mlp_bias=False, norm=norm)
+        x = Norm(config, name="pre_norm")(conditioning)
+        return GatedMlp(config, out_scale=0.0, name="mlp")(x, deterministic)
 
 
 class TokenEmbedding(nn.Module):
@@ -284,3 +305,16 @@ class TokenEmbedding(nn.Module):
         )
         logits = softcap(logits, config.logits_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def expect(self, probabilities: Array, weights: Array) -> Array:
+        """Averages the embeddings of tokens by `probabilities [batch, ..., vocab]` float32.
+
+        The result is `[batch, ..., embed]`. `weights` are those of `output_weights`; no gradient
+        needs to flow to the embedding.
+        """
+        config = self.config
+        table = weights if config.tied_logits else self.embedding[None]  # [shards, vocab, embed]
+        flat = probabilities.reshape(table.shape[0], -1, table.shape[1]).astype(table.dtype)
+        mean = jnp.einsum("pnv,pve->pne", flat, table, preferred_element_type=jnp.float32)
+        mean = (mean * config.embedding_scale).astype(config.dtype)
+        return mean.reshape(*probabilities.shape[:-1], -1)

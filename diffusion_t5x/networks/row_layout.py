@@ -45,6 +45,14 @@ def read_prefix(tokens: Array, segment_ids: Array | None, *, start: bool) -> Pre
     return Prefix(aligned, is_text.astype(jnp.int32))
 
 
+def drop_prefix(prefix: Prefix, dropped: Array) -> Prefix:
+    """Empties prefixes of rows `dropped [batch]`, not packed, as `read_prefix` reads empty ones."""
+    kept = ~dropped[:, None]
+    last = jnp.arange(prefix.tokens.shape[1]) == prefix.tokens.shape[1] - 1
+    segment_ids = jnp.where(kept, prefix.segment_ids, last.astype(jnp.int32))
+    return Prefix(jnp.where(kept, prefix.tokens, 0), segment_ids)
+
+
 def _move_right(x: Array, places: Array) -> Array:
     """Moves each row of `x [batch, width]` right by `places [batch, 1]`, filled up with 0."""
     source = jnp.arange(x.shape[1]) - places  # [batch, width]; negative for what is filled up

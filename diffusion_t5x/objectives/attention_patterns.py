@@ -36,7 +36,20 @@ class Opening(NamedTuple):
     """
 
     share: Array  # scalar float32; 0 is the pattern 'causal', 1 the pattern itself
-    rng: Array  # key of the draw
+    rng: Array  # key of the draws
+
+    def sees(self, queries: Array, keys: Array) -> Array:
+        """Draws which keys queries see, bool `[queries, keys]`, of their places in a row, int32.
+
+        Each pair of places has its own draw, so that a text read in parts draws what it does whole.
+        """
+
+        def draw(query: Array, key: Array) -> Array:
+            rng = jax.random.fold_in(jax.random.fold_in(self.rng, query), key)
+            return jax.random.uniform(rng) < self.share
+
+        drawn = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(queries, keys)
+        return (keys <= queries[:, None]) | drawn
 
 
 def make_mask(
@@ -59,8 +72,7 @@ def make_mask(
     index = jnp.arange(segment_ids.shape[1])
     visible = (index[:, None] >= index[None, :])[None]  # [1, query, key]
     if opening is not None:
-        drawn = jax.random.uniform(opening.rng, visible.shape) < opening.share
-        same_segment = same_segment & (visible | drawn)
+        same_segment = same_segment & opening.sees(index, index)
     if pattern == "bidirectional":
         return same_segment
     if pattern == "cached_prefix":
@@ -70,3 +82,21 @@ def make_mask(
     if pattern == "prefix_bidirectional":
         visible = visible | is_prefix[:, None, :]
     return same_segment & visible
+
+
+def make_block_mask(start: Array, earlier: Array, length: int, block_length: int) -> Array:
+    """Computes what canvases of all blocks of a text see: bool `[length, keys + length]`.
+
+    A block sees itself, the prefix and the clean blocks before its own: the masks M_BD and M_OBC
+    of BD3-LM (Arriola et al., arXiv 2503.09573, section 3.1). That of the clean text, M_BC, is
+    causal by block there; here it is the pattern's own, 'causal_prefix', as in decoding.
+
+    Args:
+      start: scalar int32, the place of the first token of canvas and clean text in the row.
+      earlier: `[keys]` int32, the places of prefix and clean text.
+      length: of the canvas.
+      block_length: of its blocks.
+    """
+    block = jnp.arange(length) // block_length  # [length]
+    before = earlier < start + block[:, None] * block_length
+    return jnp.concatenate([before, block[:, None] == block], axis=1)

@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.interfaces import Masses, Metrics, Network, Score
 from diffusion_t5x.names import check_known
-from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
+from diffusion_t5x.objectives.canvas_objective import CanvasObjective
 from diffusion_t5x.objectives.corruption import ScheduledCorruption
-from diffusion_t5x.objectives.losses import CrossEntropy, TokenLoss, TokenReadout, by_rate
-from diffusion_t5x.objectives.next_token import NextToken
+from diffusion_t5x.objectives.infilling import keep_fixed
+from diffusion_t5x.objectives.losses import TokenLoss, TokenReadout, by_rate
+from diffusion_t5x.objectives.self_conditioning import forward_conditioned, self_condition
 
 Array = jax.Array
 # Rates of change are taken between these times: at the very ends some are infinite.
@@ -36,10 +36,13 @@ LEAST = 1e-15  # mass of anything, so that quotients, logarithms and their gradi
 
 
 @dataclasses.dataclass(frozen=True)
-class BoundDenoising:
+class BoundDenoising(CanvasObjective[ScheduledCorruption]):
     """Denoises a corrupted target in one pass; the loss is a bound of the likelihood, see above.
 
-    Attributes:
+    A network with self-conditioning gets, for a random half of the texts, what a pass without
+    gradient predicts.
+
+    Attributes, besides those of `CanvasObjective`, whose `cross_entropy` has no smoothing here:
       corruption: the noise, with one time for each example. If its rates are not all of [0, 1], the
         loss is the part of the bound that belongs to them; scores are the whole bound.
       weighting: 'bound', or 'flat' for the cross-entropy of the tokens that noise replaced, each of
@@ -47,29 +50,14 @@ class BoundDenoising:
       max_weight: what the weight of a token is at most, counted as that of a cross-entropy: `a w`,
         which is `1 / t` for mask noise with linear rates. None for no limit; with one the loss is
         no bound.
-      padding_weight: loss weight of padding positions; 1 counts them like text.
-      cross_entropy: z-loss, which is added, and size of chunks; labels are not smoothed.
-      attention_pattern: as of `StepUnrolledDenoising`.
-      shift: as there.
-      opening_steps: as there.
-      next_token_weight: as there.
-      score_draws: canvases of a text from which its likelihood is bounded.
     """
 
-    corruption: ScheduledCorruption
+    _: dataclasses.KW_ONLY
     weighting: str = "bound"
     max_weight: float | None = None
-    padding_weight: float = 1.0
-    cross_entropy: CrossEntropy = CrossEntropy()
-    attention_pattern: str = "bidirectional"
-    shift: bool = False
-    opening_steps: int = 0
-    next_token_weight: float = 0.0
-    score_draws: int = 16
-    packs: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_known(self.attention_pattern, DENOISING_PATTERNS, "BoundDenoising.attention_pattern")
+        super().__post_init__()
         check_known(self.weighting, ("bound", "flat"), "BoundDenoising.weighting")
         if self.weighting == "bound" and self.corruption.per_token:
             raise ValueError(
@@ -85,31 +73,32 @@ class BoundDenoising:
             raise ValueError(f"max_weight = {self.max_weight}; expected a positive number or None.")
         if self.max_weight is not None and self.weighting == "flat":
             raise ValueError(f"max_weight = {self.max_weight}; weighting = 'flat' weighs all 1.")
-        least = {"padding_weight": 0, "opening_steps": 0, "next_token_weight": 0, "score_draws": 2}
-        for name, value in least.items():
-            if not getattr(self, name) >= value:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected at least {value}.")
-
-    @property
-    def forbidden(self) -> tuple[int, ...]:
-        """Tokens that only the corruption writes."""
-        return self.corruption.forbidden
-
-    def token_weights(self, targets: Array, weights: Array) -> Array:
-        """Scales the weights of padding (token 0) by `padding_weight`."""
-        return weights * jnp.where(targets == 0, self.padding_weight, 1.0)
 
     def loss(
-        self, network: Network, targets: Array, weights: Array, rng: Array
+        self,
+        network: Network,
+        targets: Array,
+        weights: Array,
+        rng: Array,
+        fixed: Array | None = None,
     ) -> tuple[Array, Array, Metrics]:
         """Computes the loss, and metrics of the tokens that noise replaced.
 
         'bound' is the loss without z-loss: in nats per token what the likelihood is at least.
         """
-        times_rng, corrupt_rng, dropout_rng, next_token_rng = jax.random.split(rng, 4)
+        beside, sums, rng = self._loss_beside(network, targets, weights, rng)
+        network, rng = self._drop_prefixes(network, rng)
+        fixed, weights, rng = self._fix(targets, weights, rng, fixed)
+        times_rng, corrupt_rng, dropout_rng, conditioning_rng, prefix_rng = jax.random.split(rng, 5)
         times = self.corruption.sample_times(times_rng, *targets.shape)
         canvas, noisy = self.corruption.corrupt(corrupt_rng, targets, times)
-        hidden = network.forward(canvas, dropout_rng)
+        canvas = keep_fixed(canvas, targets, fixed)
+        conditioning: tuple[Array | None, ...] = ()
+        if network.self_conditioning:
+            if network.caches_prefix:
+                network = network.cache_prefix(prefix_rng)  # both passes share one reading of it
+            conditioning = (self_condition(network, canvas, conditioning_rng),)
+        hidden = network.forward(canvas, dropout_rng, *conditioning)
         readout = self._read(network, hidden, targets, weights, canvas, times, noisy)
         noise_weights = weights * noisy
         total = jnp.sum(noise_weights)
@@ -121,17 +110,11 @@ class BoundDenoising:
             "cross_entropy": (jnp.sum(cross_entropy * noise_weights), total),
             "accuracy": (jnp.sum(readout.correct * noise_weights), total),
             "cross_entropy/by_rate": by_rate(cross_entropy, noise_weights, rates),
+            **sums,
         }
         if self.weighting == "flat":
             del metrics["bound"]
-        loss = readout.loss_sum
-        if self.next_token_weight:
-            beside, _, sums = NextToken(cross_entropy=self.cross_entropy).loss(
-                network.as_causal(), targets, weights * (targets != 0), next_token_rng
-            )
-            loss += self.next_token_weight * beside
-            metrics |= {f"{name}/next_token": pair for name, pair in sums.items()}
-        return loss, jnp.sum(weights), metrics
+        return readout.loss_sum + beside, jnp.sum(weights), metrics
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Score:
         """Bounds the log-likelihood of the tokens of positive weight, from all rates.
@@ -156,7 +139,7 @@ class BoundDenoising:
             noise_rng = jax.random.fold_in(draws_rng, index)
             canvas, noisy = whole.corruption.corrupt(noise_rng, targets, times)
             canvas, noisy = jnp.where(counted, canvas, targets), noisy & counted
-            hidden = network.forward(canvas, None)
+            hidden = forward_conditioned(network, canvas)
             readout = whole._read(network, hidden, targets, counted, canvas, times, noisy)
             return -jnp.sum(readout.loss * counted * (2 * root), axis=-1)
 

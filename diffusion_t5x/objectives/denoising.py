@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.interfaces import Corruption, Metrics, Network, Score
 from diffusion_t5x.names import check_known
-from diffusion_t5x.objectives.attention_patterns import DENOISING_PATTERNS
-from diffusion_t5x.objectives.infilling import draw_fixed, keep_fixed
+from diffusion_t5x.objectives.canvas_objective import CanvasObjective
+from diffusion_t5x.objectives.infilling import keep_fixed
 from diffusion_t5x.objectives.likelihood import any_order_bound
-from diffusion_t5x.objectives.losses import CrossEntropy, by_rate
-from diffusion_t5x.objectives.next_token import NextToken
-from diffusion_t5x.objectives.padding import check_padding, weigh_padding
+from diffusion_t5x.objectives.losses import by_rate
+from diffusion_t5x.objectives.self_conditioning import draw_conditioning, self_condition
 from diffusion_t5x.objectives.text_blocks import count_blocks, count_used_blocks, take_block
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class StepUnrolledDenoising:
+class StepUnrolledDenoising(CanvasObjective[Corruption]):
     """Denoises a corrupted target, then denoises the model's own output.
 
     The canvas is the corrupted target; its denoising gives the loss L1. Tokens drawn from those
@@ -31,110 +29,52 @@ class StepUnrolledDenoising:
     sums L1 + L2 and draws at temperature 0 (arXiv 2401.17181, section 4.1); SUNDAE averages
     and draws at temperature 1 (arXiv 2112.06749, equation 4).
 
-    Attributes:
-      corruption: the noise of the first canvas.
+    A network with self-conditioning gets in each later pass, for a random half of the texts, what
+    the pass before predicted; without unrolls, what a pass without gradient does.
+
+    Attributes, besides those of `CanvasObjective`:
       num_unrolls: denoising passes after the first; 1 in both papers.
       unroll_temperature: temperature of the draw; 0 is the argmax.
       reduction: 'sum' or 'mean' over the passes.
       loss_passes: 'all', or 'last' for the loss of the last pass alone; those before it then have
         no gradient.
-      padding_weight: loss weight of padding positions; 1 counts them like text, as the paper does.
-      padding: how much of the padding after a text counts: 'canvas', all of it (the paper's);
-        'tail', the next `tail_length` tokens; 'eos_only', none, so that what a model writes after
-        the end of its text means nothing (docs/padding.md).
-      tail_length: tokens of the tail; 0 unless `padding` is 'tail'.
-      cross_entropy: the loss of a token.
-      attention_pattern: 'bidirectional' (the paper's); 'cached_prefix', where the prefix does not
-        see the canvas, so that a decoder may cache it; or 'causal_prefix', where moreover no prefix
-        token sees a later one, so that a decoder may write a long text block by block.
       block_length: tokens of a canvas for texts that are written block by block; 0 for whole texts.
         Each step then trains on one random block of each text, after the prefix and the blocks
         before it.
-      shift: predict a canvas position from the hidden state of the position before it, the first
-        from the last prefix token's, as AR models do and what is adapted from them may keep doing
-        (DiffuLLaMA, arXiv 2410.17891, section 3; Dream, arXiv 2508.15487). Decoder-only networks.
-      opening_steps: steps in which attention opens from causal to `attention_pattern`; 0 for open
-        from the start. At step `i` of a run, from 0, each query sees each later key with
-        probability min(1, (i + 1) / opening_steps), drawn once per step for all rows, layers and
-        passes (DiffuLLaMA, arXiv 2410.17891, section 3). Evaluation and decoding see the open mask.
-        Every run with this setting begins causal: set it for adaptation, not for what follows.
-      next_token_weight: weight of the AR loss of the clean targets, read by the same network under
-        causal attention, which is trained beside; 0 for none. Each token of text then weighs that
-        much, compared with one denoising pass. The fine-tuning of DiffusionGemma in TRL
-        (`sft_diffusion_gemma.py`) adds such a loss with weight 1, of the prefix as well.
-      fixed_rate: probability that all of an example but one random span is fixed: clean in every
-        canvas, and without loss, so that a model learns to fill holes (`infilling.draw_fixed`).
-        Batches with fixed positions of their own keep those.
-      score_draws: canvases of a text (of a block) from which its likelihood is bounded; at least 2,
-        for the error. Four times as many halve the error.
+      all_blocks: train on all blocks of each text instead, side by side in one pass after one
+        reading of the clean text (BD3-LM, arXiv 2503.09573, section 3.1). Each block has a noise
+        level of its own, and the expected gradient is the same.
     """
 
-    corruption: Corruption
+    _: dataclasses.KW_ONLY
     num_unrolls: int = 1
     unroll_temperature: float = 0.0
     reduction: str = "sum"
     loss_passes: str = "all"
-    padding_weight: float = 1.0
-    padding: str = "canvas"
-    tail_length: int = 0
-    cross_entropy: CrossEntropy = CrossEntropy()
-    attention_pattern: str = "bidirectional"
     block_length: int = 0
-    shift: bool = False
-    opening_steps: int = 0
-    next_token_weight: float = 0.0
-    fixed_rate: float = 0.0
-    score_draws: int = 16
-    packs: ClassVar[bool] = False
+    all_blocks: bool = False
 
     def __post_init__(self):
-        check_known(
-            self.attention_pattern, DENOISING_PATTERNS, "StepUnrolledDenoising.attention_pattern"
-        )
+        super().__post_init__()
         check_known(self.reduction, ("sum", "mean"), "StepUnrolledDenoising.reduction")
-        check_padding(self.padding, self.tail_length, self.padding_weight, "StepUnrolledDenoising")
         check_known(self.loss_passes, ("all", "last"), "StepUnrolledDenoising.loss_passes")
         if self.block_length and self.attention_pattern != "causal_prefix":
             raise ValueError(
                 f"block_length = {self.block_length} with attention_pattern = "
                 f"{self.attention_pattern!r}; blocks need 'causal_prefix'."
             )
-        if not isinstance(self.opening_steps, int) or not isinstance(self.shift, bool):
-            raise ValueError(
-                f"opening_steps = {self.opening_steps!r}, shift = {self.shift!r}; expected a whole "
-                "number of steps, and True or False."
-            )
-        if not isinstance(self.score_draws, int) or self.score_draws < 2:
-            raise ValueError(
-                f"score_draws = {self.score_draws!r}; expected a whole number of at least 2: the "
-                "error of a score is that of several draws (SCORE_DRAWS)."
-            )
-        if not 0.0 <= self.fixed_rate <= 1.0:
-            raise ValueError(f"fixed_rate = {self.fixed_rate}; expected a probability in [0, 1].")
-        for name in (
-            "num_unrolls",
-            "unroll_temperature",
-            "padding_weight",
-            "block_length",
-            "opening_steps",
-            "next_token_weight",
-        ):
+        if self.all_blocks and not self.block_length:
+            raise ValueError("all_blocks = True needs a block_length; set BLOCK_LENGTH.")
+        for name in ("num_unrolls", "unroll_temperature", "block_length"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected a value >= 0.")
-
-    @property
-    def forbidden(self) -> tuple[int, ...]:
-        """Tokens that only the corruption writes."""
-        return self.corruption.forbidden
 
     def token_weights(self, targets: Array, weights: Array) -> Array:
         """Weighs padding (token 0): see `padding.weigh_padding`.
 
         Blocks after the one in which a text ends get weight 0: no decoder writes them.
         """
-        weights = weigh_padding(
-            targets, weights, self.padding, self.tail_length, self.padding_weight
-        )
+        weights = super().token_weights(targets, weights)
         if self.block_length:
             used = count_used_blocks(targets, self.block_length) * self.block_length
             weights *= jnp.arange(targets.shape[1]) < used[:, None]  # [batch, length]
@@ -152,37 +92,36 @@ class StepUnrolledDenoising:
 
         'cross_entropy/by_rate' is that of the passes with a loss, by the first canvas's rate.
         """
-        next_token = jnp.float32(0.0)
-        metrics: dict[str, tuple[Array, Array]] = {}
-        if self.next_token_weight:
-            next_token_rng, rng = jax.random.split(rng)
-            next_token, _, sums = NextToken(cross_entropy=self.cross_entropy).loss(
-                network.as_causal(), targets, weights * (targets != 0), next_token_rng
-            )
-            metrics |= {f"{name}/next_token": pair for name, pair in sums.items()}
-        if self.block_length:
-            block_rng, rng = jax.random.split(rng)
-            used = count_used_blocks(targets, self.block_length)
-            block = jax.random.randint(block_rng, used.shape, 0, used)
-            # Weighted by the number of blocks, the loss of one is that of the text in expectation.
-            network, targets, weights = self._take_block(
-                network, targets, weights * used[:, None], block
-            )
-            fixed = None if fixed is None else take_block(fixed, block, self.block_length)
-        if fixed is None and self.fixed_rate:
-            fixed_rng, rng = jax.random.split(rng)
-            fixed = draw_fixed(fixed_rng, targets, self.fixed_rate)
-            weights *= ~fixed
-        times_rng, corrupt_rng, passes_rng = jax.random.split(rng, 3)
-        times = self.corruption.sample_times(times_rng, *targets.shape)
+        beside, sums, rng = self._loss_beside(network, targets, weights, rng)
+        metrics = dict(sums)
+        network, rng = self._drop_prefixes(network, rng)
+        network, targets, weights, fixed, blocks, rng = self._arrange(
+            network, targets, weights, fixed, rng
+        )
+        fixed, weights, rng = self._fix(targets, weights, rng, fixed)
+        times_rng, corrupt_rng, passes_rng, prefix_rng = jax.random.split(rng, 4)
+        if self.all_blocks:
+            network = network.cache_blocks(targets, self.block_length, prefix_rng)
+        elif (self.num_unrolls or network.self_conditioning) and network.caches_prefix:
+            network = network.cache_prefix(prefix_rng)  # all passes share one reading of it
+        rows, length = targets.shape[0] * blocks, targets.shape[1] // blocks
+        times = self.corruption.sample_times(times_rng, rows, length)
+        if blocks > 1:
+            times = jnp.broadcast_to(times, (rows, length)).reshape(targets.shape)
         canvas, _ = self.corruption.corrupt(corrupt_rng, targets, times)
         canvas = keep_fixed(canvas, targets, fixed)
+        conditioning: tuple[Array | None, ...] = ()  # of the first pass none, if there is a second
+        if network.self_conditioning:
+            passes_rng, chosen_rng = jax.random.split(passes_rng)
+            if not self.num_unrolls:
+                conditioning = (self_condition(network, canvas, chosen_rng),)
         total, plain = jnp.float32(0.0), jnp.zeros(targets.shape)
         counted = 1 if self.loss_passes == "last" else self.num_unrolls + 1
         for unroll in range(self.num_unrolls + 1):
             passes_rng, dropout_rng, draw_rng = jax.random.split(passes_rng, 3)
+            hidden = network.forward(canvas, dropout_rng, *conditioning)
             readout = self.cross_entropy(
-                network.forward(canvas, dropout_rng),
+                hidden,
                 network.logits,
                 targets,
                 weights,
@@ -195,11 +134,32 @@ class StepUnrolledDenoising:
             for name, pair in readout.sums(weights).items():
                 metrics[f"{name}/unroll_{unroll}"] = pair
             canvas = keep_fixed(jax.lax.stop_gradient(readout.tokens), targets, fixed)
+            if network.self_conditioning and unroll < self.num_unrolls:
+                conditioning = (draw_conditioning(network, hidden, chosen_rng),)
         rates = self.corruption.rate(times)
         metrics["cross_entropy/by_rate"] = by_rate(plain, weights, rates)
         if self.reduction == "mean":
             total /= counted
-        return total + self.next_token_weight * next_token, jnp.sum(weights), metrics
+        return total + beside, jnp.sum(weights), metrics
+
+    def _arrange(
+        self, network: Network, targets: Array, weights: Array, fixed: Array | None, rng: Array
+    ) -> tuple[Network, Array, Array, Array | None, int, Array]:
+        """Takes a block of each text, or all; the last but one is how many, the last a key."""
+        if self.all_blocks:
+            blocks = count_blocks(targets.shape[1], self.block_length)
+            padding = [(0, 0), (0, blocks * self.block_length - targets.shape[1])]
+            fixed = None if fixed is None else jnp.pad(fixed, padding)
+            return network, jnp.pad(targets, padding), jnp.pad(weights, padding), fixed, blocks, rng
+        if self.block_length:
+            block_rng, rng = jax.random.split(rng)
+            used = count_used_blocks(targets, self.block_length)
+            block = jax.random.randint(block_rng, used.shape, 0, used)
+            # Weighted by the number of blocks, the loss of one is that of the text in expectation.
+            taken = self._take_block(network, targets, weights * used[:, None], block)
+            fixed = None if fixed is None else take_block(fixed, block, self.block_length)
+            return (*taken, fixed, 1, rng)
+        return network, targets, weights, fixed, 1, rng
 
     def score(self, network: Network, targets: Array, weights: Array, rng: Array) -> Score:
         """Bounds the log-likelihood: see `likelihood.any_order_bound`.

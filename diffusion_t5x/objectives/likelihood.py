@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.interfaces import Corruption, Network, Score
 from diffusion_t5x.objectives.losses import CrossEntropy
+from diffusion_t5x.objectives.self_conditioning import forward_conditioned
 
 Array = jax.Array
 
@@ -56,7 +57,9 @@ def any_order_bound(
         rank = jnp.argsort(jnp.argsort(place, axis=-1), axis=-1)
         noisy = counted & (rank < k[:, None])
         canvas = jnp.where(noisy, corruption.prior(noise_rng, targets.shape), targets)
-        readout = CrossEntropy()(network.forward(canvas, None), network.logits, targets, noisy)
+        readout = CrossEntropy()(
+            forward_conditioned(network, canvas), network.logits, targets, noisy
+        )
         return -jnp.sum(readout.loss * noisy, axis=-1) * n / k
 
     estimates = jax.lax.map(draw, jnp.arange(num_draws))  # [num_draws, batch]

@@ -195,6 +195,9 @@ class _NoCorruption:
     def sample_times(self, rng, batch_size, length):
         return jnp.zeros((batch_size, 1))
 
+    def rate(self, times):
+        return times
+
     def corrupt(self, rng, tokens, times):
         return tokens, jnp.zeros(tokens.shape, bool)
 
@@ -240,3 +243,26 @@ def test_the_ar_loss_beside_is_that_of_next_token_prediction(network_class):
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         StepUnrolledDenoising(CORRUPTION, **settings)
+
+
+def test_the_ar_loss_may_predict_the_prefix_too():
+    network, params = make(DecoderOnly)
+    objective = StepUnrolledDenoising(CORRUPTION, next_token_weight=1.0, next_token_prefix=True)
+    # The same texts, with one token of prefix.
+    texts = np.array([[6, 7, 8, 9, *TARGET[0]], [4, *TARGET[1], 0, 0, 0], [*TARGET[2], 0, 0, 0, 0]])
+
+    def losses(params):
+        weights = jnp.array([[2.0], [1.0], [3.0]]) * jnp.ones(TARGET.shape)
+        bound = _bind(network, params, "bidirectional")
+        ours = objective._next_token_loss(bound, TARGET, weights, KEY)[0]
+        short = _bind(network, params, "causal", PREFIX[:, :1])
+        weights = weights[:, :1] * (texts != 0)
+        return ours, NextToken().loss(short, texts, weights, KEY)[0]
+
+    ours, expected = jax.jit(losses, compiler_options=QUICK)(params)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="next_token_prefix = True needs NEXT_TOKEN_WEIGHT"):
+        StepUnrolledDenoising(CORRUPTION, next_token_prefix=True)
+    network, params = make(EncoderDecoder)
+    with pytest.raises(ValueError, match="next_token_prefix = True needs a decoder-only network"):
+        _bind(network, params, "causal").read_text(TARGET, None)

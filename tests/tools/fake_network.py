@@ -47,7 +47,11 @@ class FakeNetwork:
     def repeat(self, n):
         return dataclasses.replace(self, batch_size=self.batch_size * n)
 
-    def cache_prefix(self):
+    caches_prefix = False  # in training
+    self_conditioning = False
+
+    def cache_prefix(self, rng=None):
+        del rng
         return self
 
     def with_cache(self, cache):

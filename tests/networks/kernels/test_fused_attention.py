@@ -161,3 +161,28 @@ def test_each_platform_has_conditions_of_its_own(monkeypatch, kind, queries, kv_
     keys = jnp.zeros((2, 3, kv_heads, 64))
     query = jnp.zeros((2, queries, 2, 64))
     assert fused_attention.platforms(query, [KeyValues(keys, keys)]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_gradients_of_all_blocks_flow_into_the_prefix_that_they_share(platform, interpreted):
+    interpreted[0] = platform
+    params, *networks = _networks(DecoderOnly)
+    canvases, text = jnp.asarray(CANVASES[:3]), jnp.asarray(CANVASES[3:, :4])
+
+    def loss(params, network):
+        def read(module):
+            prefix = module.encode(PREFIX, deterministic=True)
+            prefix = module.extend(prefix, text, jnp.full(3, 4))
+            cache = module.cache_prefix(prefix, "causal_prefix", keep_states=True)
+            return jnp.sum(jnp.square(module.denoise(cache, canvases, True, block_length=4)))
+
+        return network.apply({"params": params}, method=read)
+
+    expected, ours = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=QUICK)(params, network)
+        for network in networks
+    )
+    assert len(interpreted) > 1
+    check = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    jax.tree.map(check, ours, expected)
