@@ -15,6 +15,7 @@ from diffusion_t5x.names import check_known
 
 T = TypeVar("T")
 Bindings = Mapping[str, Any]
+GIN_FILE = "gin_file"  # among a decoding's bindings, a gin file that they follow
 DEFAULT = "default"  # the name of a decoding that the test stage's name leaves out
 
 
@@ -24,7 +25,8 @@ class Method:
 
     Attributes:
       name: The method's name, unique within a scale; its stages are named after it.
-      objective: The gin file of its objective and decoder, found as `--gin_file` finds files.
+      objective: The gin file of its objective and decoder, found as `--gin_file` finds files, or
+        several, of which later ones follow.
       start: The method whose pretrained model it starts from; None for a pretraining of its own.
       adapt_steps: Steps of pretraining that are continued from `start` with this objective (the N
         of AR2Diff_N, arXiv 2401.17181, section 4.4): a number, or a key of `Scale.adapt_steps`.
@@ -41,7 +43,7 @@ class Method:
     """
 
     name: str
-    objective: str
+    objective: str | tuple[str, ...]
     start: Method | None = None
     adapt_steps: int | str = 0
     adapt_stage: str | None = None
@@ -60,6 +62,11 @@ class Method:
                 f"method {self.name!r}: adapt_steps = {self.adapt_steps!r}, but no start; expected "
                 "the method whose pretrained model is adapted."
             )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The gin files of its objective and decoder."""
+        return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
 
     @property
     def shown(self) -> str:
@@ -166,7 +173,8 @@ class Experiment:
       architectures: 'decoder_only', 'encoder_decoder'.
       sizes: With an architecture, keys of `Scale.models`.
       pretraining: Keys of `Scale.pretraining`.
-      decoding: Name -> gin bindings with which the test split is decoded.
+      decoding: Name -> gin bindings with which the test split is decoded; `GIN_FILE` among them names
+        a file of them, such as one of decoders/.
       decodings_of: Method's name -> the names of its decodings; a method that is not named has all.
       published: Row, named by what varies among the rows -> role -> the paper's number.
       scale: The scale at which it runs by default, a name or a file.

@@ -15,6 +15,7 @@ from etils import epath
 
 from diffusion_t5x.experiments.experiment_graph import (
     DEFAULT,
+    GIN_FILE,
     Bindings,
     Experiment,
     Method,
@@ -121,13 +122,23 @@ class _Builder:
         after: str | None,
         bindings: Bindings,
         steps: int = 0,
+        decoder: str | None = None,
     ) -> Stage:
-        """Makes a stage of the gin file `run`, whose `bindings` follow those of all stages."""
+        """Makes a stage of the gin file `run`, whose `bindings` follow those of all stages.
+
+        `decoder` is a gin file that follows the method's own.
+        """
         model = lookup(self.scale.models, f"{self.row.architecture}/{self.row.size}", "model")
         return Stage(
             name,
             "eval" if run == "eval" else "train",
-            (model, method.objective, f"runs/{run}.gin", *self.scale.settings),
+            (
+                model,
+                *method.files,
+                *([decoder] if decoder else []),
+                f"runs/{run}.gin",
+                *self.scale.settings,
+            ),
             {
                 **self.scale.model_bindings.get(self.row.size, NO_BINDINGS),
                 **method.bindings,
@@ -200,6 +211,8 @@ class _Builder:
     ) -> list[Stage]:
         """Makes fine-tuning, the choice of its best checkpoint, and the measurement of that one."""
         method, run = self.row.method, self.row.run(task)
+        decoding = dict(decoding)
+        decoder = decoding.pop(GIN_FILE, None)
         shown = f"{method.shown} on {task.name}"
         # Checkpoints are decoded for their choice, not in training.
         extra: dict[str, object] = {"trainer.train.infer_eval_dataset_cfg": None}
@@ -245,5 +258,6 @@ class _Builder:
                 **method.decoding,
                 **decoding,
             },
+            decoder=decoder,
         )
         return [training, validation, test]
