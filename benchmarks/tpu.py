@@ -55,6 +55,7 @@ LARGE_BLOCKS = {
     "attention_block_logits": 2**27,
     "attention_kernel": "fused",
 }
+HALF = {**LARGE_BLOCKS, "prefix": TRAIN_LENGTH // 2}
 TRAINING = (
     ("AR", "T5X, AR", "autoregressive", {}),
     ("AR, scanned", "T5X, AR", "autoregressive", SCANNED),
@@ -67,6 +68,15 @@ TRAINING = (
         "AR, scanned, remat full, large blocks, kernel",
         "diffusion",
         LARGE_BLOCKS,
+    ),
+    # Half of each text is a prefix, which 'cached_prefix' reads once for both passes.
+    ("AR, prefixes", "AR", "autoregressive", HALF),
+    ("diffusion, prefixes", "AR, prefixes", "diffusion", HALF),
+    (
+        "diffusion, prefixes read once",
+        "AR, prefixes",
+        "diffusion",
+        {**HALF, "pattern": "cached_prefix"},
     ),
 )
 # Of a denoising step: the kernel, and blocks of 512 positions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,15 +21,29 @@ Array = jax.Array
 Program = tuple[Any, tuple[Any, ...]]  # a function, and the shapes of its arguments
 
 
-def gradient(shape: Shape, objective: str, batch_size: int, length: int, **config: Any) -> Program:
-    """Loss and gradient of texts of `length` tokens, the first of them a prefix."""
+def gradient(
+    shape: Shape,
+    objective: str,
+    batch_size: int,
+    length: int,
+    *,
+    prefix: int = 1,
+    pattern: str | None = None,
+    **config: Any,
+) -> Program:
+    """Loss and gradient of texts of `length` tokens, the first `prefix` of them a prefix.
+
+    `pattern` is the attention pattern; None for the objective's default.
+    """
     model = workloads.our_model(shape, objective, dtype="bfloat16", **config)
+    if pattern is not None:
+        model.objective = dataclasses.replace(model.objective, attention_pattern=pattern)
 
     def run(params: Any, batch: Any) -> Any:
         return jax.value_and_grad(lambda params: model.loss_fn(params, batch, KEY)[0])(params)
 
     def arguments() -> Any:
-        batch = workloads.our_batch(shape, batch_size, 1, length - 1)
+        batch = workloads.our_batch(shape, batch_size, prefix, length - prefix)
         return workloads.our_params(model, batch), batch
 
     return run, jax.eval_shape(arguments)
