@@ -173,8 +173,8 @@ class Experiment:
       architectures: 'decoder_only', 'encoder_decoder'.
       sizes: With an architecture, keys of `Scale.models`.
       pretraining: Keys of `Scale.pretraining`.
-      decoding: Name -> gin bindings with which the test split is decoded; `GIN_FILE` among them names
-        a file of them, such as one of decoders/.
+      decoding: Name -> gin bindings with which the test split is decoded; `GIN_FILE` among them
+        names a gin file that they follow, such as one of decoders/.
       decodings_of: Method's name -> the names of its decodings; a method that is not named has all.
       published: Row, named by what varies among the rows -> role -> the paper's number.
       scale: The scale at which it runs by default, a name or a file.

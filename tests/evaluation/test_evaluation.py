@@ -173,7 +173,8 @@ def test_a_checkpoint_that_vanishes_before_all_tasks_are_evaluated_cannot_be_the
     known = tmp_path / "checkpoint_3" / "a.json"
     path = str(run_dir / "checkpoint_3")
     row = {"step": 3, "task": "a", "metrics": {"score": 3.0}}
-    key = resumable.digest({"checkpoint": path, "save": integrity.save_number(path)})
+    settings = {"checkpoint": path, "parameters": "averaged"}
+    key = resumable.digest({**settings, "save": integrity.save_number(path)})
     resumable.save(known, key, row)
     found = _evaluate(run_dir, tmp_path, inference_evaluator_cls=TwoTasks, best_metric="a/score")
     assert [(row["step"], row["task"]) for row in found["rows"]] == [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import toy
 
+from diffusion_t5x.checkpointing.checkpoints import RestoreCheckpointConfig
 from diffusion_t5x.evaluation import evaluation, inference, likelihoods
 from diffusion_t5x.evaluation.likelihoods import Likelihood
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -67,7 +68,7 @@ def test_a_task_without_metrics_has_a_perplexity_and_infer_agrees(
     [file] = inference.infer(
         model=model,
         dataset_cfg=cfg,
-        restore_checkpoint_cfg=None,
+        restore_checkpoint_cfg=RestoreCheckpointConfig("run"),
         partitioner=PjitPartitioner(),
         output_dir=str(tmp_path / "scores"),
         mode="score",

@@ -254,7 +254,7 @@ def test_the_ar_loss_may_predict_the_prefix_too():
     def losses(params):
         weights = jnp.array([[2.0], [1.0], [3.0]]) * jnp.ones(TARGET.shape)
         bound = _bind(network, params, "bidirectional")
-        ours = objective._next_token_loss(bound, TARGET, weights, KEY)[0]
+        ours = objective._loss_beside(bound, TARGET, weights, KEY)[0]
         short = _bind(network, params, "causal", PREFIX[:, :1])
         weights = weights[:, :1] * (texts != 0)
         return ours, NextToken().loss(short, texts, weights, KEY)[0]

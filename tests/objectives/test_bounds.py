@@ -284,5 +284,5 @@ def test_settings_that_make_it_no_bound_are_refused():
         BoundDenoising(_mask(), weighting="flat", max_weight=2.0)
     with pytest.raises(ValueError, match="max_weight = 0"):
         BoundDenoising(_mask(), max_weight=0)
-    with pytest.raises(ValueError, match="score_draws = 1; expected at least 2"):
+    with pytest.raises(ValueError, match="score_draws = 1; expected a whole number of at least 2"):
         BoundDenoising(_mask(), score_draws=1)
