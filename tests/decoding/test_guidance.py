@@ -65,8 +65,10 @@ def test_logits_of_tokens_that_are_never_drawn_stay():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prefix_cache": True, "block_length": 2, "num_samples": 2},
-        pytest.param({"num_samples": 3, "halve_every": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"prefix_cache": True, "block_length": 2, "num_samples": 2}, marks=pytest.mark.slow
+        ),
+        {"num_samples": 3, "halve_every": 1},
     ],
     ids=str,
 )

@@ -47,6 +47,7 @@ def test_bad_names_and_values_are_refused_before_anything_runs(sweep, message, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_each_combination_decodes_each_model_once_and_is_drawn(tmp_path, fake):
     run = experiments.Run("demo", None, tmp_path, sweep=SWEEP)
     results = run.run()

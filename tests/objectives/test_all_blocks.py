@@ -39,8 +39,8 @@ class Fixed(UniformCorruption):
 @pytest.mark.parametrize(
     ("config", "shift"),
     [
-        (FAMILY, True),
-        pytest.param({"start_token": True}, False, marks=pytest.mark.slow),
+        pytest.param(FAMILY, True, marks=pytest.mark.slow),
+        ({"start_token": True}, False),
         pytest.param(LEARNED, True, marks=pytest.mark.slow),
     ],
 )

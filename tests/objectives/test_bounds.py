@@ -110,7 +110,14 @@ def test_the_loss_is_the_published_one(noise, reference, schedule):
         assert (canvas == VOCAB).any()
 
 
-@pytest.mark.parametrize("noise", [_mask(), UniformCorruption(VOCAB), _mixed()])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        pytest.param(_mask(), marks=pytest.mark.slow),
+        pytest.param(UniformCorruption(VOCAB), marks=pytest.mark.slow),
+        _mixed(),
+    ],
+)
 def test_loss_and_gradient_do_not_depend_on_chunks_and_are_finite_at_all_times(noise, monkeypatch):
     rng = np.random.default_rng(1)
     table = jnp.asarray(rng.normal(scale=8.0, size=(VOCAB + 1, VOCAB)), jnp.float32)
@@ -196,7 +203,9 @@ def _bounds(kind, p, count=4000):
     return total
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize(
+    "kind", [k if k == "mask" else pytest.param(k, marks=pytest.mark.slow) for k in SMALL]
+)
 def test_scores_are_bounds_of_the_enumerated_likelihood(kind):
     p = np.exp(TABLE).reshape(27, 3, 2)
     p = np.pad(p / p.sum(-1, keepdims=True), [(0, 0), (0, 0), (0, 1)])

@@ -66,6 +66,7 @@ def test_a_long_tail_is_the_canvas_and_both_are_what_they_were():
         np.testing.assert_array_equal(weights, WEIGHTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_what_does_not_count_has_no_gradient_and_no_part_in_the_normalisation(settings):
     """The loss changes with the tokens that count, and is a mean over these."""

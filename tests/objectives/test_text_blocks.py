@@ -109,9 +109,8 @@ def _model(**config):
     return Model(plain.module, objective, decoder, toy.VOCABULARY, None), plain
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param({}, marks=pytest.mark.slow), {"start_token": True}], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"start_token": True}], ids=str)
 def test_the_score_of_a_text_is_that_of_its_blocks_each_after_a_prefix_written_out(config):
     model, plain = _model(**config)
     whole = Model(

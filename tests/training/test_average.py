@@ -94,6 +94,7 @@ def test_the_average_is_that_of_a_float64_loop_over_the_updates_that_were_not_sk
         np.testing.assert_allclose(kept[0][name], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_ends_with_the_same_bits_its_average_included(straight, tmp_path):
     _run(tmp_path, 2)
     _same(straight[1], _run(tmp_path, STEPS))
@@ -223,6 +224,7 @@ def test_a_decay_out_of_range_is_refused_before_anything_is_written(decay, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_loss_and_text_are_evaluated_with_the_average(straight):
     """The line of a run's loss is that of the average; the raw parameters have another."""
     model, state = toy.model(), straight[1]

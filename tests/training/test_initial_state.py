@@ -44,6 +44,7 @@ def runs(tmp_path_factory):
     return ar, masked, base, named_leaves(first.params)
 
 
+@pytest.mark.slow
 def test_only_what_the_setting_adds_begins_fresh_and_the_run_resumes(runs):
     _, masked, base, first = runs
     assert first.keys() - base.keys() == {ADDED}
@@ -58,6 +59,7 @@ def test_only_what_the_setting_adds_begins_fresh_and_the_run_resumes(runs):
     assert last["cross_entropy/by_rate"] == pytest.approx(np.mean([last[r] for r in rates]))
 
 
+@pytest.mark.slow
 def test_the_way_back_is_refused_and_so_are_formats_that_cannot_hold_it(runs, tmp_path):
     _, masked, _, _ = runs
     restore = RestoreCheckpointConfig(str(masked), params_only=True)
@@ -73,6 +75,7 @@ def _shapes(*names):
     return {name: jax.ShapeDtypeStruct((1, 2), np.float32) for name in names}
 
 
+@pytest.mark.slow
 def test_additions_are_known_by_their_names_and_no_other_parameter_begins_fresh(runs):
     checkpoint = f"{runs[0]}/checkpoint_2"
     state = abstract_train_state(toy.model("autoregressive"), PjitPartitioner(), INIT_SHAPES, {})
