@@ -115,6 +115,7 @@ class Model:
             )
         for part in (objective, decoder):
             _check_noise(part, rows, module.config.extra_tokens)
+        _check_extra(objective, rows, module.config.extra_tokens)
         smoothing = getattr(getattr(objective, "cross_entropy", None), "label_smoothing", 0.0)
         if smoothing and any(token < rows for token in objective.forbidden):
             raise ValueError(
@@ -419,6 +420,17 @@ def _check_noise(part: Objective | Decoder, rows: int, extra: int) -> None:
         raise ValueError(
             f"{name}.vocab_size = {size}, but tokens from {rows} on are extra_tokens, which only "
             f"mask noise has; expected at most {rows}, which is VOCAB_SIZE."
+        )
+
+
+def _check_extra(objective: Objective, rows: int, extra: int) -> None:
+    """Refuses `extra` tokens that an objective's noise has not, as where files are out of order."""
+    noise = getattr(objective, "corruption", None)
+    if extra and noise is not None and noise.vocab_size <= rows:
+        raise ValueError(
+            f"TransformerConfig.extra_tokens = {extra}, but {type(noise).__name__} has no such "
+            "token. A file of gin/noise/ comes after the objective file; a mask token of the "
+            "vocabulary's own needs extra_tokens = 0."
         )
 
 

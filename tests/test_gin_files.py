@@ -175,6 +175,13 @@ def test_every_noise_goes_with_every_loss_and_the_decoder_has_the_same(noise, lo
     assert made.vocab_size == 768 + extra == 768 + model.module.config.extra_tokens
 
 
+def test_noise_before_its_objective_is_refused():
+    gin.clear_config()
+    gin_utils.parse_config([MODELS[0], "noise/mask.gin", OBJECTIVES[1]], ["DROPOUT_RATE=0.0"])
+    with pytest.raises(ValueError, match="noise/ comes after the objective file"):
+        gin.get_configurable(models.Model)()
+
+
 @pytest.mark.parametrize(
     ("files", "macro"),
     [((MODELS[0], RUNS[0]), "OBJECTIVE|DECODER|PACK"), ((OBJECTIVES[0], RUNS[0]), "MODEL|EOS_ID")],

@@ -344,6 +344,9 @@ def test_noise_that_the_network_has_no_token_for_is_refused():
     with pytest.raises(ValueError, match=r"UniformCorruption with mask tokens \(\), .*\(19,\)"):
         _noisy_model(mask, CORRUPTION, extra_tokens=1)
     inside = MaskCorruption(VOCAB, mask_id=VOCAB - 1)
+    for noise in (CORRUPTION, inside):
+        with pytest.raises(ValueError, match=r"extra_tokens = 1, but \w+ has no such token"):
+            _noisy_model(noise, extra_tokens=1)
     smoothing = CrossEntropy(label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"label_smoothing = 0\.1, but .* forbids"):
         _noisy_model(inside, cross_entropy=smoothing)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffusion_t5x.decoding.canvases import last_given
 from diffusion_t5x.decoding.lengths import FIRST, cache_lengths
 from diffusion_t5x.interfaces import CachedNetwork, Decoded, Fixed, KVCache, Network
 from diffusion_t5x.objectives.text_blocks import count_blocks
@@ -61,9 +62,7 @@ def decode_blocks(
     count = count_blocks(length, block_length)
     last_fixed: Array = jnp.int32(0)  # the block before whose end no text ends
     if fixed is not None:
-        where = fixed.where & (fixed.tokens != 0)
-        ends = jnp.where(where, jnp.arange(length), 0)
-        last_fixed = jnp.max(ends, axis=1) // block_length
+        last_fixed = last_given(fixed) // block_length
         padding = ((0, 0), (0, count * block_length - length))
         fixed = jax.tree.map(lambda x: jnp.pad(x, padding), fixed)
 

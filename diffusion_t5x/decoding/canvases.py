@@ -85,34 +85,75 @@ def count_used(canvas: Canvas, argmax: Array) -> Array:
     return jnp.minimum(canvas.used, end.astype(jnp.int32))
 
 
-def ended(tokens: Array, eos_id: int) -> Array:
-    """Marks what comes after the first `eos_id` of `tokens [rows, length]`: bool."""
-    ends = (tokens == eos_id).astype(jnp.int32)
+def last_given(fixed: Fixed) -> Array:
+    """Returns the place of the last fixed token that is not padding, before which no text ends.
+
+    It is 0 where there is none; `[batch]` int32.
+    """
+    given = fixed.where & (fixed.tokens != 0)
+    return jnp.max(jnp.where(given, jnp.arange(given.shape[1]), 0), axis=1)
+
+
+def ended(tokens: Array, eos_id: int, fixed: Fixed | None = None) -> Array:
+    """Marks what comes after the end of `tokens [rows, length]`, their first `eos_id`: bool.
+
+    Before the last fixed token there is no end; `fixed` is `[rows, length]`.
+    """
+    is_end = tokens == eos_id
+    if fixed is not None:
+        is_end &= jnp.arange(tokens.shape[1]) >= last_given(fixed)[:, None]
+    ends = is_end.astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) > ends
 
 
-def keep_text(canvas: Canvas, readout: Readout, eos_id: int) -> tuple[Canvas, Readout]:
+def keep_text(
+    canvas: Canvas,
+    readout: Readout,
+    eos_id: int,
+    fixed: Fixed | None = None,
+    text: Array | None = None,
+) -> tuple[Canvas, Readout]:
     """Leaves out what comes after texts, as if a network that is certain had padding there.
 
     The canvas, its last argmax, and what was read and drawn from it each end with their own first
-    `eos_id`.
+    `eos_id` (see `ended`). But if a rule keeps what it has written, its own `text [rows, length]`
+    says which log-probabilities count: what is drawn where the canvas has text means nothing.
     """
 
     def end(tokens: Array, values: Array) -> Array:
-        return jnp.where(ended(tokens, eos_id), 0, values)
+        return jnp.where(ended(tokens, eos_id, fixed), 0, values)
+
+    def count(tokens: Array, values: Array) -> Array:
+        return end(tokens if text is None else text, values)
 
     before = canvas.readout.argmax
     cut = Readout(
         drawn=end(readout.drawn, readout.drawn),
         argmax=end(readout.argmax, readout.argmax),
-        drawn_log_prob=end(readout.drawn, readout.drawn_log_prob),
-        argmax_log_prob=end(readout.argmax, readout.argmax_log_prob),
-        canvas_log_prob=end(canvas.tokens, readout.canvas_log_prob),
+        drawn_log_prob=count(readout.drawn, readout.drawn_log_prob),
+        argmax_log_prob=count(readout.argmax, readout.argmax_log_prob),
+        canvas_log_prob=count(canvas.tokens, readout.canvas_log_prob),
         entropy=end(readout.argmax, readout.entropy),
         margin=readout.margin,
     )
     last = canvas.readout._replace(argmax=end(before, before))
-    return canvas._replace(tokens=end(canvas.tokens, canvas.tokens), readout=last), cut
+    tokens = end(canvas.tokens, canvas.tokens)
+    certainty = canvas.certainty if text is None else count(text, canvas.certainty)
+    return canvas._replace(tokens=tokens, certainty=certainty, readout=last), cut
+
+
+def pad_ended(canvas: Canvas, eos_id: int, fixed: Fixed | None) -> Canvas:
+    """Writes padding after the end of texts, and on canvases after an end that stands there.
+
+    That padding is certain. An end that a text has and its canvas has not may yet be taken back.
+    """
+    written = jnp.where(canvas.tokens == canvas.text, canvas.text, 0)
+    after = ended(written, eos_id, fixed)
+    return canvas._replace(
+        tokens=jnp.where(after, 0, canvas.tokens),
+        text=jnp.where(ended(canvas.text, eos_id, fixed), 0, canvas.text),
+        certainty=jnp.where(after, 0.0, canvas.certainty),
+    )
 
 
 def keep_done(new: Canvas, old: Canvas) -> Canvas:

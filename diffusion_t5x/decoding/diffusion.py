@@ -344,8 +344,10 @@ class DiffusionDecoder:
         view = StepView(old, readout, state.step, self.num_steps)
         # Update and score.
         new, score = self.update(view, update_rng, self.corruption)
+        keeps_text = getattr(self.update, "keeps_text", False)
         if self.scored == "text":
-            old, readout = canvases.keep_text(old, readout, self.eos_id)
+            text = new.text if keeps_text else None
+            old, readout = canvases.keep_text(old, readout, self.eos_id, fixed, text)
             view = view._replace(canvas=old, readout=readout)
             _, score = self.update(view, update_rng, self.corruption)
         new = new._replace(readout=readout, score=score, conditioning=conditioning)
@@ -356,13 +358,11 @@ class DiffusionDecoder:
         # Stop: a canvas that is done keeps the argmax of this step, or the rule's own text.
         if self.stop is not None:
             done = self.stop(view, score)
-            kept = new.text if getattr(self.update, "keeps_text", False) else readout.argmax
+            kept = new.text if keeps_text else readout.argmax
             tokens, text = (jnp.where(done[:, None], kept, x) for x in (new.tokens, new.text))
             new = new._replace(tokens=tokens, text=text, done=done | new.done)
         if self.pad_after_eos:
-            after = canvases.ended(new.text, self.eos_id)
-            tokens, text = (jnp.where(after, 0, x) for x in (new.tokens, new.text))
-            new = new._replace(tokens=tokens, text=text)
+            new = canvases.pad_ended(new, self.eos_id, fixed)
         networks = 1 if self.guidance_scale == 1 else 2
         # Keep what was done before, and what is to be shown.
         new = canvases.record(canvases.keep_done(new, state.canvas), state.step)

@@ -92,8 +92,10 @@ class Penalize:
     def __post_init__(self):
         nats = dict(self.nats)
         _check_tokens("Penalize.nats", nats)
-        if not np.isfinite(list(nats.values())).all():
-            raise ValueError(f"Penalize.nats = {nats}; expected finite values, or use Suppress.")
+        if not (np.abs(list(nats.values())) < 1e30).all():  # in float32, sums of some too
+            raise ValueError(
+                f"Penalize.nats = {nats}; expected values within 1e30, or use Suppress."
+            )
         object.__setattr__(self, "nats", tuple(nats.items()))  # as frozen as the rule
 
     @property

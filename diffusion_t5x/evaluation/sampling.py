@@ -18,9 +18,13 @@ from diffusion_t5x.models import Model
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
 
 
-def show_step(tokens: np.ndarray, vocabulary: Any) -> str:
-    """Renders a canvas token by token: '·' for unprintable, '_' padding, '|' end of text."""
-    marks = {0: "_", vocabulary.eos_id: "|"}
+def show_step(tokens: np.ndarray, vocabulary: Any, masks: Sequence[int] = ()) -> str:
+    """Renders a canvas token by token.
+
+    '·' stands for what cannot be printed, '_' for padding, '|' for the end of text, '□' for
+    `masks`, the tokens that only noise has.
+    """
+    marks = {0: "_", vocabulary.eos_id: "|", **dict.fromkeys(masks, "□")}
     pieces = (marks.get(int(t)) or vocabulary.decode([int(t)]) or "·" for t in tokens)
     text = "".join(pieces).replace("\n", "⏎")
     # Spaces of every width are shown; what would move the cursor is not.
@@ -174,5 +178,6 @@ def sample(
         outputs.append(output)
         print(f"{text}  ->  {output}")
         for step, canvas in enumerate(prediction.aux["trajectory"] if show_trajectory else ()):
-            print(f"  step {step:>3}: {show_step(canvas, model.output_vocabulary)}")
+            shown = show_step(canvas, model.output_vocabulary, model.objective.forbidden)
+            print(f"  step {step:>3}: {shown}")
     return outputs

@@ -48,6 +48,8 @@ def _stands(tokens):
         {"trim_multiple": 2, "temperature": 0.0},
         {"corruption": MaskCorruption(VOCAB, mask_id=6), "temperature": 1.0},
         {"final_temperature": 0.1, "temperature": 1.0},
+        {"pad_after_eos": True, "eos_id": 1, "temperature": 1.0},
+        {"scored": "text", "eos_id": 1, "stop": stopping.StableAndConfident(5.0)},
     ],
     ids=str,
 )

@@ -88,7 +88,8 @@ def test_by_default_there_are_no_rules():
         (lambda: sampling_rules(suppress=3), "Suppress.tokens = 3; expected tokens"),
         (lambda: sampling_rules(suppress=0), "Suppress.tokens = 0; expected tokens"),
         (lambda: sampling_rules(suppress="eos"), "Suppress.tokens = 'eos'"),
-        (lambda: Penalize({3: float("inf")}), "expected finite values"),
+        (lambda: Penalize({3: float("inf")}), "expected values within 1e30"),
+        (lambda: Penalize({3: 1e39}), "expected values within 1e30"),
         (lambda: Penalize({2.5: 1.0}), "Penalize.nats"),
         (
             lambda: DiffusionDecoder(UniformCorruption(7), logits_rules=TopK(3)),

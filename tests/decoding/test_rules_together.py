@@ -124,6 +124,32 @@ def test_unmasking_scores_are_log_likelihoods_in_the_order_of_writing():
     np.testing.assert_allclose(decoded.scores, naive, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        (ConfidenceUnmask(per_step=1), {"scored": "text"}),
+        (Remask(eta=0.3), {"scored": "text"}),
+        (Ancestral(), {"scored": "text", "pad_after_eos": True}),
+    ],
+)
+def test_texts_that_end_early_are_scored_to_their_end_by_rules_that_keep_them(rule, settings):
+    logits = np.random.default_rng(5).normal(size=(BATCH, LENGTH, VOCAB))
+    network = dataclasses.replace(
+        perfect_network(jnp.zeros((BATCH, LENGTH), int), VOCAB),
+        answer=lambda canvas: jnp.repeat(jnp.asarray(logits, jnp.float32), 8, axis=0),
+    )
+    decoder = DiffusionDecoder(
+        MASKS, num_steps=LENGTH, num_samples=8, temperature=1.0, update=rule, eos_id=1, **settings
+    )
+    decoded = jax.jit(lambda: decoder.decode(network, LENGTH, KEY))()
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    tokens = np.asarray(decoded.tokens)
+    given = np.take_along_axis(log_probs[:, None], tokens[..., None], -1)[..., 0]
+    inside = np.cumsum(tokens == 1, axis=-1) - (tokens == 1) == 0
+    assert 0.2 < inside.mean() < 0.95
+    np.testing.assert_allclose(decoded.scores, (given * inside).sum(-1), rtol=1e-4)
+
+
 def test_remasking_without_masks_is_refused_when_the_decoder_is_made():
     with pytest.raises(ValueError, match="UniformCorruption has uniform noise"):
         DiffusionDecoder(UniformCorruption(VOCAB), update=Remask())

@@ -43,6 +43,7 @@ def test_a_canvas_is_shown_token_by_token_with_marks_for_what_has_no_sign():
     assert show_step(canvas, toy.VOCABULARY) == "a b|__c|"
     # Ids past the bytes are sentinels, or rows of an embedding that was rounded up.
     assert show_step(np.array([260, 263, *_tokens("x")]), toy.VOCABULARY) == "··x"
+    assert show_step(np.array([264, *_tokens("x"), 263]), toy.VOCABULARY, (264,)) == "□x·"
 
 
 @pytest.mark.parametrize("control", ["\t", "\r", "\x08", "\x0b", "\x0c", "\x1b", "\x1c", "\x7f"])
