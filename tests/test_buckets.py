@@ -106,7 +106,8 @@ def _killed_at(step, monkeypatch):
     monkeypatch.setattr(datasets.DatasetIterator, "__next__", draw)
 
 
-@pytest.mark.parametrize("bucket", [pytest.param(GS, marks=pytest.mark.slow), S3])
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", [GS, S3])
 def test_a_run_that_was_killed_ends_as_one_on_this_machine(bucket, local, monkeypatch):
     directory, state = local
     run = f"{bucket}/my run, 100% ü"

@@ -31,7 +31,9 @@ def _logits(step):
     return logits.astype(np.float32)
 
 
-@pytest.mark.parametrize("bound", [0.01, 0.1, 2.0])
+@pytest.mark.parametrize(
+    "bound", [0.1, *(pytest.param(b, marks=pytest.mark.slow) for b in (0.01, 2.0))]
+)
 def test_each_position_is_accepted_and_each_canvas_done_as_in_transformers(bound):
     torch = pytest.importorskip("torch")
     name = "transformers.models.diffusion_gemma.generation_diffusion_gemma"

@@ -38,16 +38,18 @@ def _stands(tokens):
     "settings",
     [
         {"update": updates.ResampleAll(), "temperature": 1.0},
-        {"update": updates.ResampleShare(0.6), "temperature": 1.0},
-        {"update": updates.ArgmaxUnrolled(0.4)},
+        pytest.param(
+            {"update": updates.ResampleShare(0.6), "temperature": 1.0}, marks=pytest.mark.slow
+        ),
+        pytest.param({"update": updates.ArgmaxUnrolled(0.4)}, marks=pytest.mark.slow),
         {"update": updates.EntropyBound(0.3), "temperature": 1.0},
-        {"stop": stopping.Unchanged(), "temperature": 0.0},
-        {"stop": stopping.ScoreSettled(100.0)},
+        pytest.param({"stop": stopping.Unchanged(), "temperature": 0.0}, marks=pytest.mark.slow),
+        pytest.param({"stop": stopping.ScoreSettled(100.0)}, marks=pytest.mark.slow),
         {"stop": stopping.StableAndConfident(5.0)},
         {"halve_every": 1, "temperature": 1.0},
         {"trim_multiple": 2, "temperature": 0.0},
         {"corruption": MaskCorruption(VOCAB, mask_id=6), "temperature": 1.0},
-        {"final_temperature": 0.1, "temperature": 1.0},
+        pytest.param({"final_temperature": 0.1, "temperature": 1.0}, marks=pytest.mark.slow),
         {"pad_after_eos": True, "eos_id": 1, "temperature": 1.0},
         {"scored": "text", "eos_id": 1, "stop": stopping.StableAndConfident(5.0)},
     ],

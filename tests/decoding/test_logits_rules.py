@@ -34,7 +34,9 @@ def _logits():
     return logits
 
 
-@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "temperature", [0.4, *(pytest.param(t, marks=pytest.mark.slow) for t in (1.0, 2.0))]
+)
 def test_rules_are_transformers_processors_and_warpers_in_their_order(temperature):
     torch = pytest.importorskip("torch")
     process = pytest.importorskip("transformers").generation.logits_process

@@ -44,7 +44,7 @@ def _entropy(log_probs):
     return -(np.exp(log_probs) * np.maximum(log_probs, -1e30)).sum(-1)
 
 
-@pytest.mark.parametrize("chunk_logits", [11, 2**20])
+@pytest.mark.parametrize("chunk_logits", [11, pytest.param(2**20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 3.0])
 @pytest.mark.parametrize(
     ("vocab_size", "offset"),

@@ -183,7 +183,8 @@ def _sample(rule, corruption, num_steps, clean, rows=4000):
 
 
 @pytest.mark.parametrize("corruption", [
-    MaskCorruption(4, mask_id=3, schedule="cosine"), UniformCorruption(4),
+    pytest.param(MaskCorruption(4, mask_id=3, schedule="cosine"), marks=pytest.mark.slow),
+    pytest.param(UniformCorruption(4), marks=pytest.mark.slow),
     MixedCorruption(4, mask_id=3, uniform_share=0.4),
 ], ids=lambda c: type(c).__name__)  # fmt: skip
 def test_ancestral_steps_have_the_noises_marginals_and_end_in_clean_text(corruption):

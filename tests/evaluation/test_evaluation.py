@@ -99,6 +99,7 @@ def test_predictions_are_written_in_order_with_inputs_targets_and_scores(run_dir
     assert all(record["score"] <= 0 for record in records)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_checkpoints_or_the_rows_filled_up(
     run_dir, tmp_path
 ):
@@ -116,6 +117,7 @@ def test_results_do_not_depend_on_the_number_of_checkpoints_or_the_rows_filled_u
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_several_tasks_at_once_and_all_decodes_for_metrics_that_want_them(run_dir, tmp_path):
     import seqio
 

@@ -74,6 +74,7 @@ def test_the_last_canvas_shown_is_the_text_returned(run_dir, capsys):
     assert shown[0].partition(": ")[2] != last
 
 
+@pytest.mark.slow
 def test_one_text_may_come_without_a_tuple(run_dir, capsys):
     assert _sample(run_dir, "ab") == _sample(run_dir, ("ab",))
     first, second = capsys.readouterr().out.splitlines()
@@ -86,6 +87,7 @@ def test_a_text_is_decoded_alike_whatever_its_neighbours(run_dir):
     assert together == [_sample(run_dir, text)[0] for text in ("ab", "cdefgh", "x")]
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_is_drawn(run_dir):
     outputs = [_sample(run_dir, "ab", "diffusion", random_seed=seed) for seed in (3, 3, 4)]
     assert outputs[0] == outputs[1] != outputs[2]

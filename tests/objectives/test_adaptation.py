@@ -134,7 +134,7 @@ PATTERN_OF = {
 
 # Blocks are cached too.
 @pytest.mark.parametrize(
-    "name", ["whole", pytest.param("cached", marks=pytest.mark.slow), "blocks"]
+    "name", ["blocks", *(pytest.param(n, marks=pytest.mark.slow) for n in ("whole", "cached"))]
 )
 def test_a_decoder_with_the_shift_equals_a_loop_by_hand(name):
     settings = dict(PATTERN_OF[name])

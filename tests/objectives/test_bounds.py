@@ -76,7 +76,10 @@ def _gidd(s, ds, x, x_theta, z):
     return ds * weight * ((q * np.log(q / p)).sum(-1) + ratio - np.log(ratio) - 1)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param(s, marks=pytest.mark.slow) if s == "polynomial" else s for s in SCHEDULES],
+)
 @pytest.mark.parametrize(
     ("noise", "reference"), [(_mask, _mdlm), (UniformCorruption, _udlm), (_mixed, _gidd)]
 )

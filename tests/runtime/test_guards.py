@@ -287,6 +287,7 @@ def test_a_run_that_cannot_write_stops_and_resumes_once_it_can(tmp_path, straigh
     jax.tree.map(np.testing.assert_array_equal, state, toy.run(run, 6))
 
 
+@pytest.mark.slow
 def test_a_command_that_cannot_write_its_metrics_ends_with_the_code_and_names_the_directory(
     tmp_path, register_toy, capsys
 ):

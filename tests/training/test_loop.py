@@ -191,6 +191,7 @@ def _losses(directory):
     return {line["step"]: line["loss"] for line in lines if line["split"] == "training_eval"}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_latest_also_over_a_restart(tmp_path):
     # The loss goes up and down under such a learning rate.
     for steps in (3, 5):
