@@ -176,6 +176,7 @@ def _evaluate(run_dir, output_dir, **kwargs):
     )
 
 
+@pytest.mark.slow
 @both
 def test_evaluations_are_those_of_this_machine_and_are_not_repeated(
     bucket, local, run_dir, tmp_path, monkeypatch
@@ -206,6 +207,7 @@ def _infer(run_dir, output_dir):
     return epath.Path(path)
 
 
+@pytest.mark.slow
 @both
 def test_inference_resumes_from_its_parts(bucket, local, run_dir, tmp_path, monkeypatch):
     expected = _infer(str(local[0]), tmp_path).read_bytes()

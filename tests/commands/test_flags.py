@@ -123,6 +123,7 @@ def test_ar2diff_is_another_objective_file_and_an_initial_checkpoint(pretrained,
     assert "NextToken" not in configs[1]
 
 
+@pytest.mark.slow
 def test_a_written_configuration_is_the_same_model_and_the_same_run(pretrained, adapted, tmp_path):
     gin_utils.parse_config([str(adapted / "config.gin")], [])
     again = gin.get_configurable(models.Model)()
@@ -346,6 +347,7 @@ def _log(*argv, cwd):
     return {word for word in ("detail", "fact", "worry") if f"a {word}" in done.stderr}
 
 
+@pytest.mark.slow
 def test_logging_flags_of_t5x_are_obeyed(tmp_path):
     assert _log(cwd=tmp_path) == set()
     assert _log("--alsologtostderr", cwd=tmp_path) == {"fact", "worry"}

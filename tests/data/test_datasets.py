@@ -88,7 +88,14 @@ def test_with_another_batch_size_a_run_goes_on_at_the_next_example(tmp_path, bef
         _same(one, other)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (1, 2),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_with_other_data_shards_as_many_examples_are_skipped(tmp_path, before, after):
     first = _iterator(before, shuffle=False)
     seen = _texts(_take(first, 3))
@@ -101,7 +108,11 @@ def test_with_other_data_shards_as_many_examples_are_skipped(tmp_path, before, a
 
 @pytest.mark.parametrize(
     "changed",
-    [{"task_feature_lengths": {"inputs": 9, "targets": 7}}, {"seed": 8}, {"shuffle": False}],
+    [
+        {"task_feature_lengths": {"inputs": 9, "targets": 7}},
+        pytest.param({"seed": 8}, marks=pytest.mark.slow),
+        {"shuffle": False},
+    ],
 )
 def test_with_other_settings_a_run_goes_on_after_as_many_examples(tmp_path, changed, capsys):
     first = _iterator()
@@ -247,7 +258,7 @@ def _global_batch(processes, iterators):
 @pytest.mark.parametrize(
     "processes,later",
     [
-        ("two", "one"),
+        pytest.param("two", "one", marks=pytest.mark.slow),
         ("two that lie crosswise", "two"),
         pytest.param("eight, two to a shard", "two", marks=pytest.mark.slow),
     ],

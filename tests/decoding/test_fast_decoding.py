@@ -129,6 +129,7 @@ def test_trimming_changes_nothing_where_positions_do_not_see_each_other(trim_mul
     assert (cost < 7 * 2 * LENGTH) == (trim_multiple < LENGTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("update", "stop"),
     [

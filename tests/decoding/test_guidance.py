@@ -34,7 +34,7 @@ def _bind(network, params, prefix=PREFIX, pattern="causal_prefix"):
     ("network_class", "config"),
     [
         (DecoderOnly, {}),
-        (EncoderDecoder, {}),
+        pytest.param(EncoderDecoder, {}, marks=pytest.mark.slow),
         pytest.param(DecoderOnly, {"start_token": True}, marks=pytest.mark.slow),
     ],
 )

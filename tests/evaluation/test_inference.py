@@ -108,6 +108,7 @@ def test_a_finished_file_that_was_changed_is_named_and_written_again(run_dir, tm
     assert f"{file} is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_shards_together_are_the_whole(run_dir, tmp_path):
     shards = [_infer(run_dir, tmp_path, shard_id=i, num_shards=3) for i in range(3)]
     texts = [record["inputs"]["inputs_pretokenized"] for shard in shards for record in shard]

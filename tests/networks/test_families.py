@@ -173,6 +173,7 @@ def test_a_window_reaches_as_far_as_it_is_wide_and_both_ways_in_a_canvas(overrid
         np.testing.assert_array_equal(changed, expected)
 
 
+@pytest.mark.slow
 def test_a_head_of_keys_serves_neighbouring_heads_of_queries():
     grouped, params = make(DecoderOnly, num_heads=4, num_kv_heads=2, num_layers=1)
     plain, _ = make(DecoderOnly, num_heads=4, num_layers=1)

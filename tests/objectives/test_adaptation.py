@@ -78,6 +78,7 @@ def test_closed_attention_is_causal_and_open_attention_the_patterns_bit_for_bit(
     assert np.abs(half[:, :-1] - closed[:, 1:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_encoder_decoders_canvas_opens_too():
     network, params = make(EncoderDecoder)
     begun = np.pad(TARGET, [(0, 0), (1, 0)])[:, :-1]

@@ -62,6 +62,7 @@ def test_sigterm_saves_everything_and_a_restart_goes_on(tmp_path, monkeypatch):
     _same(straight, toy.run(tmp_path / "told", 6))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(tmp_path):
     first = toy.run(tmp_path, 2)
     lines = read_metrics(str(tmp_path))
@@ -124,6 +125,7 @@ def test_attention_opens_from_the_first_step_of_an_adaptation_also_over_a_restar
         np.testing.assert_allclose(shares, [0.3, 0.7, 1.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ar2diff_is_an_initial_checkpoint_and_another_objective(tmp_path):
     pretrained = toy.run(tmp_path / "ar", 2, toy.model("autoregressive"))
     path = str(tmp_path / "ar")
@@ -148,6 +150,7 @@ def test_ar2diff_is_an_initial_checkpoint_and_another_objective(tmp_path):
     assert int(resumed.step) == 5
 
 
+@pytest.mark.slow
 def test_params_only_starts_at_step_zero_with_another_optimizer(tmp_path):
     toy.run(tmp_path / "first", 2)
     other = toy.model(optimizer=optimizers.adafactor())
@@ -180,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_leaves_and_is_never_saved
     assert not list(tmp_path.glob("checkpoint_*"))
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_only_the_latest_n_checkpoints_are_kept(tmp_path, keep):
     toy.run(tmp_path, 4, save=SaveCheckpointConfig(period=1, keep=keep))
     assert [step for step, _ in list_checkpoints(str(tmp_path))] == [1, 2, 3, 4][-keep:]
@@ -208,6 +211,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest_also_over_a_restart(tmp_p
         assert {step for step, _ in list_checkpoints(str(tmp_path))} == {best, steps}
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_validation_loss_no_longer_falls_and_stays_stopped(tmp_path):
     def train():
         # Nothing is learned, so no evaluation is better than the first.
@@ -300,7 +304,7 @@ def _splits(directory, step=2):
     return [line["split"] for line in read_metrics(str(directory)) if line["step"] == step]
 
 
-@pytest.mark.parametrize("policy", ["continue", "stop"])
+@pytest.mark.parametrize("policy", ["continue", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_metric_that_fails_is_named_and_costs_neither_the_step_nor_other_results(
     tmp_path, policy, capsys
 ):
@@ -344,6 +348,7 @@ def test_an_evaluation_that_is_killed_is_made_up_for_from_the_saved_step(tmp_pat
     assert lines("killed") == lines("straight")
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_last_evaluation_was_killed_makes_up_for_it(tmp_path):
     _evaluated(tmp_path, toy.TASK)
     log = tmp_path / "metrics.jsonl"
@@ -387,6 +392,7 @@ def test_an_empty_split_is_named_before_anything_is_trained(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_with_another_batch_size_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     toy.run(tmp_path, 2)
     make = toy.dataset_cfg

@@ -110,6 +110,7 @@ def test_the_batch_of_the_step_that_stopped_a_run_is_kept(tmp_path):
     assert list(tmp_path.glob("nonfinite/*")) == [tmp_path / "nonfinite" / "step_2.npz"]
 
 
+@pytest.mark.slow
 def test_more_in_a_row_than_allowed_stop_the_run_also_over_a_restart(tmp_path):
     bad = range(3, 20)
     with pytest.raises(NonFiniteError, match=r"step 5: .* That is 3 in a row"):

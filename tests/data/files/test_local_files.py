@@ -432,7 +432,11 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     "num_files,lines,num_shards,pack",
-    [(1, 1100, 1, False), pytest.param(5, 30, 1, False, marks=pytest.mark.slow), (5, 30, 2, True)],
+    [
+        (1, 1100, 1, False),
+        pytest.param(5, 30, 1, False, marks=pytest.mark.slow),
+        pytest.param(5, 30, 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_training_on_local_files_goes_on_at_the_exact_example(
     num_files, lines, num_shards, pack, tmp_path, monkeypatch
