@@ -9,6 +9,7 @@ clean target ─ Corruption.corrupt ─► canvas ─ Network.forward ─► hid
                                        └── UpdateRule, StopRule ◄─ Readout ◄── Decoder.decode ┘
 ```
 
+This is one page on purpose, though a long one: whoever writes a part reads what the others provide.
 Anything with these methods will do: nothing here is a base class, and nothing is registered. An
 objective with its own noise, loss, likelihood bound and sampler is one Python file and one gin file
 (`docs/extending.md`).

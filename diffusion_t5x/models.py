@@ -1,7 +1,8 @@
 """A model is a network, an objective and a decoder, behind the interface that T5X expects.
 
 T5X's trainer, evaluation and inference ask a model object for the attributes and methods below and
-check no base class, so these objects run in T5X's runtime as they run in ours.
+check no base class, so these objects run in T5X's runtime as they run in ours. The module is
+long because that contract is one object's.
 """
 
 from __future__ import annotations
@@ -19,17 +20,14 @@ import jax.numpy as jnp
 import optax
 import seqio
 
+from diffusion_t5x.decoding.compatibility import check_decoder, check_tokens
 from diffusion_t5x.decoding.logits_rules import check_rules
 from diffusion_t5x.interfaces import FIXED_FEATURE, Decoder, Fixed, Objective, SteppedDecoder
 from diffusion_t5x.names import check_known
 from diffusion_t5x.networks import bound_network
 from diffusion_t5x.networks.encoder_decoder import EncoderDecoder
 from diffusion_t5x.objectives import losses
-from diffusion_t5x.objectives.attention_patterns import (
-    AUTOREGRESSIVE_PATTERNS,
-    CACHED_PATTERNS,
-    Opening,
-)
+from diffusion_t5x.objectives.attention_patterns import AUTOREGRESSIVE_PATTERNS, Opening
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -113,9 +111,7 @@ class Model:
                 f"TransformerConfig.vocab_size = {rows}, but the vocabulary has "
                 f"{vocabulary.vocab_size} tokens; set VOCAB_SIZE to at least that."
             )
-        for part in (objective, decoder):
-            _check_noise(part, rows, module.config.extra_tokens)
-        _check_extra(objective, rows, module.config.extra_tokens)
+        check_tokens(objective, decoder, rows, module.config.extra_tokens)
         smoothing = getattr(getattr(objective, "cross_entropy", None), "label_smoothing", 0.0)
         if smoothing and any(token < rows for token in objective.forbidden):
             raise ValueError(
@@ -400,67 +396,6 @@ class Model:
             known: Any = {name: value for name, value in all_greedy if hasattr(self.decoder, name)}
             tokens = self.predict_batch_with_aux(params, batch, rng, **known)[0]
         return jnp.all((tokens == targets) | ~counted, axis=-1)
-
-
-def _check_noise(part: Objective | Decoder, rows: int, extra: int) -> None:
-    """Refuses noise of tokens that a network of `rows` and `extra` ones lacks, or never writes."""
-    corruption = getattr(part, "corruption", None)
-    if corruption is None:
-        return
-    name, size = f"{type(part).__name__}.corruption", corruption.vocab_size
-    if size > rows + extra:
-        settings = "set VOCAB_SIZE for both"
-        if any(token >= rows for token in corruption.forbidden):
-            settings = f"set TransformerConfig.extra_tokens = {size - rows}"
-        raise ValueError(
-            f"{name}.vocab_size = {size}, but the network knows only {rows + extra} tokens; "
-            f"{settings}."
-        )
-    if not set(range(rows, size)) <= set(corruption.forbidden):
-        raise ValueError(
-            f"{name}.vocab_size = {size}, but tokens from {rows} on are extra_tokens, which only "
-            f"mask noise has; expected at most {rows}, which is VOCAB_SIZE."
-        )
-
-
-def _check_extra(objective: Objective, rows: int, extra: int) -> None:
-    """Refuses `extra` tokens that an objective's noise has not, as where files are out of order."""
-    noise = getattr(objective, "corruption", None)
-    if extra and noise is not None and noise.vocab_size <= rows:
-        raise ValueError(
-            f"TransformerConfig.extra_tokens = {extra}, but {type(noise).__name__} has no such "
-            "token. A file of gin/noise/ comes after the objective file; a mask token of the "
-            "vocabulary's own needs extra_tokens = 0."
-        )
-
-
-def check_decoder(objective: Objective, decoder: Decoder) -> None:
-    """Checks that a decoder's settings suit the objective that the model is trained with.
-
-    Raises:
-      ValueError: if prefixes are to be cached although they see the canvas, both cut texts into
-        blocks of different lengths, or only one of them has a mask token, or another one.
-    """
-    pattern, name = objective.attention_pattern, type(decoder).__name__
-    noise = getattr(decoder, "corruption", None)
-    if noise is not None and noise.forbidden != objective.forbidden:
-        raise ValueError(
-            f"{name}.corruption is {type(noise).__name__} with mask tokens {noise.forbidden}, but "
-            f"those of {type(objective).__name__} are {objective.forbidden}; bind CORRUPTION for "
-            "both."
-        )
-    if getattr(decoder, "prefix_cache", False) and pattern not in CACHED_PATTERNS:
-        raise ValueError(
-            f"{name}.prefix_cache = True, but the prefix sees the canvas under attention_pattern = "
-            f"{pattern!r}; train with 'cached_prefix' (objectives/diffusion_cached_prefix.gin), or "
-            "set prefix_cache = False."
-        )
-    trained, decoded = (getattr(part, "block_length", 0) for part in (objective, decoder))
-    if trained != decoded:
-        raise ValueError(
-            f"{name}.block_length = {decoded}, but the model is trained with "
-            f"{type(objective).__name__}.block_length = {trained}; set BLOCK_LENGTH for both."
-        )
 
 
 def _fixed(batch: Batch) -> dict[str, Fixed]:

@@ -11,12 +11,11 @@ import numpy as np
 import seqio
 from etils import epath
 
+from diffusion_t5x.evaluation.costs import Costs
 from diffusion_t5x.runtime import resumable
 
 # Index of an example -> tokens [candidates, length] and scores [candidates].
 Outputs: TypeAlias = dict[int, tuple[np.ndarray, np.ndarray]]
-# What decoding took, summed over examples and candidates: 'seconds', and what decoders count.
-Costs: TypeAlias = Mapping[str, float]
 # A chunk's number and candidates per example -> the candidates, and what they cost.
 DrawChunk: TypeAlias = Callable[[int, int], tuple[Outputs, Costs]]
 

@@ -1,4 +1,7 @@
-"""Evaluation of decoded text: during training, and of many checkpoints in a batch."""
+"""Evaluation of decoded text: during training, and of many checkpoints in a batch.
+
+Long, because both share the evaluator, whose every result is also a file that a restart reads.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from diffusion_t5x.data import datasets, lengths, programs, task_checks
 from diffusion_t5x.data.detokenize import detokenize
 from diffusion_t5x.data.task_checks import MetricError
 from diffusion_t5x.evaluation import candidate_chunks, checkpoint_queue, results, task_metrics
-from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Costs, Outputs
+from diffusion_t5x.evaluation.candidate_chunks import ChunkFiles, Outputs
 from diffusion_t5x.evaluation.compiled_model import (
     CompiledFunction,
     Output,
@@ -32,8 +35,9 @@ from diffusion_t5x.evaluation.compiled_model import (
     prediction_fields,
     restorer,
 )
+from diffusion_t5x.evaluation.costs import Costs, cost_metrics, sum_costs
 from diffusion_t5x.evaluation.likelihoods import LIKELIHOOD_KEYS, Likelihood, summarize
-from diffusion_t5x.models import COSTS, Model
+from diffusion_t5x.models import Model
 from diffusion_t5x.runtime import directory_lock, resumable
 from diffusion_t5x.runtime.files import write_atomically
 from diffusion_t5x.runtime.partitioning import PjitPartitioner
@@ -160,7 +164,7 @@ class InferenceEvaluator:
 
         Returns:
           task -> metric -> value, a float or, of what only TensorBoard shows, another JSON value;
-          besides the task's metrics 'examples' and what decoding cost (`_cost_metrics`), for a
+          besides the task's metrics 'examples' and what decoding cost (`cost_metrics`), for a
           feature that the lengths cut 'inputs_cut', of how many examples, and 'inputs_tokens_cut',
           and with `likelihood` what `likelihoods.summarize` returns.
 
@@ -192,7 +196,7 @@ class InferenceEvaluator:
             if sum(self._chunk_sizes) == 1:
                 pairs, seconds = self._run(self._predict, f"predict {name}", params, dataset)
                 decoded = {index: (found.tokens, found.aux["scores"]) for index, found in pairs}
-                costs = _sum_costs(pairs, seconds)
+                costs = sum_costs((found.costs for _, found in pairs), seconds)
             else:
                 decoded, costs = candidate_chunks.draw(
                     functools.partial(self._predict_chunk, name, params, dataset),
@@ -239,7 +243,7 @@ class InferenceEvaluator:
         if decoded or scored:
             values["examples"] = len(decoded or scored)
         if decoded:
-            values |= _cost_metrics(costs, len(decoded))
+            values |= cost_metrics(costs, len(decoded))
             self._write_predictions(name, step, decoded)
         return values
 
@@ -259,7 +263,7 @@ class InferenceEvaluator:
             )
             for index, group in groups.items()
         }
-        return stacked, _sum_costs(pairs, seconds)
+        return stacked, sum_costs((found.costs for _, found in pairs), seconds)
 
     def _run(
         self,
@@ -295,33 +299,6 @@ class InferenceEvaluator:
             }
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_atomically(self._output_dir / name / f"predictions-{step}.jsonl", "".join(lines))
-
-
-def _sum_costs(pairs: Sequence[tuple[int, Prediction]], seconds: float) -> Costs:
-    """Sums what predictions cost."""
-    total = {"seconds": seconds}
-    for _, prediction in pairs:
-        for name, cost in prediction.costs.items():
-            total[name] = total.get(name, 0.0) + cost
-    return total
-
-
-def _cost_metrics(costs: Costs, num_examples: int) -> Metrics:
-    """Returns what decoding an example cost, all its samples and candidates together.
-
-    'decode_seconds_per_example' leaves compilation out. Where the decoder counts them,
-    'decode_steps_per_example' are passes that had to wait for one another, 'decode_passes_' and
-    'decode_positions_per_example' those of `interfaces.Decoded`, and 'decode_tokens_per_pass' the
-    tokens of the best text, its end included and what was given not, for each pass.
-    """
-    values = {
-        f"decode_{name}_per_example": costs[name] / num_examples
-        for name in ("seconds", *COSTS)
-        if name in costs
-    }
-    if costs.get("passes"):
-        values["decode_tokens_per_pass"] = costs["tokens"] / costs["passes"]
-    return values
 
 
 def _text(example: Mapping[str, Any], feature: str, vocabulary: Any) -> str | None:

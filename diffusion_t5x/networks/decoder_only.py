@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -112,7 +114,7 @@ class DecoderOnly(Network):
         opening: Opening | None = None,
         keep_states: bool = False,
     ) -> KVCache:
-        """Reads prefixes alone; the arguments are those of `cache_prefix`."""
+        """Reads prefixes alone; the arguments are those of `Network.cache_prefix`."""
         length = prefix.tokens.shape[1]
         positions = jnp.arange(length)
         is_prefix = jnp.ones_like(prefix.tokens, bool)
@@ -140,27 +142,13 @@ class DecoderOnly(Network):
     def extend(self, prefix: Prefix, tokens: Array, counts: Array) -> Prefix:
         return extend_prefix(prefix, tokens, counts)
 
-    def cache_prefix(
-        self,
-        prefix: Prefix,
-        attention_pattern: str,
-        *,
-        deterministic: bool = True,
-        opening: Opening | None = None,
-        keep_states: bool = False,
-    ) -> KVCache:
+    def cache_prefix(self, prefix: Prefix, attention_pattern: str, **reading: Any) -> KVCache:
         if attention_pattern not in CACHED_PATTERNS:
             raise ValueError(
                 f"attention_pattern = {attention_pattern!r}: the prefix sees the canvas, so its "
                 f"keys and values cannot be cached; expected one of {', '.join(CACHED_PATTERNS)}."
             )
-        return self._read_prefix(
-            prefix,
-            attention_pattern,
-            deterministic=deterministic,
-            opening=opening,
-            keep_states=keep_states,
-        )
+        return self._read_prefix(prefix, attention_pattern, **reading)
 
     def extend_cached(self, cache: KVCache, tokens: Array, attention_pattern: str) -> KVCache:
         if attention_pattern != "causal_prefix":

@@ -132,16 +132,10 @@ class EncoderDecoder(Network):
         return grow(repeat(cache, repeats), max_length), repeat_rows(hidden[:, -1], repeats)
 
     def cache_prefix(
-        self,
-        prefix: EncodedPrefix,
-        attention_pattern: str,
-        *,
-        deterministic: bool = True,
-        opening: Opening | None = None,
-        keep_states: bool = False,
+        self, prefix: EncodedPrefix, attention_pattern: str, **reading: Any
     ) -> KVCache:
         """Caches the encoder's output, under any pattern, since the encoder sees no canvas."""
-        del deterministic, opening, keep_states  # Its keys and values have none of them.
+        del reading  # its keys and values have no dropout, no opening and no states
         cache, _ = self.prefill(prefix, attention_pattern, 0, 1)
         return cache.replace(key_values=None, visible=cache.visible[:, :0], index=jnp.int32(0))
 

@@ -7,6 +7,7 @@ differ in these functions alone; a schedule says how fast noise grows with time.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Self
 
@@ -21,7 +22,7 @@ SCHEDULES = ("linear", "cosine", "polynomial")
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduledCorruption:
+class ScheduledCorruption(abc.ABC):
     """What all kinds of noise share.
 
     Attributes:
@@ -90,17 +91,17 @@ class ScheduledCorruption:
         return False
 
     @property
+    @abc.abstractmethod
     def num_uniform(self) -> int:
         """Returns how many tokens uniform noise has."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def masses(self, times: Array) -> Masses:
         """Returns what tokens have become at `times`, differentiable in them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def is_noise(self, tokens: Array) -> Array:
         """Marks the tokens that can only be noise."""
-        raise NotImplementedError
 
     def rate(self, times: Array) -> Array:
         """Returns the probability that a token was replaced, of the shape of `times`."""
@@ -114,9 +115,9 @@ class ScheduledCorruption:
         changed = jax.random.uniform(where_rng, tokens.shape) < masses.mask + masses.uniform
         return jnp.where(changed, self._noise(what_rng, tokens.shape, masses), tokens), changed
 
+    @abc.abstractmethod
     def _noise(self, rng: Array, shape: tuple[int, ...], masses: Masses) -> Array:
         """Draws noise in the shares that `masses` has of it."""
-        raise NotImplementedError
 
     def prior(self, rng: Array, shape: tuple[int, ...]) -> Array:
         """Draws the canvas at time 1."""
